@@ -1,0 +1,50 @@
+# Everything runs in .venv, which the first target that needs it sets up from the pinned requirements.
+PYTHON ?= python3
+BIN := .venv/bin
+# `mlflow run` starts `python` by name, so the environment's must come first.
+export PATH := $(CURDIR)/$(BIN):$(PATH)
+export MLFLOW_DISABLE_TELEMETRY ?= true
+
+.DEFAULT_GOAL := help
+.PHONY: help setup demo test test-slow lint bench ui lock
+
+help: ## list the targets
+	@awk -F ':.*## ' '/^[a-zA-Z-]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+
+setup: .venv/ready ## make .venv from requirements.lock (once, and again when the lock changes)
+
+.venv/ready: requirements.lock
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' \
+	  || { echo "Python 3.11 or newer is needed, but $(PYTHON) is $$($(PYTHON) -V); use make PYTHON=python3.11" >&2; exit 2; }
+	$(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --requirement requirements.lock
+	@touch $@
+
+demo: .venv/ready ## train a ResNet-50 on drawn demo images, and score it (minutes on two CPU cores)
+	mlflow run . --env-manager=local --experiment-name demo
+
+test: .venv/ready ## run the tests (under ten minutes on two CPU cores)
+	$(BIN)/python -m pytest -q
+
+test-slow: .venv/ready ## run the tests that take minutes each
+	$(BIN)/python -m pytest -q -m slow
+
+lint: .venv/ready ## check style, formatting and types
+	$(BIN)/ruff check
+	$(BIN)/ruff format --check
+	$(BIN)/mypy
+
+bench: .venv/ready ## measure what the README says of speed
+	$(BIN)/python -m benchmarks.epoch
+	$(BIN)/python -m benchmarks.store
+	$(BIN)/python -m benchmarks.augment
+
+ui: .venv/ready ## open the MLflow UI on http://127.0.0.1:5000
+	mlflow server --backend-store-uri sqlite:///mlflow.db --port 5000
+
+lock: ## pin the newest versions that pyproject.toml allows (needs uv)
+	uv pip compile --quiet --universal --python-version 3.11 --extra dev --no-annotate --no-header \
+	  --no-emit-index-url pyproject.toml --output-file requirements.lock
+
+MLproject: skin_resnet/config.py skin_resnet/mlproject.py .venv/ready ## write MLproject from the configs
+	$(BIN)/python -m skin_resnet.mlproject > $@

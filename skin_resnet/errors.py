@@ -1,0 +1,8 @@
+"""The one exception a user is meant to read."""
+
+
+class UserError(Exception):
+    """A mistake in what the user gave: one line with the rule, the value received and what to do.
+
+    The command line prints the message on stderr and exits with code 2; it never shows a traceback for it.
+    """
