@@ -1,0 +1,115 @@
+"""The commands of `python -m skin_resnet`: options from the configs, mistakes told in one line."""
+
+import contextlib
+import io
+import logging
+import signal
+import sys
+from collections.abc import Callable
+from types import FrameType
+from typing import Any, NoReturn
+
+import tyro
+
+from skin_resnet.config import EvaluateConfig, FrozenConfig, TrainConfig
+from skin_resnet.errors import UserError
+
+USER_ERROR = 2  # what shells and argparse use for a wrong call
+
+
+def _run_train(config: TrainConfig) -> None:
+    # Here and not above: `--help` and a misspelt option should not wait for torch and MLflow.
+    from skin_resnet.train import train
+
+    train(config)
+
+
+def _run_evaluate(config: EvaluateConfig) -> None:
+    from skin_resnet.evaluate import evaluate
+
+    evaluate(config)
+
+
+# Command word: its options, and what it does. `MLproject`'s entry points are made from this table too.
+COMMANDS: dict[str, tuple[type[FrozenConfig], Callable[[Any], None]]] = {
+    "train": (TrainConfig, _run_train),
+    "evaluate": (EvaluateConfig, _run_evaluate),
+}
+
+
+def main(arguments: list[str] | None = None) -> NoReturn:
+    """Run a command and exit: 0 when done, 2 for a user's mistake, 128 + n after signal n."""
+    arguments = sys.argv[1:] if arguments is None else arguments
+    signal.signal(signal.SIGTERM, _interrupt)
+    try:
+        if not arguments or arguments[0] in {"-h", "--help"}:
+            print(_describe_commands())
+            sys.exit(0)
+        config_type, run = find_command(arguments[0])
+        config = parse_options(config_type, arguments[1:], prog=f"python -m skin_resnet {arguments[0]}")
+        logging.basicConfig(level=logging.WARNING, format="%(message)s")
+        logging.getLogger("skin_resnet").setLevel(logging.INFO)
+        run(config)
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(USER_ERROR)
+    except KeyboardInterrupt as interrupt:
+        number = interrupt.args[0] if interrupt.args else signal.SIGINT
+        print(f"interrupted by {signal.Signals(number).name}", file=sys.stderr)
+        sys.exit(128 + number)
+    sys.exit(0)
+
+
+def _interrupt(number: int, frame: FrameType | None) -> NoReturn:
+    raise KeyboardInterrupt(number)
+
+
+def find_command(name: str) -> tuple[type[FrozenConfig], Callable[[Any], None]]:
+    """Look a command word up.
+
+    Raises:
+        UserError: There is no such command.
+    """
+    if name not in COMMANDS:
+        raise UserError(f"the command must be one of {', '.join(COMMANDS)}, but got {name!r}.")
+    return COMMANDS[name]
+
+
+def parse_options(config_type: type[FrozenConfig], arguments: list[str], prog: str) -> Any:
+    """Read a command's options.
+
+    Raises:
+        UserError: An option is unknown (the message names the near one) or its value is refused.
+        SystemExit: Help was asked for.
+    """
+    complaint = io.StringIO()
+    try:
+        with contextlib.redirect_stderr(complaint):
+            return tyro.cli(config_type, args=arguments, prog=prog, use_underscores=True)
+    except SystemExit as exit_:
+        if exit_.code in (0, None):
+            raise
+    raise UserError(_join_lines(complaint.getvalue()))
+
+
+def _join_lines(box: str) -> str:
+    """Turn the framed page in which tyro tells a mistake into one line."""
+    lines = [line.strip("│╭╮╰╯─ \n") for line in box.splitlines()]
+    kept = [line for line in lines[1:] if line and not line.startswith("For full helptext")]
+    return f"{' '.join(kept)} See --help."
+
+
+def _describe_commands() -> str:
+    rows = [
+        f"  {name:10} {(config_type.__doc__ or '').splitlines()[0]}"
+        for name, (config_type, _) in COMMANDS.items()
+    ]
+    return "\n".join(
+        [
+            "usage: python -m skin_resnet COMMAND [--option value ...]",
+            "",
+            *rows,
+            "",
+            "COMMAND --help lists its options.",
+        ]
+    )

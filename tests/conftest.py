@@ -1,0 +1,44 @@
+"""What several test modules share: small real data."""
+
+import os
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+from PIL import Image
+
+from skin_resnet.labels import HAM10000_CLASSES
+
+os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
+
+
+def make_table(lesions_per_class: int = 12, classes: tuple[str, ...] = HAM10000_CLASSES) -> pd.DataFrame:
+    """A table as `extract` gives it; every third lesion has three photos."""
+    rows = []
+    for target, dx in enumerate(classes):
+        for lesion in range(lesions_per_class):
+            for photo in range(3 if lesion % 3 == 0 else 1):
+                name = f"{dx}_{lesion:03}_{photo}"
+                rows.append(
+                    (name, f"L_{dx}_{lesion:03}", dx, target, f"/nowhere/{name}.png", 50.0, "male", "back")
+                )
+    columns = ["image_id", "lesion_id", "dx", "target", "path", "age", "sex", "localization"]
+    table = pd.DataFrame(rows, columns=columns).sort_values("image_id", ignore_index=True)
+    return table.assign(dx=pd.Categorical(table.dx, categories=list(classes), ordered=True))
+
+
+def write_class_folders(folder: Path, images_per_class: int = 12, size: int = 32) -> Path:
+    """A folder per class of small pictures that a network can tell apart: each class has its colour."""
+    rng = np.random.default_rng(0)
+    for dx, colour in (("blue", (60, 80, 200)), ("green", (60, 200, 80)), ("red", (200, 60, 80))):
+        (folder / dx).mkdir(parents=True)
+        for number in range(images_per_class):
+            pixels = np.clip(rng.normal(colour, 40, (size, size, 3)), 0, 255).astype(np.uint8)
+            Image.fromarray(pixels).save(folder / dx / f"{dx}_{number:02}.png")
+    return folder
+
+
+@pytest.fixture(scope="session")
+def class_folders(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_class_folders(tmp_path_factory.mktemp("data") / "folders")

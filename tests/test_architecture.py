@@ -1,0 +1,73 @@
+"""The house rules that a syntax tree can show: imports run one way, files and functions stay small."""
+
+import ast
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+FILES = sorted((ROOT / "skin_resnet").rglob("*.py"))
+COMMANDS = {"train", "evaluate", "cli", "mlproject", "__main__"}
+# A module may import from its own layer and those before it.
+LAYERS = [
+    {"errors", "labels", "config"},
+    {"data", "model"},
+    {"evaluation"},
+    {"training"},
+    {"tracking"},
+    COMMANDS,
+]
+
+
+def list_imports(file: Path) -> Iterator[str]:
+    for node in ast.walk(ast.parse(file.read_text())):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{file}: relative import"
+            yield from (f"{node.module}.{alias.name}" for alias in node.names)
+
+
+def find_layer(module: str) -> int:
+    return next(layer for layer, names in enumerate(LAYERS) if module in names)
+
+
+@pytest.mark.parametrize("file", FILES, ids=lambda file: str(file.relative_to(ROOT)))
+def test_imports_run_one_way(file: Path) -> None:
+    own = file.relative_to(ROOT / "skin_resnet").with_suffix("").parts[0]
+    if own == "__init__":
+        return
+    for name in list_imports(file):
+        parts = name.split(".")
+        if parts[0] == "skin_resnet" and len(parts) > 1:
+            # `import skin_resnet` asks only where the package lies.
+            assert find_layer(parts[1]) <= find_layer(own), f"{own} imports {name}"
+
+
+@pytest.mark.parametrize(
+    ("package", "allowed"),
+    [
+        ("mlflow", "tracking/"),
+        ("optuna", "search/"),
+        ("search", "search/"),
+        ("matplotlib", "evaluation/plots.py"),
+        ("torchvision.models", "model/weights.py"),
+    ],
+)
+def test_a_package_is_imported_in_its_place_only(package: str, allowed: str) -> None:
+    for file in FILES:
+        if allowed not in file.as_posix():
+            for name in list_imports(file):
+                if file.name == "mlflow_run.py" or "TYPE_CHECKING" not in file.read_text():
+                    assert not f"{name}.".startswith(f"{package}."), f"{file} imports {name}"
+
+
+@pytest.mark.parametrize("file", FILES, ids=lambda file: str(file.relative_to(ROOT)))
+def test_files_functions_and_signatures_stay_small(file: Path) -> None:
+    assert file.read_text().count("\n") <= 300
+    for node in ast.walk(ast.parse(file.read_text())):
+        if isinstance(node, ast.FunctionDef):
+            assert node.end_lineno - node.lineno < 50, node.name
+            parameters = [argument.arg for argument in node.args.args + node.args.kwonlyargs]
+            assert len(parameters) - ("self" in parameters) <= 6, node.name
