@@ -1,0 +1,102 @@
+"""The E of the ETL: any source becomes one checked table, a row an image."""
+
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+
+from skin_resnet.data.sources import read_source
+from skin_resnet.data.text_table import refuse_any
+from skin_resnet.errors import UserError
+from skin_resnet.labels import order_classes
+
+
+def extract(source: str, cache_dir: Path) -> pd.DataFrame:
+    """Read a data set and check that it can be trained on.
+
+    Args:
+        source: `demo`, `kaggle`, a folder (HAM10000 as Kaggle or Dataverse lay it out, a part of ISIC 2018
+            Task 3, or a folder per class), or a CSV of path,dx[,lesion_id][,image_id,age,sex,localization].
+        cache_dir: Where the demo's images are kept.
+
+    Returns:
+        A table sorted by image_id with image_id, lesion_id (the image_id where the source knows no lesions),
+        dx (a categorical whose categories are the class order), target (int64, dx's place in that order),
+        path (absolute), age (years, NaN where unknown), sex and localization ("unknown" where missing).
+
+    Raises:
+        UserError: The source cannot be read, or breaks a rule that training relies on.
+    """
+    try:
+        raw = read_source(source, cache_dir.expanduser())
+    except OSError as error:
+        raise UserError(
+            f"data={source} must be readable, but: {error}; check it and its permissions."
+        ) from error
+    _check_identities(raw)
+    dx = pd.Categorical(raw["dx"], categories=order_classes(set(raw["dx"])), ordered=True)
+    table = pd.DataFrame(
+        {
+            "image_id": raw["image_id"],
+            "lesion_id": raw.get("lesion_id", raw["image_id"]),
+            "dx": dx,
+            "target": dx.codes.astype(np.int64),
+            "path": raw["path"],
+            "age": _read_ages(raw),
+            "sex": _fill_unknown(raw, "sex").str.lower(),
+            "localization": _fill_unknown(raw, "localization"),
+        }
+    )
+    return table.sort_values("image_id", ignore_index=True)
+
+
+def get_class_names(table: pd.DataFrame) -> tuple[str, ...]:
+    """Give the class order that an extracted table carries."""
+    return tuple(table["dx"].cat.categories)
+
+
+def has_lesion_ids(table: pd.DataFrame) -> bool:
+    """Say whether the source of an extracted table tells which images show the same lesion."""
+    return not table["lesion_id"].equals(table["image_id"])
+
+
+def _check_identities(raw: pd.DataFrame) -> None:
+    """Refuse what would let one image or lesion stand for two, and what leaves nothing to tell apart."""
+    for column in ("image_id", "path"):
+        refuse_any(
+            raw[column][raw[column].duplicated()],
+            rule=f"Every {column} must occur once",
+            problem="more than one row has",
+            remedy="give each image one row and an image_id of its own",
+        )
+    if "lesion_id" in raw:
+        diagnoses = raw.groupby("lesion_id")["dx"].nunique()
+        refuse_any(
+            diagnoses.index[diagnoses > 1],
+            rule="All images of a lesion must have the same dx",
+            problem="they differ for lesion",
+            remedy="correct dx or lesion_id",
+        )
+    if raw["dx"].nunique() < 2:
+        raise UserError(
+            f"data must have at least two classes, but every dx is {raw['dx'].iloc[0]!r}; add another."
+        )
+
+
+def _read_ages(raw: pd.DataFrame) -> "pd.Series[float]":
+    if "age" not in raw:
+        return pd.Series(np.nan, index=raw.index)
+    ages = pd.to_numeric(raw["age"], errors="coerce").astype(float)
+    refuse_any(
+        raw["age"][raw["age"].notna() & ~ages.between(0, np.inf, inclusive="left")],
+        rule="age must be a number of years or empty",
+        problem="it is",
+        remedy="correct it",
+    )
+    return ages
+
+
+def _fill_unknown(raw: pd.DataFrame, column: str) -> "pd.Series[str]":
+    if column not in raw:
+        return pd.Series("unknown", index=raw.index, dtype="str")
+    return raw[column].fillna("unknown")

@@ -1,0 +1,292 @@
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import pandas as pd
+import pytest
+
+from skin_resnet.data.sources import read_source
+from skin_resnet.errors import UserError
+
+HEADER = "lesion_id,image_id,dx,dx_type,age,sex,localization"
+ROWS = (
+    "HAM_1,ISIC_1,nv,follow_up,,,",
+    "HAM_1,ISIC_2,nv,follow_up,5,female,face",
+    "HAM_2,ISIC_3,mel,histo,80.0,male,back",
+)
+PARTS = (
+    "HAM10000_images_part_1/ISIC_1.jpg",
+    "HAM10000_images_part_1/ISIC_2.jpg",
+    "HAM10000_images_part_2/ISIC_3.jpg",
+)
+ISIC_HEADER = "image,MEL,NV,BCC,AKIEC,BKL,DF,VASC"
+ISIC_ROWS = ("ISIC_1,0,0,0,0,0,0,1", "ISIC_2,0.0,1.0,0.0,0.0,0.0,0.0,0.0")
+
+
+def touch(folder: Path, *names: str) -> None:
+    """Make pictures; reading a source never opens one, so they are empty."""
+    for name in names:
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).touch()
+
+
+def write_lines(file: Path, *lines: str) -> Path:
+    file.parent.mkdir(parents=True, exist_ok=True)
+    file.write_text("\n".join(lines), encoding="utf-8")
+    return file
+
+
+def write_ham10000(folder: Path, rows: Sequence[str] = ROWS, pictures: Sequence[str] = PARTS) -> Path:
+    write_lines(folder / "HAM10000_metadata.csv", HEADER, *rows)
+    touch(folder, *pictures)
+    return folder
+
+
+def write_isic(folder: Path, rows: Sequence[str] = ISIC_ROWS, part: str = "Training") -> Path:
+    name = f"ISIC2018_Task3_{part}"
+    write_lines(folder / f"{name}_GroundTruth" / f"{name}_GroundTruth.csv", ISIC_HEADER, *rows)
+    touch(folder, f"{name}_Input/ISIC_1.jpg", f"{name}_Input/ISIC_2.jpg", f"{name}_Input/LICENSE.txt")
+    return folder
+
+
+def read(source: Path | str) -> pd.DataFrame:
+    return read_source(str(source), Path("nowhere"))
+
+
+def list_pictures(folder: Path) -> list[str]:
+    return [str(Path(path).relative_to(folder)) for path in read(folder)["path"]]
+
+
+def check_refusal(source: Path | str, *told: str) -> None:
+    with pytest.raises(UserError) as refusal:
+        read(source)
+    assert "\n" not in str(refusal.value)
+    assert all(text in str(refusal.value) for text in told)
+
+
+def test_kaggle_layout_has_its_pictures_in_both_parts(tmp_path: Path) -> None:
+    table = read(write_ham10000(tmp_path))
+
+    assert table["dx"].tolist() == ["nv", "nv", "mel"]
+    assert table["path"].tolist() == [str(tmp_path / part) for part in PARTS]
+
+
+@pytest.mark.parametrize("name", ["HAM10000_metadata", "HAM10000_metadata.tab", "ham10000_metadata.csv"])
+def test_dataverse_layout_has_its_pictures_anywhere_below(tmp_path: Path, name: str) -> None:
+    pictures = [f"unzipped/HAM10000_images/ISIC_{number}.jpg" for number in (1, 2, 3)]
+    write_lines(tmp_path / name, *(line.replace(",", "\t") for line in (HEADER, *ROWS)))
+    touch(tmp_path, *pictures)
+
+    assert list_pictures(tmp_path) == pictures
+
+
+def test_paths_are_absolute_for_a_relative_source(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write_ham10000(tmp_path / "data")
+    monkeypatch.chdir(tmp_path)
+
+    assert read("data")["path"].tolist() == [str(tmp_path / "data" / part) for part in PARTS]
+
+
+def test_part_folders_in_lower_case_are_found_and_copies_in_both_cases_are_one_set(tmp_path: Path) -> None:
+    lower = [part.replace("HAM", "ham") for part in PARTS]
+
+    assert list_pictures(write_ham10000(tmp_path / "lower", pictures=lower)) == lower
+    assert list_pictures(write_ham10000(tmp_path / "both", pictures=[*PARTS, *lower])) == list(PARTS)
+
+
+def test_masks_hidden_files_and_other_data_beside_the_images_are_left_alone(tmp_path: Path) -> None:
+    folder = write_ham10000(tmp_path)
+    touch(folder, "HAM10000_segmentations/ISIC_1_segmentation.png", "ISIC2018_Task3_Test_Images/ISIC_99.jpg")
+    touch(folder, "__MACOSX/HAM10000_images_part_1/ISIC_1.jpg", "HAM10000_images_part_1/._ISIC_1.jpg")
+    touch(folder, ".cache/ISIC_1.jpg", "hmnist_28_28_RGB.csv", "HAM10000_images_part_1/LICENSE.txt")
+
+    assert list_pictures(folder) == list(PARTS)
+
+
+def test_linked_image_folders_are_followed(tmp_path: Path) -> None:
+    touch(tmp_path / "disk", *PARTS)
+    folder = write_ham10000(tmp_path / "data", pictures=())
+    for part in ("HAM10000_images_part_1", "HAM10000_images_part_2"):
+        (folder / part).symlink_to(tmp_path / "disk" / part)
+
+    assert list_pictures(folder) == list(PARTS)
+
+
+@pytest.mark.parametrize(
+    ("row", "told"),
+    [
+        ("HAM_3,ISIC_4,scc,histo,1,male,ear", ["one of akiec, bcc, bkl, df, mel, nv, vasc", "'scc'"]),
+        ("HAM_3,ISIC_5,mel,histo,1,male,ear", ["must lie as a file", "'ISIC_5'"]),
+        (",ISIC_4,mel,histo,1,male,ear", ["lesion_id must be filled", "line 5"]),
+    ],
+)
+def test_ham10000_rows_that_break_a_rule_are_refused(tmp_path: Path, row: str, told: list[str]) -> None:
+    folder = write_ham10000(tmp_path, [*ROWS, row], [*PARTS, "HAM10000_images_part_2/ISIC_4.jpg"])
+
+    check_refusal(folder, *told)
+
+
+def test_an_image_without_metadata_is_refused(tmp_path: Path) -> None:
+    extra = ("HAM10000_images_part_2/ISIC_8.jpg", "HAM10000_images_part_2/ISIC_9.jpg")
+
+    check_refusal(
+        write_ham10000(tmp_path, pictures=PARTS + extra),
+        "must be in HAM10000_metadata.csv",
+        "ISIC_8.jpg' (2 in all)",
+    )
+
+
+@pytest.mark.parametrize("copy", ["HAM10000_images_part_2/ISIC_1.jpg", "HAM10000_images_part_1/ISIC_1.png"])
+def test_an_image_that_lies_twice_is_refused(tmp_path: Path, copy: str) -> None:
+    check_refusal(write_ham10000(tmp_path, pictures=[*PARTS, copy]), "must lie once", copy)
+
+
+def test_two_metadata_files_are_refused(tmp_path: Path) -> None:
+    write_lines(write_ham10000(tmp_path) / "HAM10000_metadata.tab", HEADER)
+
+    check_refusal(tmp_path, "one metadata file", "'HAM10000_metadata.tab'")
+
+
+def test_part_folders_without_metadata_are_not_taken_for_classes(tmp_path: Path) -> None:
+    touch(tmp_path, *PARTS)
+
+    check_refusal(tmp_path, "need HAM10000_metadata.csv", "'HAM10000_images_part_1' (2 in all)")
+
+
+def test_isic_part_is_read_from_its_parent_and_by_its_own_name(tmp_path: Path) -> None:
+    table = read(write_isic(tmp_path))
+
+    assert table["image_id"].tolist() == ["ISIC_1", "ISIC_2"]
+    assert table["dx"].tolist() == ["vasc", "nv"]
+    assert "lesion_id" not in table
+    pd.testing.assert_frame_equal(table, read(tmp_path / "ISIC2018_Task3_Training_Input"))
+
+
+def test_isic_lesion_groupings_give_the_lesion_ids(tmp_path: Path) -> None:
+    groupings = write_isic(tmp_path) / "ISIC2018_Task3_Training_LesionGroupings.csv"
+    rows = ("image,lesion_id,diagnosis_confirm_type", "ISIC_2,HAM_8,", "ISIC_1,HAM_7,histopathology")
+
+    write_lines(groupings, *rows)
+    assert read(tmp_path)["lesion_id"].tolist() == ["HAM_7", "HAM_8"]
+
+    write_lines(groupings, *rows[:2])
+    check_refusal(tmp_path, "must know the lesion of every image", "'ISIC_1'")
+
+    write_lines(groupings, *rows, rows[1])
+    check_refusal(tmp_path, "must occur once", "'ISIC_2'")
+
+
+def test_one_of_several_isic_parts_must_be_named(tmp_path: Path) -> None:
+    write_isic(write_isic(tmp_path), part="Test")
+
+    check_refusal(tmp_path, "one part", "ISIC2018_Task3_Training_Input", "name one")
+    assert len(read(tmp_path / "ISIC2018_Task3_Test_Input")) == 2
+
+
+@pytest.mark.parametrize("row", ["0,0,0,0,0,0,0", "1,1,0,0,0,0,0", "0.5,0.5,0,0,0,0,0", "x,0,0,0,0,0,0"])
+def test_isic_rows_that_are_not_one_hot_are_refused(tmp_path: Path, row: str) -> None:
+    check_refusal(write_isic(tmp_path, [ISIC_ROWS[0], f"ISIC_2,{row}"]), "single 1", "'ISIC_2'")
+
+
+def test_isic_without_ground_truth_is_refused(tmp_path: Path) -> None:
+    touch(tmp_path, "ISIC2018_Task3_Test_Input/ISIC_1.jpg")
+
+    check_refusal(tmp_path, "needs ISIC2018_Task3_Test_GroundTruth.csv")
+
+
+def test_sub_folders_are_classes(tmp_path: Path) -> None:
+    touch(tmp_path, "wart/c.PNG", "mole/a.jpg", "mole/b.jpeg", "mole/notes.txt", ".hidden/d.jpg", "README.md")
+
+    table = read(tmp_path)
+
+    assert table["image_id"].tolist() == ["a", "b", "c"]
+    assert table["dx"].tolist() == ["mole", "mole", "wart"]
+    assert list_pictures(tmp_path) == ["mole/a.jpg", "mole/b.jpeg", "wart/c.PNG"]
+
+
+def test_images_of_one_stem_are_named_with_their_class(tmp_path: Path) -> None:
+    touch(tmp_path, "nv/1.jpg", "nv/2.jpg", "mel/1.jpg")
+
+    assert read(tmp_path)["image_id"].tolist() == ["mel/1", "nv/1", "nv/2"]
+
+
+@pytest.mark.parametrize("extra", ["empty/notes.txt", "nv/more/3.jpg"])
+def test_class_folders_hold_pictures_and_no_folders(tmp_path: Path, extra: str) -> None:
+    touch(tmp_path, "nv/1.jpg", "mel/2.jpg", extra)
+
+    check_refusal(tmp_path, "is a class", repr(extra.split("/")[0]))
+
+
+def test_csv_paths_count_from_its_folder(tmp_path: Path) -> None:
+    touch(tmp_path, "lists/x.jpg", "images/y.jpg", "images/z.jpg")
+    rows = ("path,dx", "x.jpg,nv", "../images/y.jpg,nv", f"{tmp_path}/images/z.jpg,mel")
+
+    table = read(write_lines(tmp_path / "lists" / "list.csv", *rows))
+
+    assert table["image_id"].tolist() == ["x", "y", "z"]
+    assert table["path"].tolist() == [
+        str(tmp_path / name) for name in ("lists/x.jpg", "images/y.jpg", "images/z.jpg")
+    ]
+
+
+def test_csv_images_of_one_stem_are_named_by_their_path(tmp_path: Path) -> None:
+    touch(tmp_path, "a/1.jpg", "b/1.jpg")
+
+    table = read(write_lines(tmp_path / "list.csv", "path,dx", "a/1.jpg,nv", "b/1.jpg,mel"))
+
+    assert table["image_id"].tolist() == ["a/1", "b/1"]
+
+
+@pytest.mark.parametrize("path", ["9.jpg", "no_folder/1.jpg", "."])
+def test_csv_paths_that_are_no_file_are_refused(tmp_path: Path, path: str) -> None:
+    touch(tmp_path, "1.jpg")
+
+    check_refusal(write_lines(tmp_path / "list.csv", "path,dx", "1.jpg,nv", f"{path},mel"), "must be a file")
+
+
+def test_a_source_that_does_not_exist_is_refused(tmp_path: Path) -> None:
+    check_refusal(tmp_path / "nowhere", "demo, kaggle, a folder or a CSV file", "nowhere", "does not exist")
+
+
+@pytest.mark.parametrize("content", ["notes.txt", "1.jpg", "train/nv/1.jpg"])
+def test_a_folder_of_no_known_layout_is_told_the_layouts(tmp_path: Path, content: str) -> None:
+    touch(tmp_path, content)
+
+    check_refusal(tmp_path, "HAM10000_metadata.csv", "ISIC2018_Task3", "per class")
+
+
+@pytest.fixture
+def install_kagglehub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[str], None]:
+    """Give a way to put a package named kagglehub on the path, whose download does what it is told."""
+
+    def install(action: str) -> None:
+        write_lines(tmp_path / "kagglehub.py", "def dataset_download(name):", f"    {action}")
+        monkeypatch.syspath_prepend(tmp_path)
+        # Set, so that monkeypatch puts back what was there; then gone, so that the import looks on the path.
+        monkeypatch.setitem(sys.modules, "kagglehub", None)
+        del sys.modules["kagglehub"]
+
+    return install
+
+
+def test_kaggle_without_its_package_tells_how_to_install_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "kagglehub", None)  # makes the import fail, also where it is installed
+
+    check_refusal("kaggle", 'pip install "skin-resnet[kaggle]"')
+
+
+def test_a_failed_kaggle_download_tells_the_cause_and_the_way_by_hand(
+    install_kagglehub: Callable[[str], None],
+) -> None:
+    install_kagglehub("raise ConnectionError('no route to kaggle.com\\nsecond line')")
+
+    check_refusal("kaggle", "no route to kaggle.com;", "by hand", "pass its folder")
+
+
+def test_a_kaggle_download_is_read_as_its_folder(
+    tmp_path: Path, install_kagglehub: Callable[[str], None]
+) -> None:
+    folder = write_ham10000(tmp_path / "skin-cancer-mnist-ham10000")
+    install_kagglehub(f"return {str(tmp_path)!r} + '/' + name.removeprefix('kmader/')")
+
+    assert read("kaggle")["path"].tolist() == [str(folder / part) for part in PARTS]
