@@ -1,0 +1,88 @@
+"""From a picture's file or bytes to the pixels a network is fed, in training as in the served model."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
+from os import SEEK_END
+from pathlib import Path
+from typing import BinaryIO
+
+import numpy as np
+import numpy.typing as npt
+from PIL import Image, ImageOps, UnidentifiedImageError
+
+from skin_resnet.errors import UserError
+
+MIN_SIDE = 16
+MAX_PIXELS = 64_000_000
+
+# What cameras and data sets use. Pillow knows forty more, one of which starts Ghostscript: not on a server.
+_FORMATS = ("BMP", "GIF", "JPEG", "PNG", "TIFF", "WEBP")
+
+
+class BadImageError(UserError):
+    """A picture that cannot be decoded. The message is the reason alone: the caller knows whose it is."""
+
+
+def decode_image(file: Path | BinaryIO, image_size: int) -> npt.NDArray[np.uint8]:
+    """Decode a picture to RGB (S, S, 3): upright, shorter side resized to S = `image_size`, centre cropped.
+
+    Equal to the byte to torchvision's `Resize(S)` and `CenterCrop(S)` on the picture. An animation gives its
+    first frame, transparency becomes black (as a dermoscope's corners are), 16-bit grey is scaled to 8 bits.
+
+    Raises:
+        BadImageError: Empty, no picture of a known format, truncated, too small, too large or too elongated.
+    """
+    with open_image(file) as image:
+        width, height = image.size
+        # A harmless header can hide a bomb: 16 x 1,000,000 would be resized to 224 x 14,000,000.
+        if image_size**2 * max(width, height) // min(width, height) > MAX_PIXELS:
+            raise BadImageError(f"{width}x{height} is too elongated for a shorter side of {image_size} px")
+        return np.array(_crop_square(_convert_to_rgb(ImageOps.exif_transpose(image)), image_size))
+
+
+@contextmanager
+def open_image(file: Path | BinaryIO) -> Iterator[Image.Image]:
+    """Open a picture, with its header checked and nothing decoded yet.
+
+    Raises:
+        BadImageError: The header is bad, or Pillow finds anything wrong while the picture is open.
+    """
+    too_large = f"it has more than {MAX_PIXELS // 1_000_000} megapixels"
+    try:
+        with file.open("rb") if isinstance(file, Path) else nullcontext(file) as stream:
+            if stream.seek(0, SEEK_END) == 0:
+                raise BadImageError("the file is empty")
+            stream.seek(0)
+            with Image.open(stream, formats=_FORMATS) as image:
+                if image.width * image.height > MAX_PIXELS:
+                    raise BadImageError(too_large)
+                if min(image.size) < MIN_SIDE:
+                    raise BadImageError(f"{image.width}x{image.height} has a side under {MIN_SIDE} px")
+                yield image
+    except (BadImageError, MemoryError):
+        raise
+    except (Image.DecompressionBombError, Image.DecompressionBombWarning):
+        raise BadImageError(too_large) from None
+    except UnidentifiedImageError:
+        raise BadImageError(f"it is no picture of a known format ({', '.join(_FORMATS)})") from None
+    # For a broken file Pillow raises whatever its reader trips over: OSError, SyntaxError, struct.error, ...
+    except Exception as error:
+        raise BadImageError(f"it cannot be read ({str(error) or type(error).__name__})") from error
+
+
+def _convert_to_rgb(image: Image.Image) -> Image.Image:
+    if image.mode in ("I", "F"):
+        raise BadImageError("it has 32 bits a pixel and no known white; save it with 8 or 16")
+    if image.mode.startswith("I;16"):  # Pillow's own conversion clips all above 255 to white
+        image = Image.fromarray(np.rint(np.asarray(image) / 257).astype(np.uint8))
+    if image.has_transparency_data:
+        image = Image.alpha_composite(Image.new("RGBA", image.size, "black"), image.convert("RGBA"))
+    return image.convert("RGB")
+
+
+def _crop_square(image: Image.Image, size: int) -> Image.Image:
+    shorter = min(image.size)
+    width, height = (int(size * side / shorter) for side in image.size)
+    left, top = round((width - size) / 2), round((height - size) / 2)
+    resized = image.resize((width, height), Image.Resampling.BILINEAR)
+    return resized.crop((left, top, left + size, top + size))

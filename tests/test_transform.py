@@ -1,0 +1,294 @@
+"""Run with `python -m pytest tests/test_transform.py`."""
+
+import json
+import logging
+import multiprocessing
+import os
+import resource
+import shutil
+import time
+from collections.abc import Callable
+from multiprocessing.synchronize import Barrier
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+from PIL import Image
+from torchvision.transforms.v2 import functional as F
+
+from skin_resnet.data.decode import decode_image
+from skin_resnet.data.transform import IMAGENET_MEAN, IMAGENET_STD, ImageStore, normalize, open_store
+from skin_resnet.errors import UserError
+
+
+def draw_images(folder: Path, count: int, sides: tuple[int, int] = (60, 45)) -> pd.DataFrame:
+    """Write pictures of random blotches; give their table."""
+    folder.mkdir(exist_ok=True)
+    rng = np.random.default_rng(count)
+    paths = [folder / f"image_{number:03}.png" for number in range(count)]
+    for path in paths:
+        Image.fromarray(rng.integers(0, 256, (6, 8, 3), dtype=np.uint8)).resize(sides).save(path)
+    return pd.DataFrame({"image_id": [path.stem for path in paths], "path": [str(path) for path in paths]})
+
+
+@pytest.fixture
+def table(tmp_path: Path) -> pd.DataFrame:
+    return draw_images(tmp_path / "images", 5)
+
+
+@pytest.fixture
+def cache(tmp_path: Path) -> Path:
+    return tmp_path / "cache"
+
+
+def truncate(path: str | Path) -> None:
+    data = Path(path).read_bytes()
+    Path(path).write_bytes(data[: len(data) // 2])
+
+
+def assert_whole(store: ImageStore, table: pd.DataFrame) -> None:
+    """Compare every row with its picture, decoded again."""
+    assert len(store.image_ids) == len(store.pixels)
+    paths = dict(zip(table["image_id"], table["path"], strict=True))
+    for image_id, pixels in zip(store.image_ids, store.pixels, strict=True):
+        np.testing.assert_array_equal(pixels, decode_image(Path(paths[image_id]), store.image_size))
+
+
+@pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last])
+def test_normalize_agrees_with_torchvision(memory_format: torch.memory_format) -> None:
+    images = torch.rand(4, 3, 8, 8).to(memory_format=memory_format)
+    normalized = normalize(images)
+    torch.testing.assert_close(normalized, F.normalize(images, list(IMAGENET_MEAN), list(IMAGENET_STD)))
+    assert normalized.is_contiguous(memory_format=memory_format)
+    assert normalized.dtype == torch.float32
+
+
+def test_rows_follow_the_table(table: pd.DataFrame, cache: Path) -> None:
+    store = open_store(table, 32, cache, "stop")
+    assert store.image_ids == tuple(table["image_id"])
+    assert store.pixels.shape == (5, 32, 32, 3)
+    assert store.pixels.dtype == np.uint8
+    assert_whole(store, table)
+
+
+def test_the_tables_order_does_not_change_a_picture(table: pd.DataFrame, cache: Path) -> None:
+    store, shuffled = (open_store(rows, 32, cache, "stop") for rows in (table, table.iloc[[3, 0, 4, 2, 1]]))
+    assert shuffled.image_ids[0] == "image_003"
+    np.testing.assert_array_equal(shuffled.pixels[shuffled.find_rows(store.image_ids)], store.pixels)
+
+
+def test_rows_are_found_by_image_id(table: pd.DataFrame, cache: Path) -> None:
+    store = open_store(table, 32, cache, "stop")
+    assert store.find_rows(["image_004", "image_000", "image_004"]).tolist() == [4, 0, 4]
+    assert store.find_rows([]).tolist() == []
+    with pytest.raises(KeyError, match="image_9 is not among the store's 5 images"):
+        store.find_rows(["image_000", "image_9"])
+
+
+def test_pixels_cannot_be_changed(table: pd.DataFrame, cache: Path) -> None:
+    with pytest.raises(ValueError, match="read-only"):
+        open_store(table, 32, cache, "stop").pixels[0] = 0
+
+
+def test_more_images_than_are_decoded_at_once_are_all_stored(tmp_path: Path, cache: Path) -> None:
+    table = draw_images(tmp_path / "images", 300, (20, 16))
+    table.loc[table.index[[0, 255, 256, 299]], "path"] = str(tmp_path / "missing.png")
+    store = open_store(table, 16, cache, "skip")
+    assert len(store.image_ids) == 296
+    assert_whole(store, table)
+
+
+def test_auto_enlarges_no_picture(tmp_path: Path, cache: Path) -> None:
+    small, large = (
+        draw_images(tmp_path / "small", 2, (50, 90)),
+        draw_images(tmp_path / "large", 1, (300, 400)),
+    )
+    assert open_store(small, "auto", cache, "stop").image_size == 50
+    assert open_store(large, "auto", cache, "stop").image_size == 224
+
+
+def test_an_explicit_size_is_obeyed_even_if_it_enlarges(table: pd.DataFrame, cache: Path) -> None:
+    assert open_store(table, 64, cache, "stop").pixels.shape[1:] == (64, 64, 3)
+
+
+@pytest.mark.parametrize("damage", [truncate, lambda path: Path(path).write_text("no picture")])
+def test_a_skipped_picture_does_not_shrink_the_others(
+    table: pd.DataFrame, tmp_path: Path, cache: Path, damage: Callable[[str], None]
+) -> None:
+    tiny = draw_images(tmp_path / "tiny", 1, (20, 20)).assign(image_id="tiny")
+    damage(tiny["path"][0])
+    both = pd.concat([tiny, table])
+    store = open_store(both, "auto", cache, "skip")
+    assert (store.image_size, list(store.skipped)) == (45, ["tiny"])
+    assert_whole(store, both)
+
+
+def test_a_bad_image_stops_the_build_and_is_named(table: pd.DataFrame, cache: Path) -> None:
+    for row in (3, 1):  # the first in the table's order is told, whichever thread fails first
+        truncate(table["path"][row])
+    with pytest.raises(
+        UserError, match=r"image_001 \(.*image_001.png\) is not: it cannot be read .*on_bad_image=skip"
+    ):
+        open_store(table, "auto", cache, "stop")
+    assert list((cache / "stores").iterdir()) == []
+
+
+def test_bad_images_are_skipped_counted_and_listed(table: pd.DataFrame, cache: Path) -> None:
+    truncate(table["path"][1])
+    Path(table["path"][3]).write_bytes(b"")
+    for _ in range(2):  # built, then found
+        store = open_store(table, 32, cache, "skip")
+        assert store.image_ids == ("image_000", "image_002", "image_004")
+        assert list(store.skipped) == ["image_001", "image_003"]
+        assert store.skipped["image_003"] == "the file is empty"
+        assert_whole(store, table)
+
+
+def test_a_table_without_a_good_image_is_refused(table: pd.DataFrame, cache: Path) -> None:
+    for path in table["path"]:
+        Path(path).write_bytes(b"")
+    with pytest.raises(UserError, match=r"none of 5 is \(the first: the file is empty\)"):
+        open_store(table, "auto", cache, "skip")
+
+
+def test_a_store_is_built_once(table: pd.DataFrame, cache: Path) -> None:
+    first, second = (open_store(table, 32, cache, "stop") for _ in range(2))
+    assert first.key == second.key
+    assert first.build_s > second.build_s == 0
+    np.testing.assert_array_equal(first.pixels, second.pixels)
+
+
+def test_a_moved_folder_keeps_its_store(table: pd.DataFrame, tmp_path: Path, cache: Path) -> None:
+    key = open_store(table, 32, cache, "stop").key
+    (tmp_path / "images").rename(tmp_path / "moved")
+    moved = table.assign(path=table["path"].str.replace("images", "moved"))
+    assert open_store(moved, 32, cache, "stop").key == key
+
+
+def test_a_changed_file_makes_another_store(table: pd.DataFrame, cache: Path) -> None:
+    before = open_store(table, 32, cache, "stop")
+    path = table["path"][2]
+    Image.open(path).transpose(Image.Transpose.ROTATE_180).save(path)
+    after = open_store(table, 32, cache, "stop")
+    assert after.key != before.key
+    assert_whole(after, table)
+
+
+def test_a_files_size_and_its_time_each_make_another_store(table: pd.DataFrame, cache: Path) -> None:
+    path, keys = Path(table["path"][2]), set()
+    for tail, mtime_ns in ((b"", 1), (b"", 2), (b"more", 2)):
+        path.write_bytes(path.read_bytes() + tail)
+        os.utime(path, ns=(mtime_ns, mtime_ns))
+        keys.add(open_store(table, 32, cache, "stop").key)
+    assert len(keys) == 3
+
+
+def test_every_request_has_its_own_store(table: pd.DataFrame, cache: Path) -> None:
+    renamed = table.assign(image_id=table["image_id"].str.upper())
+    stores = (
+        open_store(table, 45, cache, "stop"),
+        open_store(table, "auto", cache, "stop"),
+        open_store(table, 45, cache, "skip"),
+        open_store(renamed, 45, cache, "stop"),
+    )
+    assert len({store.key for store in stores}) == 4
+
+
+def flip_bit(folder: Path, position: int = -1) -> None:
+    data = bytearray((folder / "pixels.npy").read_bytes())
+    data[position] ^= 1
+    (folder / "pixels.npy").write_bytes(data)
+
+
+def edit_json(folder: Path, **changes: object) -> None:
+    path = folder / "store.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+
+
+DAMAGES: dict[str, Callable[[Path], object]] = {
+    "flipped bit in a pixel": flip_bit,
+    "flipped bit in the header": lambda folder: flip_bit(folder, 60),
+    "truncated pixels": lambda folder: truncate(folder / "pixels.npy"),
+    "empty pixels": lambda folder: (folder / "pixels.npy").write_bytes(b""),
+    "no pixels": lambda folder: (folder / "pixels.npy").unlink(),
+    "truncated description": lambda folder: truncate(folder / "store.json"),
+    "description of another kind": lambda folder: (folder / "store.json").write_text("[1]"),
+    "no description": lambda folder: (folder / "store.json").unlink(),
+    "description without a field": lambda folder: (folder / "store.json").write_text("{}"),
+    "other version": lambda folder: edit_json(folder, version=0),
+    "swapped image ids": lambda folder: edit_json(
+        folder, image_ids=[f"image_00{row}" for row in (1, 0, 2, 3, 4)]
+    ),
+    "empty folder": lambda folder: list(map(os.unlink, folder.iterdir())),
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_a_damaged_store_is_built_anew(
+    damage: str, table: pd.DataFrame, cache: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    folder = cache / "stores" / open_store(table, 32, cache, "stop").key
+    DAMAGES[damage](folder)
+    store = open_store(table, 32, cache, "stop")
+    assert [record.levelno for record in caplog.records] == [logging.WARNING]
+    assert "is damaged" in caplog.text
+    assert store.build_s > 0
+    assert_whole(store, table)
+    assert list(folder.parent.iterdir()) == [folder]
+
+
+def test_a_copy_of_another_store_is_not_taken(table: pd.DataFrame, cache: Path) -> None:
+    wanted, other = (cache / "stores" / open_store(table, size, cache, "stop").key for size in (32, 40))
+    for name in ("pixels.npy", "store.json"):
+        shutil.copy(other / name, wanted / name)
+    assert open_store(table, 32, cache, "stop").image_size == 32
+
+
+def open_at_once(barrier: Barrier, table: pd.DataFrame, cache: Path) -> None:
+    barrier.wait(60)
+    assert_whole(open_store(table, 64, cache, "stop"), table)
+
+
+@pytest.mark.filterwarnings("ignore:.*multi-threaded, use of fork:DeprecationWarning")
+def test_processes_may_build_the_same_store_at_once(tmp_path: Path, cache: Path) -> None:
+    table = draw_images(tmp_path / "images", 100)
+    context = multiprocessing.get_context("fork")  # spawning would import torch anew in each
+    barrier = context.Barrier(4)
+    processes = [context.Process(target=open_at_once, args=(barrier, table, cache)) for _ in range(4)]
+    for process in processes:
+        process.start()
+    for process in processes:
+        process.join()
+    assert [process.exitcode for process in processes] == [0] * 4
+    assert [path.suffix for path in (cache / "stores").iterdir()] == [""]
+
+
+def test_only_long_silent_leftovers_are_removed(table: pd.DataFrame, cache: Path) -> None:
+    killed, alive = cache / "stores" / "key.1.tmp", cache / "stores" / "key.2.tmp"
+    for folder in (killed, alive):
+        folder.mkdir(parents=True)
+        (folder / "pixels.npy").touch()
+        os.utime(folder, (0, 0))
+    os.utime(killed / "pixels.npy", (time.time() - 3700,) * 2)
+    open_store(table, 32, cache, "stop")
+    assert not killed.exists()
+    assert alive.exists()
+
+
+def test_a_cache_dir_that_is_a_file_is_refused(table: pd.DataFrame, cache: Path) -> None:
+    cache.write_text("")
+    with pytest.raises(UserError, match=r"cache_dir must be a folder .* but Not a directory at .*cache"):
+        open_store(table, 32, cache, "stop")
+
+
+def test_a_full_disk_is_told_and_leaves_nothing(table: pd.DataFrame, cache: Path) -> None:
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (10_000, limits[1]))
+    try:
+        with pytest.raises(UserError, match=r"cache_dir must be a folder .* File too large"):
+            open_store(table, 64, cache, "stop")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert list((cache / "stores").iterdir()) == []
