@@ -1,0 +1,56 @@
+"""Batches: every image once, in an order that the seed fixes, shared among processes without overlap."""
+
+import numpy as np
+import pytest
+import torch
+
+from skin_resnet.data.load import Loader, PixelSource
+
+
+def build(size: int = 23, batch_size: int = 5, **share: int) -> Loader:
+    pixels = np.arange(50, dtype=np.uint8)[:, None, None, None] * np.ones((1, 2, 2, 3), np.uint8)
+    rows = np.arange(size)[::-1].copy() + 10
+    return Loader(
+        source=PixelSource(pixels=pixels, device=torch.device("cpu")),
+        rows=rows,
+        targets=torch.from_numpy(rows % 7),
+        batch_size=batch_size,
+        **share,
+    )
+
+
+def test_ordered_gives_every_image_once_with_its_pixels_and_target() -> None:
+    loader = build()
+    batches = list(loader.ordered())
+    assert torch.cat([batch.positions for batch in batches]).tolist() == list(range(23))
+    pixels = torch.cat([batch.pixels for batch in batches])
+    assert pixels.dtype == torch.uint8
+    assert pixels[:, 0, 0, 0].tolist() == loader.rows.tolist()
+    assert torch.equal(torch.cat([batch.targets for batch in batches]), loader.targets)
+
+
+def test_shuffled_gives_every_image_once_in_an_order_of_seed_and_epoch() -> None:
+    def order(seed: int, epoch: int) -> list[int]:
+        return torch.cat([batch.positions for batch in build().shuffled(seed, epoch)]).tolist()
+
+    assert sorted(order(0, 0)) == list(range(23))
+    assert order(0, 0) == order(0, 0)
+    assert len({tuple(order(seed, epoch)) for seed in (0, 1) for epoch in (0, 1)}) == 4
+
+
+@pytest.mark.parametrize(("size", "batch_size"), [(23, 5), (21, 5), (33, 32), (4, 32), (32, 32)])
+def test_batches_are_even_and_never_over_size(size: int, batch_size: int) -> None:
+    loader = build(size, batch_size)
+    sizes = [len(batch.targets) for batch in loader.ordered()]
+    assert len(sizes) == len(loader)
+    assert max(sizes) <= batch_size
+    assert max(sizes) - min(sizes) <= 1
+
+
+@pytest.mark.parametrize("world_size", [2, 3])
+def test_processes_share_each_batch_without_overlap(world_size: int) -> None:
+    shares = [list(build(rank=rank, world_size=world_size).shuffled(0, 3)) for rank in range(world_size)]
+    whole = list(build().shuffled(0, 3))
+    for step, batch in enumerate(whole):
+        together = torch.cat([share[step].positions for share in shares])
+        assert sorted(together.tolist()) == sorted(batch.positions.tolist())
