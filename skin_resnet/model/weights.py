@@ -1,0 +1,112 @@
+"""Where a network starts: from nothing, from ImageNet (torchvision's weights), or from a file."""
+
+import os
+import pickle
+import warnings
+from pathlib import Path
+
+import safetensors.torch
+import torch
+import torchvision.models
+from safetensors import SafetensorError
+from torch import Tensor, nn
+
+from skin_resnet.errors import UserError
+
+HEAD_KEYS = ("fc.weight", "fc.bias")
+
+
+def load_weights(network: nn.Module, weights: str, arch: str) -> str:
+    """Fill a fresh network with the weights to start from.
+
+    A head of another size is left as it is (random), since other classes cannot be carried over; every other
+    key must match in name and shape.
+
+    Args:
+        network: A network from `build_resnet(arch, ...)`.
+        weights: `none`, `imagenet`, or the path of a state dict (`.pth`, `.pt`, `.safetensors`).
+        arch: The network's name, for choosing ImageNet weights and for messages.
+
+    Returns:
+        One line that says what the network starts from.
+
+    Raises:
+        UserError: The weights cannot be had, read, or do not fit.
+    """
+    if weights == "none":
+        return "random weights"
+    state = _download_imagenet(arch) if weights == "imagenet" else read_state_dict(Path(weights).expanduser())
+    expected = network.state_dict()
+    fresh = [key for key in HEAD_KEYS if key not in state or state[key].shape != expected[key].shape]
+    state = {key: value for key, value in state.items() if key not in fresh}
+    _check_keys(state, {key: value for key, value in expected.items() if key not in fresh}, weights, arch)
+    network.load_state_dict(state, strict=False)
+    if not fresh:
+        return f"weights from {weights}, head included"
+    return f"weights from {weights}; head left random ({expected['fc.bias'].numel()} classes)"
+
+
+def read_state_dict(path: Path) -> dict[str, Tensor]:
+    """Read a state dict from a file without running any code in it.
+
+    A training checkpoint that holds the state dict under `model` or `state_dict` is opened too, and a
+    `module.` prefix (DataParallel) is taken off.
+
+    Raises:
+        UserError: There is no such file, or it is not a state dict of tensors.
+    """
+    if not path.is_file():
+        raise UserError(f"weights must be none, imagenet or a file, but there is no file {str(path)!r}.")
+    try:
+        if path.suffix == ".safetensors":
+            return safetensors.torch.load_file(path)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # about pickle protocols: an error or nothing follows
+            content = torch.load(path, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError:
+        raise UserError(
+            f"a weights file may hold tensors only, but {str(path)!r} is broken or holds other objects, "
+            "which are never loaded; save network.state_dict() instead."
+        ) from None
+    except (RuntimeError, EOFError, OSError, ValueError, KeyError, SafetensorError) as error:
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        raise UserError(f"cannot read the weights file {str(path)!r}: {reason[:200]}") from None
+    for key in ("model", "state_dict"):
+        if isinstance(content, dict) and isinstance(content.get(key), dict):
+            content = content[key]
+    if not isinstance(content, dict) or not all(isinstance(value, Tensor) for value in content.values()):
+        raise UserError(
+            f"a weights file must hold a state dict (name to tensor), but {str(path)!r} holds a "
+            f"{type(content).__name__}; save network.state_dict()."
+        )
+    return {key.removeprefix("module."): value for key, value in content.items()}
+
+
+def _download_imagenet(arch: str) -> dict[str, Tensor]:
+    enum = torchvision.models.get_model_weights(arch)
+    try:
+        state: dict[str, Tensor] = enum["DEFAULT"].get_state_dict(progress=os.isatty(2), check_hash=True)
+    except (OSError, RuntimeError) as error:
+        raise UserError(
+            f"weights=imagenet downloads torchvision's {arch}, which failed ({error}); "
+            "pass weights=FILE with a state dict from elsewhere, or weights=none."
+        ) from None
+    return state
+
+
+def _check_keys(state: dict[str, Tensor], expected: dict[str, Tensor], weights: str, arch: str) -> None:
+    # Files written before PyTorch 0.4.1 lack these counters, which nothing here reads.
+    missing = [key for key in expected if key not in state and not key.endswith("num_batches_tracked")]
+    unexpected = [key for key in state if key not in expected]
+    if missing or unexpected:
+        odd = f"{missing[0]!r} is missing" if missing else f"{unexpected[0]!r} is unknown"
+        raise UserError(
+            f"the weights must have {arch}'s keys, but in {weights!r} {odd} ({len(missing)} missing, "
+            f"{len(unexpected)} unknown); is it another network's?"
+        )
+    for key, value in state.items():
+        if value.shape != expected[key].shape:
+            raise UserError(
+                f"the weights must have {arch}'s shapes, but in {weights!r} {key!r} is {tuple(value.shape)} "
+                f"instead of {tuple(expected[key].shape)}."
+            )
