@@ -1,0 +1,210 @@
+"""From predictions to numbers, and to the intervals that say how far a number can be trusted."""
+
+from dataclasses import asdict, dataclass
+
+import numpy as np
+import pandas as pd
+from numpy.typing import NDArray
+from sklearn import metrics as sk
+
+HEADLINES = ("balanced_accuracy", "accuracy", "macro_auc")
+Floats = NDArray[np.float64]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Predictions:
+    """What a model says of some images, and what is true.
+
+    Attributes:
+        probabilities: float64 (N, K), rows sum to 1.
+        targets: int64 (N,), class indices.
+        image_ids: N image ids.
+    """
+
+    probabilities: Floats
+    targets: NDArray[np.int64]
+    image_ids: tuple[str, ...]
+
+    @property
+    def predicted(self) -> NDArray[np.int64]:
+        """The most probable class of each image, int64 (N,)."""
+        predicted: NDArray[np.int64] = self.probabilities.argmax(axis=1)
+        return predicted
+
+
+@dataclass(frozen=True, kw_only=True)
+class Metrics:
+    """The figures of one split: mean cross-entropy in nats, and scores from 0 to 1.
+
+    `balanced_accuracy` (mean sensitivity) and `macro_auc` (mean one-versus-rest AUC) average over the classes
+    that occur; where only one occurs, `macro_auc` is NaN.
+    """
+
+    loss: float
+    accuracy: float
+    balanced_accuracy: float
+    macro_auc: float
+
+    def to_dict(self, split: str) -> dict[str, float]:
+        """Name the figures as MLflow shows them: `val/loss`, ..., without those that are NaN."""
+        return {f"{split}/{name}": value for name, value in asdict(self).items() if not np.isnan(value)}
+
+
+@dataclass(frozen=True, kw_only=True)
+class EpochResult:
+    """What one epoch gave.
+
+    Attributes:
+        epoch: Counted from 1.
+        lr: Learning rate of its last step.
+        seconds: Wall time, val included.
+        images_per_s: Training images per second, val excluded.
+        train: Measured over the epoch, on augmented images, while the network learnt.
+        val: Measured at its end.
+    """
+
+    epoch: int
+    lr: float
+    seconds: float
+    images_per_s: float
+    train: Metrics
+    val: Metrics
+
+    @property
+    def gap(self) -> float:
+        """The generalization gap: balanced accuracy on train minus that on val."""
+        return self.train.balanced_accuracy - self.val.balanced_accuracy
+
+
+def compute_metrics(predictions: Predictions) -> Metrics:
+    """Compute the figures over all images at once: summed over images, divided once."""
+    targets, probabilities = predictions.targets, predictions.probabilities
+    of_target = probabilities[np.arange(len(targets)), targets]
+    return Metrics(
+        loss=float(-np.log(np.maximum(of_target, np.finfo(np.float32).tiny)).mean()),
+        accuracy=float(sk.accuracy_score(targets, predictions.predicted)),
+        balanced_accuracy=float(np.mean(_sensitivities(predictions)[np.unique(targets)])),
+        macro_auc=_mean_auc(predictions),
+    )
+
+
+def _sensitivities(predictions: Predictions) -> Floats:
+    labels = list(range(predictions.probabilities.shape[1]))
+    scores: Floats = sk.recall_score(
+        predictions.targets, predictions.predicted, labels=labels, average=None, zero_division=np.nan
+    )
+    return scores
+
+
+def _class_aucs(predictions: Predictions) -> Floats:
+    """One-versus-rest AUC of each class, NaN where there is no image of it or no other."""
+    aucs = np.full(predictions.probabilities.shape[1], np.nan)
+    for target in np.unique(predictions.targets):
+        positive = predictions.targets == target
+        if not positive.all():
+            aucs[target] = sk.roc_auc_score(positive, predictions.probabilities[:, target])
+    return aucs
+
+
+def _mean_auc(predictions: Predictions) -> float:
+    aucs = _class_aucs(predictions)
+    return float(np.nanmean(aucs)) if np.isfinite(aucs).any() else float("nan")
+
+
+def compute_class_table(predictions: Predictions, classes: tuple[str, ...]) -> pd.DataFrame:
+    """Compute a row per class: images, sensitivity, specificity, precision, f1, auc; NaN where undefined."""
+    counts = compute_confusion(predictions)
+    hits, actual, predicted = counts.diagonal(), counts.sum(axis=1), counts.sum(axis=0)
+    with np.errstate(invalid="ignore", divide="ignore"):
+        return pd.DataFrame(
+            {
+                "dx": classes,
+                "images": actual,
+                "sensitivity": hits / actual,
+                "specificity": 1 - (predicted - hits) / (counts.sum() - actual),
+                "precision": hits / predicted,
+                "f1": np.where(actual > 0, 2 * hits / (actual + predicted), np.nan),
+                "auc": _class_aucs(predictions),
+            }
+        )
+
+
+def compute_confusion(predictions: Predictions) -> NDArray[np.int64]:
+    """Count images by true class (rows) and predicted class (columns), int64 (K, K)."""
+    labels = list(range(predictions.probabilities.shape[1]))
+    counts: NDArray[np.int64] = sk.confusion_matrix(predictions.targets, predictions.predicted, labels=labels)
+    return counts
+
+
+def predict_always(target: int, like: Predictions) -> Predictions:
+    """Give the predictions of a model that answers the same class for every image, and is sure of it."""
+    probabilities = np.zeros_like(like.probabilities)
+    probabilities[:, target] = 1
+    return Predictions(probabilities=probabilities, targets=like.targets, image_ids=like.image_ids)
+
+
+def compute_intervals(
+    predictions: Predictions,
+    lesions: NDArray[np.str_],
+    *,
+    replicates: int = 1000,
+    level: float = 0.95,
+    seed: int = 0,
+) -> dict[str, tuple[float, float]]:
+    """Compute an interval for each headline figure by drawing lesions with replacement.
+
+    The photos of one lesion are no independent evidence, so lesions are drawn, not images.
+    Source: Efron, Tibshirani, "An Introduction to the Bootstrap" (1993), section 13.3 (percentile interval).
+
+    Args:
+        predictions: Of N images.
+        lesions: Which lesion each image shows, (N,).
+        replicates: How many times lesions are drawn.
+        level: Share of the replicates inside the interval.
+        seed: Of the draws.
+    """
+    names, lesion_of = np.unique(lesions, return_inverse=True)
+    draws = np.random.default_rng(seed).multinomial(
+        len(names), np.full(len(names), 1 / len(names)), size=replicates
+    )
+    figures = _compute_weighted(predictions, draws[:, lesion_of].astype(np.float64))
+    tails = [(1 - level) / 2, (1 + level) / 2]
+    return {name: tuple(np.nanquantile(figures[name], tails).tolist()) for name in HEADLINES}
+
+
+def _compute_weighted(predictions: Predictions, weights: Floats) -> dict[str, Floats]:
+    """Compute the headline figures for many weightings of the images, weights (B, N), at once; each (B,)."""
+    targets = predictions.targets
+    hits = weights * (predictions.predicted == targets)
+    sensitivities, aucs = [], []
+    for target in np.unique(targets):
+        positive = targets == target
+        with np.errstate(invalid="ignore", divide="ignore"):
+            sensitivities.append(hits[:, positive].sum(axis=1) / weights[:, positive].sum(axis=1))
+            aucs.append(_compute_weighted_auc(positive, predictions.probabilities[:, target], weights))
+    return {
+        "accuracy": hits.sum(axis=1) / weights.sum(axis=1),
+        "balanced_accuracy": _mean_of_known(np.array(sensitivities)),
+        "macro_auc": _mean_of_known(np.array(aucs)),
+    }
+
+
+def _mean_of_known(values: Floats) -> Floats:
+    """Average (C, B) over C without the NaNs; NaN where all are."""
+    known = np.isfinite(values)
+    with np.errstate(invalid="ignore"):
+        means: Floats = np.where(known, values, 0).sum(axis=0) / known.sum(axis=0)
+    return means
+
+
+def _compute_weighted_auc(positive: NDArray[np.bool_], scores: Floats, weights: Floats) -> Floats:
+    """Compute an AUC for each row of weights: the chance that a positive outranks a negative."""
+    order = np.argsort(scores, kind="stable")
+    starts = np.flatnonzero(np.diff(scores[order], prepend=np.nan) != 0)  # of each run of tied scores
+    ordered = weights[:, order]
+    positives = np.add.reduceat(ordered * positive[order], starts, axis=1)
+    negatives = np.add.reduceat(ordered * ~positive[order], starts, axis=1)
+    below = np.cumsum(negatives, axis=1) - negatives
+    wins = (positives * (below + negatives / 2)).sum(axis=1)  # a tie counts half
+    result: Floats = wins / (positives.sum(axis=1) * negatives.sum(axis=1))
+    return result

@@ -1,0 +1,104 @@
+"""What a test says of a model, beside what answering one class for everything would have scored."""
+
+from dataclasses import dataclass
+
+import numpy as np
+import pandas as pd
+from numpy.typing import NDArray
+
+from skin_resnet.evaluation.metrics import (
+    HEADLINES,
+    Metrics,
+    Predictions,
+    compute_class_table,
+    compute_intervals,
+    compute_metrics,
+    predict_always,
+)
+from skin_resnet.evaluation.report import format_class_table, format_score
+
+
+@dataclass(frozen=True, kw_only=True)
+class Scores:
+    """The figures of one model on some images.
+
+    Attributes:
+        predictions: What the model said.
+        classes: The class order.
+        lesions: How many lesions the images show.
+        metrics: Its figures.
+        intervals: A 95 % interval for each headline figure, by bootstrap over lesions.
+        class_table: A row per class.
+        baseline: The figures of always answering `baseline_class`.
+        baseline_class: The class with most training images.
+    """
+
+    predictions: Predictions
+    classes: tuple[str, ...]
+    lesions: int
+    metrics: Metrics
+    intervals: dict[str, tuple[float, float]]
+    class_table: pd.DataFrame
+    baseline: Metrics
+    baseline_class: str
+
+    def to_dict(self, split: str) -> dict[str, float]:
+        """Name all figures as MLflow shows them, with `_low` and `_high` for the intervals."""
+        figures = self.metrics.to_dict(split)
+        for name, (low, high) in self.intervals.items():
+            figures |= {f"{split}/{name}_low": low, f"{split}/{name}_high": high}
+        figures |= {f"{split}/baseline_{name}": getattr(self.baseline, name) for name in HEADLINES}
+        return figures | {f"{split}/images": len(self.predictions.targets), f"{split}/lesions": self.lesions}
+
+
+def compute_scores(
+    predictions: Predictions, lesions: NDArray[np.str_], classes: tuple[str, ...], baseline_class: str
+) -> Scores:
+    """Compute everything a test reports.
+
+    Args:
+        predictions: Of N images.
+        lesions: Which lesion each image shows, (N,).
+        classes: The class order.
+        baseline_class: The class with most training images.
+    """
+    return Scores(
+        predictions=predictions,
+        classes=classes,
+        lesions=len(np.unique(lesions)),
+        metrics=compute_metrics(predictions),
+        intervals=compute_intervals(predictions, lesions),
+        class_table=compute_class_table(predictions, classes),
+        baseline=compute_metrics(predict_always(classes.index(baseline_class), predictions)),
+        baseline_class=baseline_class,
+    )
+
+
+def format_scores(scores: Scores, split: str) -> str:
+    """Write the scores as Markdown that also reads well on a terminal."""
+    names = {"balanced_accuracy": "balanced accuracy", "accuracy": "accuracy", "macro_auc": "macro AUC"}
+    lines = [
+        f"### {split.capitalize()}: {len(scores.predictions.targets)} images of {scores.lesions} lesions",
+        "",
+        f"| {'':17} | {'model [95 % interval]':22} | always {scores.baseline_class} |",
+        f"|-{'-' * 17}-|-{'-' * 22}-|-{'-' * (7 + len(scores.baseline_class))}-|",
+    ]
+    for name in HEADLINES:
+        score = format_score(getattr(scores.metrics, name), scores.intervals[name])
+        baseline = format_score(getattr(scores.baseline, name))
+        lines.append(f"| {names[name]:17} | {score:22} | {baseline:{7 + len(scores.baseline_class)}} |")
+    loss = f"{scores.metrics.loss:.3f}"
+    lines.append(f"| {'loss (nats)':17} | {loss:22} | {'-':{7 + len(scores.baseline_class)}} |")
+    return "\n".join([*lines, "", format_class_table(scores.class_table)])
+
+
+def tabulate_predictions(predictions: Predictions, classes: tuple[str, ...]) -> pd.DataFrame:
+    """Give a row per image: image_id, true dx, predicted dx, and each class's probability."""
+    return pd.DataFrame(
+        {
+            "image_id": predictions.image_ids,
+            "dx": np.array(classes)[predictions.targets],
+            "prediction": np.array(classes)[predictions.predicted],
+            **{name: predictions.probabilities[:, k] for k, name in enumerate(classes)},
+        }
+    )

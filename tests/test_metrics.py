@@ -1,0 +1,132 @@
+"""Figures against scikit-learn's, also where classes are absent or scores are tied."""
+
+import numpy as np
+import pytest
+from sklearn import metrics as sk
+
+from skin_resnet.evaluation.metrics import (
+    Predictions,
+    _compute_weighted,
+    compute_class_table,
+    compute_intervals,
+    compute_metrics,
+    predict_always,
+)
+
+
+def predict_randomly(size: int = 200, classes: int = 7, *, seed: int = 0, ties: bool = False) -> Predictions:
+    rng = np.random.default_rng(seed)
+    targets = rng.choice(classes, size, p=np.arange(1, classes + 1) / np.arange(1, classes + 1).sum())
+    probabilities = (
+        rng.dirichlet(np.ones(classes), size) + np.eye(classes)[targets] * rng.random((size, 1)) * 0.5
+    )
+    if ties:
+        probabilities = np.ceil(probabilities * 4)
+    probabilities /= probabilities.sum(axis=1, keepdims=True)
+    return Predictions(probabilities=probabilities, targets=targets, image_ids=tuple(map(str, range(size))))
+
+
+@pytest.mark.parametrize("ties", [False, True])
+@pytest.mark.parametrize("seed", range(3))
+def test_figures_are_those_of_scikit_learn(seed: int, ties: bool) -> None:
+    predictions = predict_randomly(seed=seed, ties=ties)
+    targets, probabilities = predictions.targets, predictions.probabilities
+    metrics = compute_metrics(predictions)
+    predicted = probabilities.argmax(axis=1)
+    assert metrics.accuracy == sk.accuracy_score(targets, predicted)
+    assert metrics.balanced_accuracy == pytest.approx(
+        sk.balanced_accuracy_score(targets, predicted), abs=1e-12
+    )
+    assert metrics.macro_auc == pytest.approx(
+        sk.roc_auc_score(targets, probabilities, multi_class="ovr"), abs=1e-12
+    )
+    assert metrics.loss == pytest.approx(sk.log_loss(targets, probabilities, labels=range(7)), abs=1e-9)
+
+
+def test_absent_classes_are_left_out_of_the_means() -> None:
+    predictions = predict_randomly()
+    some = predictions.targets < 3
+    part = Predictions(
+        probabilities=predictions.probabilities[some], targets=predictions.targets[some], image_ids=()
+    )
+    recalls = sk.recall_score(part.targets, part.predicted, labels=[0, 1, 2], average=None)
+    aucs = [sk.roc_auc_score(part.targets == k, part.probabilities[:, k]) for k in range(3)]
+    assert compute_metrics(part).balanced_accuracy == pytest.approx(np.mean(recalls))
+    assert compute_metrics(part).macro_auc == pytest.approx(np.mean(aucs))
+
+
+def test_one_class_only_has_no_auc() -> None:
+    predictions = predict_randomly()
+    some = predictions.targets == 6
+    part = Predictions(
+        probabilities=predictions.probabilities[some], targets=predictions.targets[some], image_ids=()
+    )
+    metrics = compute_metrics(part)
+    assert metrics.accuracy == metrics.balanced_accuracy
+    assert np.isnan(metrics.macro_auc)
+    assert "val/macro_auc" not in metrics.to_dict("val")
+
+
+@pytest.mark.parametrize("ties", [False, True])
+def test_weighted_figures_equal_scikit_learns_on_repeated_images(ties: bool) -> None:
+    predictions = predict_randomly(80, ties=ties)
+    weights = np.random.default_rng(1).integers(0, 4, (20, 80))
+    figures = _compute_weighted(predictions, weights.astype(float))
+    for row, counts in enumerate(weights):
+        repeated = np.repeat(np.arange(80), counts)
+        expected = compute_metrics(
+            Predictions(
+                probabilities=predictions.probabilities[repeated],
+                targets=predictions.targets[repeated],
+                image_ids=(),
+            )
+        )
+        for name in ("accuracy", "balanced_accuracy", "macro_auc"):
+            assert figures[name][row] == pytest.approx(getattr(expected, name), abs=1e-12)
+
+
+def test_intervals_hold_the_figure_and_widen_when_photos_share_lesions() -> None:
+    predictions = predict_randomly(300)
+    # Three copies of each image, as three photos of one lesion, are no more evidence than one.
+    copies = np.tile(np.arange(300), 3)
+    tripled = Predictions(
+        probabilities=predictions.probabilities[copies], targets=predictions.targets[copies], image_ids=()
+    )
+    lesions = np.array([f"L{i}" for i in range(300)])
+    single = compute_intervals(predictions, lesions)
+    by_lesion = compute_intervals(tripled, lesions[copies])
+    by_image = compute_intervals(tripled, np.array([f"I{i}" for i in range(900)]))
+    metrics = compute_metrics(predictions)
+    for name, (low, high) in single.items():
+        assert low < getattr(metrics, name) < high
+        assert by_lesion[name] == pytest.approx((low, high), abs=1e-12)
+        assert by_image[name][1] - by_image[name][0] < 0.75 * (high - low)
+
+
+def test_the_interval_of_accuracy_is_that_of_the_binomial() -> None:
+    predictions = predict_randomly(2000)
+    low, high = compute_intervals(predictions, np.arange(2000).astype(str), replicates=4000)["accuracy"]
+    p = compute_metrics(predictions).accuracy
+    assert high - low == pytest.approx(2 * 1.96 * np.sqrt(p * (1 - p) / 2000), rel=0.06)
+
+
+def test_the_class_table_is_that_of_scikit_learn() -> None:
+    predictions = predict_randomly()
+    table = compute_class_table(predictions, tuple("abcdefg"))
+    precision, recall, f1, support = sk.precision_recall_fscore_support(
+        predictions.targets, predictions.predicted
+    )
+    assert table.sensitivity.to_numpy() == pytest.approx(recall)
+    assert table.precision.to_numpy() == pytest.approx(precision)
+    assert table.f1.to_numpy() == pytest.approx(f1)
+    assert table.images.tolist() == support.tolist()
+    specificity = sk.recall_score(predictions.targets != 2, predictions.predicted != 2)
+    assert table.specificity[2] == pytest.approx(specificity)
+
+
+def test_always_one_class_scores_its_share_and_chance() -> None:
+    predictions = predict_randomly()
+    baseline = compute_metrics(predict_always(6, predictions))
+    assert baseline.accuracy == (predictions.targets == 6).mean()
+    assert baseline.balanced_accuracy == pytest.approx(1 / 7)
+    assert baseline.macro_auc == 0.5

@@ -1,0 +1,197 @@
+import sys
+from collections.abc import Sequence
+from io import BytesIO
+from itertools import combinations
+
+import numpy as np
+import pytest
+from matplotlib import rcParams
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.text import Text
+
+from skin_resnet.evaluation.metrics import EpochResult, Metrics, Predictions
+from skin_resnet.evaluation.plots import plot_confusion, plot_curves
+from skin_resnet.labels import HAM10000_CLASSES
+
+SEVEN = HAM10000_CLASSES
+
+
+def make_epoch(epoch: int, train_loss: float, val_loss: float, lr: float = 3e-4) -> EpochResult:
+    def score(loss: float) -> Metrics:
+        right = float(np.exp(-loss))
+        return Metrics(loss=loss, accuracy=0.5 + right / 2, balanced_accuracy=right, macro_auc=0.8)
+
+    return EpochResult(
+        epoch=epoch, lr=lr, seconds=9, images_per_s=400, train=score(train_loss), val=score(val_loss)
+    )
+
+
+def make_history(length: int) -> list[EpochResult]:
+    times = np.arange(length) / length
+    losses = zip(2 * np.exp(-4 * times), 1.5 - 2 * times + 2.2 * times**2, strict=True)
+    return [make_epoch(epoch, *map(float, pair)) for epoch, pair in enumerate(losses, 1)]
+
+
+def make_predictions(classes: int, absent: Sequence[int] = ()) -> Predictions:
+    generator = np.random.default_rng(0)
+    targets = generator.choice([target for target in range(classes) if target not in absent], 40 * classes)
+    probabilities = generator.dirichlet(np.ones(classes), len(targets))
+    probabilities[np.arange(len(targets)), targets] += 0.3
+    ids = tuple(map(str, range(len(targets))))
+    return Predictions(probabilities=probabilities / 1.3, targets=targets, image_ids=ids)
+
+
+def texts_of(axes: Axes) -> list[str]:
+    return [text.get_text() for text in axes.texts]
+
+
+def visible_texts(figure: Figure) -> list[Text]:
+    """Give all upright texts that are drawn, with their places fixed."""
+    figure.draw_without_rendering()
+    texts = [text for text in figure.findobj(Text) if text.get_text() and text.get_visible()]
+    for axes in figure.axes:
+        for axis, (low, high) in ((axes.xaxis, axes.get_xlim()), (axes.yaxis, sorted(axes.get_ylim()))):
+            ticks = zip(axis.get_majorticklocs(), axis.get_major_ticks(), strict=True)
+            outside = [tick.label1 for place, tick in ticks if not low <= place <= high]
+            texts = [text for text in texts if text not in outside]
+    return [
+        text for text in texts if text.get_rotation() % 90 == 0
+    ]  # the box of a slanted one is not its ink
+
+
+def assert_texts_are_apart(figure: Figure) -> None:
+    boxes = [(text.get_text(), text.get_window_extent()) for text in visible_texts(figure)]
+    for text, box in boxes:
+        assert box.union([box, figure.bbox]).bounds == figure.bbox.bounds, f"{text!r} leaves the page"
+    for (one, first), (other, second) in combinations(boxes, 2):
+        # A hair's breadth is allowed: the box of a text is larger than its ink.
+        assert not first.padded(-2).overlaps(second.padded(-2)), f"{one!r} lies on {other!r}"
+
+
+# Curves
+
+
+@pytest.mark.parametrize(
+    ("length", "best_epoch"), [(1, 1), (2, 2), (8, 1), (8, 7), (60, 20), (100, 1), (100, 100)]
+)
+def test_no_text_of_the_curves_lies_on_another_or_leaves_the_page(length: int, best_epoch: int) -> None:
+    assert_texts_are_apart(plot_curves(make_history(length), best_epoch))
+
+
+def test_curves_show_the_values_of_every_epoch_of_both_splits() -> None:
+    history = make_history(8)
+    loss, score, lr = plot_curves(history, 3).axes
+    drawn = [tuple(line.get_ydata()) for axes in (loss, score, lr) for line in axes.lines]
+    for split in ("train", "val"):
+        for name in ("loss", "balanced_accuracy", "accuracy"):
+            assert tuple(getattr(getattr(result, split), name) for result in history) in drawn
+    assert tuple(result.lr for result in history) in drawn
+
+
+def test_the_best_epoch_is_marked_with_its_val_values() -> None:
+    history = make_history(60)
+    figure = plot_curves(history, 23)
+    best = history[22]
+    loss, score, lr = figure.axes
+    assert f"epoch 23: {best.val.loss:.3f}" in texts_of(loss)
+    assert f"epoch 23: {best.val.balanced_accuracy:.3f}" in texts_of(score)
+    for axes in (loss, score, lr):
+        assert [23, 23] in [list(line.get_xdata()) for line in axes.lines]
+    title = figure._suptitle.get_text()
+    assert title.startswith("Best epoch 23 of 60")
+    assert f"{best.val.balanced_accuracy:.3f} on val, {best.train.balanced_accuracy:.3f} on train" in title
+
+
+@pytest.mark.parametrize("best_epoch", [1, 50, 100])
+def test_the_mark_of_the_best_epoch_stays_inside_its_axes(best_epoch: int) -> None:
+    figure = plot_curves(make_history(100), best_epoch)
+    figure.draw_without_rendering()
+    for axes in figure.axes[:2]:
+        mark = next(text for text in axes.texts if text.get_text().startswith("epoch"))
+        box, frame = mark.get_window_extent(), axes.get_window_extent()
+        assert frame.x0 <= box.x0 <= box.x1 <= frame.x1
+        assert frame.y0 <= box.y0 <= box.y1 <= frame.y1
+
+
+@pytest.mark.parametrize("length", [1, 2, 8, 60, 100])
+def test_epoch_ticks_are_whole_epochs_that_exist(length: int) -> None:
+    axes = plot_curves(make_history(length), 1).axes[-1]
+    low, high = axes.get_xlim()
+    ticks = [tick for tick in axes.get_xticks() if low <= tick <= high]
+    assert ticks
+    assert all(tick == round(tick) and 1 <= tick <= length for tick in ticks)
+
+
+def test_lines_that_end_at_one_value_keep_their_names_apart() -> None:
+    same = Metrics(loss=0.01, accuracy=1, balanced_accuracy=1, macro_auc=1)
+    history = [
+        EpochResult(epoch=epoch, lr=1e-3, seconds=1, images_per_s=1, train=same, val=same)
+        for epoch in (1, 2, 3)
+    ]
+    assert_texts_are_apart(plot_curves(history, 2))
+
+
+def test_one_wild_loss_is_named_instead_of_pressing_the_curve_flat() -> None:
+    history = [make_epoch(1, 1.9, 38.2), *make_history(12)[1:]]
+    loss = plot_curves(history, 9).axes[0]
+    assert loss.get_ylim()[1] < 4
+    assert loss.get_title(loc="right") == "off this axis: val loss 38.2 in epoch 1"
+    assert not plot_curves(make_history(12), 9).axes[0].get_title(loc="right")
+
+
+def test_a_learning_rate_that_steps_down_by_decades_gets_a_log_axis_and_a_cosine_does_not() -> None:
+    def scale_of(lrs: Sequence[float]) -> str:
+        history = [make_epoch(epoch, 1, 1, float(lr)) for epoch, lr in enumerate(lrs, 1)]
+        return plot_curves(history, 1).axes[-1].get_yscale()
+
+    assert scale_of([1e-3] * 5 + [1e-4] * 5 + [1e-5] * 5 + [1e-6] * 5) == "log"
+    assert scale_of(5e-4 * (1 + np.cos(np.linspace(0, np.pi, 40)))) == "linear"
+    assert scale_of([3e-4] * 5) == "linear"
+    assert scale_of([0.0]) == "linear"
+
+
+# Confusion
+
+
+@pytest.mark.parametrize(
+    "classes",
+    [
+        ("benign", "malignant melanoma of the skin of the trunk"),
+        SEVEN,
+        tuple(f"class number {index}" for index in range(20)),
+    ],
+)
+def test_no_text_of_the_confusion_lies_on_another_or_leaves_the_page(classes: tuple[str, ...]) -> None:
+    assert_texts_are_apart(plot_confusion(make_predictions(len(classes)), classes, "Test"))
+
+
+def test_each_cell_says_how_many_images_and_which_share_of_the_row() -> None:
+    targets = np.array([0] * 4 + [1] * 1000)
+    predicted = np.array([0, 0, 0, 2] + [1] * 998 + [2] * 2)
+    predictions = Predictions(
+        probabilities=np.eye(3)[predicted], targets=targets, image_ids=tuple(map(str, range(1004)))
+    )
+    axes = plot_confusion(predictions, ("a", "b", "c"), "Val").axes[0]
+    texts = {text.get_position(): text.get_text() for text in axes.texts}
+    cells = {place: text for place, text in texts.items() if "%" in text}
+    assert cells == {(0, 0): "3\n75%", (2, 0): "1\n25%", (1, 1): "998\n100%", (2, 1): "2\n<1%"}
+    assert [label.get_text() for label in axes.get_yticklabels()] == ["a (4)", "b (1,000)", "c (0)"]
+    assert "no images" in texts_of(axes)
+    assert axes.get_title(loc="left") == "Val: 1,004 images, balanced accuracy 0.874"
+
+
+def test_every_class_without_images_is_said_to_have_none() -> None:
+    axes = plot_confusion(make_predictions(7, absent=(3, 6)), SEVEN, "Val").axes[0]
+    rows = [text.get_position()[1] for text in axes.texts if text.get_text() == "no images"]
+    assert rows == [3, 6]
+
+
+def test_plotting_needs_no_pyplot_and_changes_no_setting(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delitem(sys.modules, "matplotlib.pyplot", raising=False)  # another test may have loaded it
+    before = dict(rcParams.copy())
+    file = BytesIO()
+    plot_curves(make_history(3), 1).savefig(file, format="png")
+    assert file.getvalue().startswith(b"\x89PNG")
+    assert "matplotlib.pyplot" not in sys.modules
+    assert dict(rcParams.copy()) == before
