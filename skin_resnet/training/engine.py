@@ -1,0 +1,193 @@
+"""The training loop: `fit` yields one result per epoch, and knows neither MLflow nor Optuna."""
+
+import time
+from collections.abc import Callable, Iterable, Iterator
+
+import numpy as np
+import torch
+from lightning_fabric import Fabric
+from numpy.typing import NDArray
+from torch import Tensor, nn
+
+from skin_resnet.data.augment import RECIPES, augment, mix
+from skin_resnet.data.load import Batch, Loader
+from skin_resnet.data.transform import normalize
+from skin_resnet.errors import UserError
+from skin_resnet.evaluation.metrics import EpochResult, Metrics, Predictions, compute_metrics
+from skin_resnet.training.optim import compute_loss
+from skin_resnet.training.state import TrainingState
+
+# Wraps the batches of an epoch to show how far it is: given the batches and the epoch, gives the batches.
+Progress = Callable[[Iterable[Batch], int], Iterable[Batch]]
+
+
+class NonFiniteLossError(UserError):
+    """The loss became NaN or infinite: training stops, since nothing after it can be trusted."""
+
+
+def fit(
+    state: TrainingState, train: Loader, val: Loader, progress: Progress = lambda batches, epoch: batches
+) -> Iterator[EpochResult]:
+    """Train from `state.epoch` to `config.epochs`, and yield what each epoch gave.
+
+    The state is whole at each yield: it may be saved there, and the caller may stop there.
+
+    Raises:
+        NonFiniteLossError: The loss became NaN or infinite.
+    """
+    while state.epoch < state.config.epochs:
+        start = time.perf_counter()
+        trained = _train_epoch(state, train, progress)
+        train_s = time.perf_counter() - start
+        scored = predict(state.scored_network, val, state.fabric)
+        train_metrics, val_metrics = _measure(trained), _measure((scored, val.targets))
+        state.schedule.end_epoch(val_metrics.loss)
+        state.epoch += 1
+        yield EpochResult(
+            epoch=state.epoch,
+            lr=state.optimizer.param_groups[0]["lr"],
+            seconds=time.perf_counter() - start,
+            images_per_s=len(train.rows) / train_s,
+            train=train_metrics,
+            val=val_metrics,
+        )
+
+
+def _train_epoch(
+    state: TrainingState, train: Loader, progress: Progress
+) -> tuple[NDArray[np.float64], Tensor]:
+    """Run an epoch's steps; give what the network said (N, K) and was to say (N,) of its training images."""
+    state.model.train()
+    fabric, config = state.fabric, state.config
+    num_classes = len(state.class_weights)
+    # A first column for the target: MixUp's stronger one, where images are mixed.
+    seen = torch.zeros(len(train.rows), 1 + num_classes, device=fabric.device)
+    losses: list[Tensor] = []
+    # Asking a GPU for a loss makes it wait, so there it is asked rarely.
+    check_every = 1 if fabric.device.type == "cpu" else 50
+    for step, batch in enumerate(progress(train.shuffled(config.seed, state.epoch), state.epoch + 1)):
+        generator = _seed_step(config.seed, state.epoch, step, fabric.global_rank)
+        state.schedule.set_lr(state.epoch * len(train) + step)
+        images = augment(to_float(batch.pixels), RECIPES[config.augment], generator)
+        images, targets = mix(images, batch.targets, num_classes, config.mixup, config.cutmix, generator)
+        logits = state.model(normalize(images))
+        loss = compute_loss(logits, targets, state.class_weights, config.label_smoothing)
+        fabric.backward(loss)
+        if config.grad_clip > 0:
+            fabric.clip_gradients(
+                state.model, state.optimizer, max_norm=config.grad_clip, error_if_nonfinite=False
+            )
+        state.optimizer.step()
+        state.optimizer.zero_grad()
+        state.update_ema(state.epoch * len(train) + step)
+        seen[batch.positions, 0] = targets.argmax(dim=1).to(seen.dtype)
+        seen[batch.positions, 1:] = logits.detach().float().softmax(dim=1)
+        losses.append(loss.detach())
+        if step % check_every == check_every - 1 or step == len(train) - 1:
+            _check_finite(losses, state.epoch + 1, config.lr)
+    if fabric.world_size > 1:
+        seen = _sum_over_ranks(seen, fabric)
+        _average_buffers(state.network, fabric)
+    return _to_probabilities(seen[:, 1:]), seen[:, 0].long().cpu()
+
+
+def _seed_step(seed: int, epoch: int, step: int, rank: int) -> torch.Generator:
+    """Seed every random number of a step: the generator given back, and torch's own for dropout."""
+    step_seed = int(np.random.SeedSequence((seed, epoch, step, rank)).generate_state(1, np.uint64)[0] >> 1)
+    torch.manual_seed(step_seed)
+    return torch.Generator().manual_seed(step_seed)
+
+
+def to_float(pixels: Tensor) -> Tensor:
+    """Turn pixels uint8 (N, H, W, 3) into images float32 (N, 3, H, W) in [0, 1], laid out channels-last."""
+    return pixels.permute(0, 3, 1, 2).float().div_(255)
+
+
+def _check_finite(losses: list[Tensor], epoch: int, lr: float) -> None:
+    finite = torch.stack(losses).isfinite()
+    if not finite.all():
+        step = int(finite.long().argmin())
+        raise NonFiniteLossError(
+            f"the loss must stay finite, but it became {losses[step].item()} in epoch {epoch}, "
+            f"batch {step + 1}; try an lr below {lr:g}, a longer warm-up, or precision=fp32."
+        )
+
+
+@torch.no_grad()
+def predict(network: nn.Module, loader: Loader, fabric: Fabric) -> NDArray[np.float64]:
+    """Give the class probabilities float64 (N, K) of all images of a loader, in its order, on every rank."""
+    network.eval()
+    probabilities: Tensor | None = None
+    for batch in loader.ordered():
+        with fabric.autocast():
+            logits = network(normalize(to_float(batch.pixels)))
+        if probabilities is None:
+            probabilities = torch.zeros(len(loader.rows), logits.shape[1], device=fabric.device)
+        probabilities[batch.positions] = logits.float().softmax(dim=1)
+    assert probabilities is not None, "a loader has at least one batch"
+    return _to_probabilities(
+        _sum_over_ranks(probabilities, fabric) if loader.world_size > 1 else probabilities
+    )
+
+
+def _sum_over_ranks(values: Tensor, fabric: Fabric) -> Tensor:
+    # Each rank has filled the rows of its own images and left the others zero.
+    return fabric.all_reduce(values, reduce_op="sum")  # type: ignore[return-value]
+
+
+def _average_buffers(network: nn.Module, fabric: Fabric) -> None:
+    """Give all ranks the same BatchNorm statistics: each has seen its own images only."""
+    for buffer in network.buffers():
+        if buffer.is_floating_point():
+            buffer.copy_(fabric.all_reduce(buffer, reduce_op="mean"))  # type: ignore[arg-type]
+
+
+def _to_probabilities(values: Tensor) -> NDArray[np.float64]:
+    probabilities = values.cpu().numpy().astype(np.float64)
+    normalised: NDArray[np.float64] = probabilities / probabilities.sum(axis=1, keepdims=True)
+    return normalised
+
+
+def _measure(predicted: tuple[NDArray[np.float64], Tensor]) -> Metrics:
+    probabilities, targets = predicted
+    return compute_metrics(Predictions(probabilities=probabilities, targets=targets.numpy(), image_ids=()))
+
+
+class BestEpoch:
+    """Remembers the best epoch by a val metric, and says when none better has come for too long.
+
+    Args:
+        metric: `balanced_accuracy`, `macro_auc` (higher is better) or `loss` (lower is).
+        patience: Epochs to wait for a better one; 0: for ever.
+    """
+
+    def __init__(self, metric: str, patience: int) -> None:
+        self._metric = metric
+        self._patience = patience
+        self._best: EpochResult | None = None
+        self._last_epoch = 0
+
+    @property
+    def epoch(self) -> EpochResult:
+        """The best epoch so far; there must have been one."""
+        assert self._best is not None, "no epoch has finished yet"
+        return self._best
+
+    def update(self, result: EpochResult) -> bool:
+        """Take note of an epoch; say whether it is the best so far. The first of equals stays."""
+        self._last_epoch = result.epoch
+        if self._best is not None and self._score(result) <= self._score(self._best):
+            return False
+        self._best = result
+        return True
+
+    @property
+    def should_stop(self) -> bool:
+        """Whether patience has run out."""
+        return self._patience > 0 and self._last_epoch - self.epoch.epoch >= self._patience
+
+    def _score(self, result: EpochResult) -> float:
+        value: float = getattr(result.val, self._metric)
+        if np.isnan(value):
+            return -np.inf
+        return -value if self._metric == "loss" else value

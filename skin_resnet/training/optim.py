@@ -1,0 +1,145 @@
+"""How a network learns: loss, optimizer, and the course of the learning rate."""
+
+import math
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from numpy.typing import NDArray
+from torch import Tensor, nn
+
+from skin_resnet.config import TrainConfig
+
+
+def build_optimizer(network: nn.Module, config: TrainConfig) -> torch.optim.Optimizer:
+    """Build the optimizer, fused, with weight decay on convolutions and the head only.
+
+    Decaying BatchNorm's scales and the biases does not regularise, it only slows them.
+    Source: He et al., "Bag of Tricks for Image Classification", CVPR 2019, section 3.1.
+    """
+    parameters = [parameter for parameter in network.parameters() if parameter.requires_grad]
+    groups = [
+        {"params": [p for p in parameters if p.ndim > 1], "weight_decay": config.weight_decay},
+        {"params": [p for p in parameters if p.ndim <= 1], "weight_decay": 0.0},
+    ]
+    if config.optimizer == "sgd":
+        return torch.optim.SGD(groups, lr=config.lr, momentum=0.9, nesterov=True, fused=True)
+    optimizer = torch.optim.AdamW if config.optimizer == "adamw" else torch.optim.Adam
+    return optimizer(groups, lr=config.lr, fused=True)
+
+
+def compute_lr_factor(schedule: str, step: int, warmup_steps: int, total_steps: int) -> float:
+    """Give the share of the peak learning rate at a step, counted from 0.
+
+    Args:
+        schedule: `constant`, `cosine` or `plateau` (after a linear warm-up), or `onecycle`.
+        step: The step about to be made.
+        warmup_steps: Steps of the linear rise; the first step is already above 0.
+        total_steps: Steps of the whole training.
+    """
+    if schedule == "onecycle":
+        return _one_cycle(step, total_steps)
+    if step < warmup_steps:
+        return (step + 1) / warmup_steps
+    if schedule == "cosine":
+        progress = (step - warmup_steps) / max(1, total_steps - warmup_steps)
+        return (1 + math.cos(math.pi * progress)) / 2
+    return 1.0
+
+
+def _one_cycle(step: int, total_steps: int) -> float:
+    """Rise from 1/25 over 30 % of the steps, then fall to 1/250,000, both along a cosine.
+
+    Source: Smith, Topin, "Super-Convergence" (2018), with the numbers of torch's OneCycleLR.
+    """
+    top = 0.3 * total_steps - 1
+    low, end = 1 / 25, 1 / 25e4
+    if step <= top:
+        return low + (1 - low) * (1 - math.cos(math.pi * step / top)) / 2
+    return end + (1 - end) * (1 + math.cos(math.pi * (step - top) / (total_steps - 1 - top))) / 2
+
+
+class Schedule:
+    """Sets the learning rate of every step, and lowers it when val stops improving (`plateau`).
+
+    Args:
+        optimizer: Whose parameter groups are set.
+        config: Peak, course, warm-up and epochs.
+        steps_per_epoch: Optimizer steps in an epoch.
+    """
+
+    PLATEAU_PATIENCE = 3  # epochs without a lower val loss before the rate falls
+    PLATEAU_FACTOR = 0.3
+
+    def __init__(self, optimizer: torch.optim.Optimizer, config: TrainConfig, steps_per_epoch: int) -> None:
+        self._optimizer = optimizer
+        self._config = config
+        self._warmup_steps = round(config.warmup_epochs * steps_per_epoch)
+        self._total_steps = config.epochs * steps_per_epoch
+        self._reduction = 1.0
+        self._lowest_loss = math.inf
+        self._epochs_without = 0
+
+    def set_lr(self, step: int) -> float:
+        """Set the learning rate for a step, counted from 0 over the whole training, and give it."""
+        factor = compute_lr_factor(self._config.lr_schedule, step, self._warmup_steps, self._total_steps)
+        lr = self._config.lr * factor * self._reduction
+        for group in self._optimizer.param_groups:
+            group["lr"] = lr
+        return lr
+
+    def end_epoch(self, val_loss: float) -> None:
+        """Take note of the val loss after an epoch."""
+        if self._config.lr_schedule != "plateau":
+            return
+        if val_loss < self._lowest_loss:
+            self._lowest_loss, self._epochs_without = val_loss, 0
+            return
+        self._epochs_without += 1
+        if self._epochs_without > self.PLATEAU_PATIENCE:
+            self._reduction *= self.PLATEAU_FACTOR
+            self._epochs_without = 0
+
+    def state_dict(self) -> dict[str, Any]:
+        """Give what `end_epoch` has gathered; all else follows from the step."""
+        return {
+            "reduction": self._reduction,
+            "lowest_loss": self._lowest_loss,
+            "epochs_without": self._epochs_without,
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Take over what `state_dict` gave."""
+        self._reduction = state["reduction"]
+        self._lowest_loss = state["lowest_loss"]
+        self._epochs_without = state["epochs_without"]
+
+
+def compute_class_weights(counts: NDArray[np.int64], weighting: str) -> Tensor:
+    """Compute a loss weight for each class from its training images.
+
+    Args:
+        counts: int64 (K,), training images of each class.
+        weighting: `none`, `sqrt` (1 / sqrt(images)) or `balanced` (1 / images).
+
+    Returns:
+        float32 (K,), with mean 1 over the training images, so that the learning rate keeps its meaning. A
+        class without images weighs 0.
+    """
+    power = {"none": 0.0, "sqrt": -0.5, "balanced": -1.0}[weighting]
+    weights = np.where(counts > 0, np.maximum(counts, 1).astype(np.float64) ** power, 0.0)
+    return torch.from_numpy(weights * counts.sum() / (weights * counts).sum()).float()
+
+
+def compute_loss(logits: Tensor, targets: Tensor, class_weights: Tensor, label_smoothing: float) -> Tensor:
+    """Compute the cross-entropy, weighted by class and averaged over images.
+
+    Args:
+        logits: float (N, K).
+        targets: float (N, K), rows sum to 1: one-hot, or mixed by MixUp or CutMix.
+        class_weights: float (K,).
+        label_smoothing: Share of each target spread evenly over all classes.
+            Source: Szegedy et al., "Rethinking the Inception Architecture", CVPR 2016, section 7.
+    """
+    return F.cross_entropy(logits.float(), targets, weight=class_weights, label_smoothing=label_smoothing)

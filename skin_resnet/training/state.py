@@ -1,0 +1,129 @@
+"""What training changes: network, optimizer, schedule and moving average, on one device or several."""
+
+import copy
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from lightning_fabric import Fabric
+from torch import Tensor, nn
+
+from skin_resnet.config import TrainConfig
+from skin_resnet.data.load import Loader
+from skin_resnet.errors import UserError
+from skin_resnet.training.optim import Schedule, build_optimizer, compute_class_weights
+
+
+@dataclass(kw_only=True)
+class TrainingState:
+    """All that training changes, and what it needs to go on.
+
+    Attributes:
+        network: The plain network; its parameters are those of `model`.
+        model: The network as Fabric wraps it for precision and several devices: used for training steps.
+        ema: The moving average of the network's weights, or None.
+        epoch: Epochs finished.
+    """
+
+    config: TrainConfig
+    fabric: Fabric
+    network: nn.Module
+    model: nn.Module
+    optimizer: Any
+    schedule: Schedule
+    ema: nn.Module | None
+    class_weights: Tensor
+    epoch: int = 0
+
+    @property
+    def scored_network(self) -> nn.Module:
+        """The network that val and test see: the moving average where there is one."""
+        return self.network if self.ema is None else self.ema
+
+    @torch.no_grad()
+    def update_ema(self, step: int) -> None:
+        """Move the average towards the network after a step, counted from 0 over the whole training.
+
+        BatchNorm's statistics are averaged as well.
+        """
+        if self.ema is None:
+            return
+        # A short memory at first, or a short training would end near its random start.
+        decay = min(self.config.ema_decay, (1 + step) / (10 + step))
+        averages, current = self.ema.state_dict(), self.network.state_dict()
+        floats = [name for name, value in averages.items() if value.is_floating_point()]
+        torch._foreach_lerp_([averages[n] for n in floats], [current[n] for n in floats], 1 - decay)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Give everything that a later process needs to go on exactly here.
+
+        No random state is among it: order, augmentation and dropout are functions of seed, epoch and step.
+        """
+        return {
+            "network": self.network.state_dict(),
+            "ema": None if self.ema is None else self.ema.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+            "schedule": self.schedule.state_dict(),
+            "epoch": self.epoch,
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Take over what `state_dict` gave, in a state built from the same config."""
+        self.network.load_state_dict(state["network"])
+        if self.ema is not None:
+            self.ema.load_state_dict(state["ema"])
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.schedule.load_state_dict(state["schedule"])
+        self.epoch = state["epoch"]
+
+
+def build_fabric(device: str, precision: str, devices: int) -> Fabric:
+    """Choose device and precision; with several devices, each gets a process of its own by `fabric.launch()`.
+
+    Raises:
+        UserError: The device asked for is not there.
+    """
+    has_cuda, has_mps = torch.cuda.is_available(), torch.backends.mps.is_available()
+    if (device == "cuda" and not has_cuda) or (device == "mps" and not has_mps):
+        raise UserError(
+            f"device must be one that this machine has, but it has no {device}; use device=auto or cpu."
+        )
+    accelerator = device
+    if device == "auto":
+        accelerator = "cuda" if has_cuda else "mps" if has_mps else "cpu"
+    if accelerator == "cuda" and devices > torch.cuda.device_count():
+        raise UserError(
+            f"devices must not exceed the {torch.cuda.device_count()} GPUs here, but got {devices}."
+        )
+    # bf16 on a CPU without units for it is nine times slower than fp32, so there it is never chosen unasked.
+    bf16 = precision == "bf16" or (
+        precision == "auto" and accelerator == "cuda" and torch.cuda.is_bf16_supported()
+    )
+    torch.backends.cudnn.benchmark = accelerator == "cuda"
+    return Fabric(
+        accelerator=accelerator,
+        devices=devices,
+        strategy="ddp" if devices > 1 else "auto",
+        precision="bf16-mixed" if bf16 else "32-true",
+    )
+
+
+def build_state(
+    config: TrainConfig, fabric: Fabric, network: nn.Module, train: Loader, num_classes: int
+) -> TrainingState:
+    """Put a network on the device with all that training it needs."""
+    network = network.to(fabric.device).to(memory_format=torch.channels_last)
+    ema = copy.deepcopy(network).requires_grad_(False) if config.ema_decay > 0 else None
+    model, optimizer = fabric.setup(network, build_optimizer(network, config))
+    counts = np.bincount(train.targets.numpy(), minlength=num_classes)
+    return TrainingState(
+        config=config,
+        fabric=fabric,
+        network=network,
+        model=model,
+        optimizer=optimizer,
+        schedule=Schedule(optimizer, config, len(train)),
+        ema=ema,
+        class_weights=compute_class_weights(counts, config.class_weighting).to(fabric.device),
+    )

@@ -1,0 +1,187 @@
+"""The loop: it learns, resumes to the bit, repeats itself under a seed, and stops where the loss breaks."""
+
+import copy
+from collections.abc import Iterator
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from skin_resnet.config import TrainConfig
+from skin_resnet.data.load import Loader, PixelSource
+from skin_resnet.evaluation.metrics import EpochResult, Metrics
+from skin_resnet.training.engine import BestEpoch, NonFiniteLossError, fit, predict
+from skin_resnet.training.state import TrainingState, build_fabric, build_state
+
+
+def build_loaders() -> tuple[Loader, Loader]:
+    """Three classes that differ by colour, 60 images to train on and 20 for val."""
+    rng = np.random.default_rng(0)
+    targets = np.arange(80) % 3
+    colours = np.array([(60, 60, 200), (60, 200, 60), (200, 60, 60)])[targets]
+    pixels = np.clip(rng.normal(colours[:, None, None, :], 60, (80, 8, 8, 3)), 0, 255).astype(np.uint8)
+    source = PixelSource(pixels=pixels, device=torch.device("cpu"))
+    return tuple(
+        Loader(source=source, rows=rows, targets=torch.from_numpy(targets[rows]), batch_size=16)
+        for rows in (np.arange(60), np.arange(60, 80))
+    )
+
+
+def build(**options: Any) -> tuple[TrainingState, Loader, Loader]:
+    config = TrainConfig(**{"epochs": 4, "lr": 1e-2, "batch_size": 16, **options})
+    fabric = build_fabric("cpu", "fp32", devices=1)
+    torch.manual_seed(config.seed)
+    network = nn.Sequential(
+        nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.ReLU(),
+        nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Dropout(0.1), nn.Linear(8, 3),
+    )  # fmt: skip
+    train, val = build_loaders()
+    return build_state(config, fabric, network, train, num_classes=3), train, val
+
+
+def strip_times(results: Iterator[EpochResult] | list[EpochResult]) -> list[EpochResult]:
+    return [replace(result, seconds=0, images_per_s=0) for result in results]
+
+
+VARIANTS = [
+    {},
+    {"optimizer": "sgd", "lr_schedule": "onecycle", "augment": "strong"},
+    {"optimizer": "adam", "lr_schedule": "plateau", "ema_decay": 0.9, "class_weighting": "sqrt"},
+    {"mixup": 0.2, "cutmix": 1.0, "label_smoothing": 0.1, "lr_schedule": "constant"},
+]
+
+
+def test_it_learns_colours() -> None:
+    results = list(fit(*build(epochs=8)))
+    assert [result.epoch for result in results] == list(range(1, 9))
+    assert results[-1].val.balanced_accuracy > 0.95
+    assert results[-1].val.loss < results[0].val.loss
+    assert results[-1].train.loss < results[0].train.loss
+
+
+@pytest.mark.parametrize("options", VARIANTS)
+def test_a_seed_gives_the_same_training_again_and_another_seed_another(options: dict[str, Any]) -> None:
+    first, again = strip_times(fit(*build(**options))), strip_times(fit(*build(**options)))
+    assert first == again
+    assert strip_times(fit(*build(**options, seed=1))) != first
+
+
+@pytest.mark.parametrize("options", VARIANTS)
+def test_a_training_resumed_from_its_state_is_the_unbroken_one_to_the_bit(options: dict[str, Any]) -> None:
+    whole, train, val = build(**options)
+    expected = strip_times(fit(whole, train, val))
+    stopped, train, val = build(**options)
+    epochs = fit(stopped, train, val)
+    first_half = [next(epochs), next(epochs)]
+    saved = copy.deepcopy(stopped.state_dict())
+    torch.manual_seed(12345)  # whatever the new process has drawn before
+    resumed, train, val = build(**options)
+    resumed.load_state_dict(saved)
+    assert strip_times([*first_half, *fit(resumed, train, val)]) == expected
+    for name, value in whole.scored_network.state_dict().items():
+        assert torch.equal(value, resumed.scored_network.state_dict()[name]), name
+
+
+def test_train_figures_are_those_of_all_images_once() -> None:
+    state, train, val = build(epochs=1, augment="none", lr=1e-30, optimizer="sgd", warmup_epochs=0)
+    state.network[5].p = 0.0
+    (result,) = fit(state, train, val)
+    # At so small a rate the weights stand still; only BatchNorm's batch statistics differ from evaluation.
+    assert 0 <= result.train.accuracy * 60 == pytest.approx(round(result.train.accuracy * 60))
+    assert result.val.accuracy * 20 == pytest.approx(round(result.val.accuracy * 20))
+    assert result.gap == result.train.balanced_accuracy - result.val.balanced_accuracy
+
+
+def test_predictions_do_not_depend_on_the_batch_size() -> None:
+    state, _, val = build()
+    small = predict(state.network, replace(val, batch_size=3), state.fabric)
+    assert small == pytest.approx(predict(state.network, replace(val, batch_size=20), state.fabric), abs=1e-6)
+    assert small.sum(axis=1) == pytest.approx(np.ones(20))
+
+
+def test_val_does_not_change_the_network() -> None:
+    state, _, val = build()
+    before = copy.deepcopy(state.network.state_dict())
+    predict(state.network, val, state.fabric)
+    assert all(torch.equal(value, before[name]) for name, value in state.network.state_dict().items())
+
+
+def test_the_moving_average_is_that_of_the_definition() -> None:
+    state, train, val = build(ema_decay=0.9, epochs=1)
+    shadow = {name: value.clone().double() for name, value in state.network.state_dict().items()}
+    original = state.update_ema
+
+    def follow(step: int) -> None:
+        decay = min(0.9, (1 + step) / (10 + step))
+        for name, value in state.network.state_dict().items():
+            shadow[name] = decay * shadow[name] + (1 - decay) * value.double()
+        original(step)
+
+    state.update_ema = follow  # type: ignore[method-assign]
+    list(fit(state, train, val))
+    for name, value in state.scored_network.state_dict().items():
+        if value.is_floating_point():
+            assert torch.allclose(value.double(), shadow[name], atol=1e-6), name
+
+
+@pytest.mark.filterwarnings("ignore:invalid value")
+def test_a_loss_that_breaks_stops_the_training_and_says_where() -> None:
+    state, train, val = build(grad_clip=0, optimizer="sgd", lr=100, warmup_epochs=0, epochs=50)
+    state.schedule.set_lr = lambda step: None  # type: ignore[assignment, method-assign]
+    for group in state.optimizer.param_groups:
+        group["lr"] = 1e30
+    with pytest.raises(NonFiniteLossError, match=r"it became (nan|inf) in epoch 1, batch \d"):
+        list(fit(state, train, val))
+
+
+def test_clipping_bounds_the_step() -> None:
+    def moved(grad_clip: float) -> float:
+        state, train, val = build(
+            grad_clip=grad_clip, optimizer="sgd", lr=1.0, warmup_epochs=0, epochs=1, weight_decay=0.0
+        )
+        before = [p.detach().clone() for p in state.network.parameters()]
+        list(fit(state, replace(train, rows=train.rows[:16], targets=train.targets[:16]), val))
+        after = state.network.parameters()
+        return (
+            sum((new.detach() - old).square().sum().item() for new, old in zip(after, before, strict=True))
+            ** 0.5
+        )
+
+    # One step of SGD with Nesterov momentum 0.9 from rest moves by lr * (1 + 0.9) * gradient.
+    assert moved(0.01) == pytest.approx(0.019, rel=1e-3)
+    assert moved(0) > 0.1
+
+
+def result(epoch: int, balanced_accuracy: float, loss: float = 1.0) -> EpochResult:
+    metrics = Metrics(loss=loss, accuracy=0.5, balanced_accuracy=balanced_accuracy, macro_auc=float("nan"))
+    return EpochResult(epoch=epoch, lr=0.1, seconds=1, images_per_s=1, train=metrics, val=metrics)
+
+
+def test_the_best_epoch_is_the_first_of_the_highest() -> None:
+    best = BestEpoch("balanced_accuracy", patience=0)
+    improved = [
+        best.update(result(epoch, score)) for epoch, score in enumerate([0.2, 0.5, 0.5, 0.4], start=1)
+    ]
+    assert improved == [True, True, False, False]
+    assert best.epoch.epoch == 2
+    assert not best.should_stop
+
+
+def test_a_loss_is_best_when_low_and_an_unknown_score_never() -> None:
+    best = BestEpoch("loss", patience=0)
+    assert [best.update(result(1, 0.5, loss)) for loss in (2.0, 3.0, 1.0)] == [True, False, True]
+    unknown = BestEpoch("macro_auc", patience=1)
+    assert [unknown.update(result(epoch, 0.5)) for epoch in (1, 2)] == [True, False]
+    assert unknown.should_stop
+
+
+def test_patience_counts_epochs_without_a_better_one() -> None:
+    best = BestEpoch("balanced_accuracy", patience=2)
+    stops = []
+    for epoch, score in enumerate([0.2, 0.3, 0.1, 0.4, 0.4, 0.3], start=1):
+        best.update(result(epoch, score))
+        stops.append(best.should_stop)
+    assert stops == [False, False, False, False, False, True]

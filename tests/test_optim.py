@@ -1,0 +1,111 @@
+"""Schedules step by step, weights of classes, and the loss against plain torch."""
+
+import math
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+
+from skin_resnet.config import TrainConfig
+from skin_resnet.training.optim import (
+    Schedule,
+    build_optimizer,
+    compute_class_weights,
+    compute_loss,
+    compute_lr_factor,
+)
+
+
+def network() -> torch.nn.Module:
+    return torch.nn.Sequential(torch.nn.Conv2d(3, 4, 1), torch.nn.BatchNorm2d(4))
+
+
+def factors(schedule: str, warmup: int = 4, total: int = 12) -> list[float]:
+    return [compute_lr_factor(schedule, step, warmup, total) for step in range(total)]
+
+
+def test_constant_rises_through_the_warm_up_and_stays() -> None:
+    assert factors("constant") == [0.25, 0.5, 0.75, 1, 1, 1, 1, 1, 1, 1, 1, 1]
+    assert factors("constant", warmup=0) == [1] * 12
+
+
+def test_cosine_falls_from_the_peak_towards_zero() -> None:
+    expected = [0.25, 0.5, 0.75, 1] + [(1 + math.cos(math.pi * k / 8)) / 2 for k in range(8)]
+    assert factors("cosine") == pytest.approx(expected)
+    assert factors("cosine", warmup=12)[-1] == 1  # all warm-up: no step is left to fall in
+
+
+def test_onecycle_is_torchs() -> None:
+    optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=1)
+    theirs = torch.optim.lr_scheduler.OneCycleLR(optimizer, max_lr=1, total_steps=40, cycle_momentum=False)
+    expected = []
+    for _ in range(40):
+        expected.append(optimizer.param_groups[0]["lr"])
+        optimizer.step()
+        theirs.step()
+    assert factors("onecycle", total=40) == pytest.approx(expected)
+
+
+@pytest.mark.parametrize("total", [1, 2, 3, 4])
+@pytest.mark.parametrize("schedule", ["constant", "cosine", "onecycle", "plateau"])
+def test_the_shortest_trainings_have_a_finite_rate(schedule: str, total: int) -> None:
+    assert all(0 < factor <= 1 for factor in factors(schedule, warmup=1, total=total))
+
+
+def test_plateau_lowers_the_rate_when_val_loss_stops_falling_and_survives_a_restart() -> None:
+    config = TrainConfig(lr=1.0, lr_schedule="plateau", warmup_epochs=0)
+    schedule = Schedule(build_optimizer(network(), config), config, steps_per_epoch=1)
+    rates = []
+    for loss in [3, 2, 2, 2, 2, 2, 1, 1, 1]:
+        schedule.end_epoch(loss)
+        rates.append(schedule.set_lr(10))
+        restarted = Schedule(build_optimizer(network(), config), config, steps_per_epoch=1)
+        restarted.load_state_dict(schedule.state_dict())
+        schedule = restarted
+    # Four epochs without a lower loss than the second's: the rate falls once.
+    assert rates == pytest.approx([1, 1, 1, 1, 1, 0.3, 0.3, 0.3, 0.3])
+
+
+@pytest.mark.parametrize("name", ["adam", "adamw", "sgd"])
+def test_only_kernels_decay(name: str) -> None:
+    optimizer = build_optimizer(network(), TrainConfig(optimizer=name, weight_decay=0.1))
+    decayed, kept = optimizer.param_groups
+    assert [tuple(p.shape) for p in decayed["params"]] == [(4, 3, 1, 1)]
+    assert (decayed["weight_decay"], kept["weight_decay"]) == (0.1, 0.0)
+    assert len(kept["params"]) == 3
+
+
+@pytest.mark.parametrize("name", ["adam", "adamw", "sgd"])
+def test_the_schedule_reaches_every_parameter(name: str) -> None:
+    config = TrainConfig(optimizer=name, lr=0.5, warmup_epochs=1)
+    optimizer = build_optimizer(network(), config)
+    Schedule(optimizer, config, steps_per_epoch=10).set_lr(0)
+    assert [group["lr"] for group in optimizer.param_groups] == [0.05, 0.05]
+
+
+def test_class_weights_average_one_over_the_images() -> None:
+    counts = np.array([100, 25, 4, 0])
+    for weighting, ratio in (("none", 1.0), ("sqrt", 2.0), ("balanced", 4.0)):
+        weights = compute_class_weights(counts, weighting).numpy()
+        assert (weights * counts).sum() / counts.sum() == pytest.approx(1)
+        assert weights[1] / weights[0] == pytest.approx(ratio)
+        assert weights[3] == 0
+
+
+def test_the_loss_of_one_hot_targets_is_torchs_of_class_indices() -> None:
+    torch.manual_seed(0)
+    logits, targets, weights = torch.randn(16, 7), torch.randint(7, (16,)), torch.rand(7) + 0.5
+    ours = compute_loss(logits, F.one_hot(targets, 7).float(), weights, 0.0)
+    # Torch divides by the sum of the weights for class indices, we by the number of images.
+    theirs = F.cross_entropy(logits, targets, weights) * weights[targets].sum() / 16
+    assert ours.item() == pytest.approx(theirs.item(), rel=1e-6)
+
+
+def test_label_smoothing_is_torchs() -> None:
+    torch.manual_seed(0)
+    logits, targets = torch.randn(16, 7), torch.randint(7, (16,))
+    ours = compute_loss(logits, F.one_hot(targets, 7).float(), torch.ones(7), 0.1)
+    assert ours.item() == pytest.approx(
+        F.cross_entropy(logits, targets, label_smoothing=0.1).item(), rel=1e-6
+    )
