@@ -1,0 +1,107 @@
+"""The model that is logged: it takes image bytes, and carries its preprocessing and class order inside.
+
+MLflow runs this file as the model's code ("models from code"): nothing is pickled, and the package travels
+along in `code_paths`, so the model loads where the package is not installed.
+"""
+
+import io
+from pathlib import Path
+from typing import Any
+
+import mlflow
+import pandas as pd
+import torch
+from mlflow.models import ModelSignature
+from mlflow.pyfunc.model import PythonModel
+from mlflow.types import ColSpec, DataType, Schema
+from PIL import Image
+
+from skin_resnet.data.decode import BadImageError, decode_image
+from skin_resnet.data.transform import normalize
+from skin_resnet.model.resnet import build_resnet
+from skin_resnet.training.checkpoint import read_checkpoint
+
+# What loading and predicting needs, beside the package itself.
+REQUIREMENTS = ("torch", "torchvision", "numpy", "pandas", "pillow")
+BATCH_SIZE = 64
+
+
+def build_signature(classes: tuple[str, ...]) -> ModelSignature:
+    """Give the model's signature: an image file's bytes in, the diagnosis and each probability out."""
+    return ModelSignature(
+        inputs=Schema([ColSpec(DataType.binary, "image")]),
+        outputs=Schema(
+            [ColSpec(DataType.string, "prediction"), *(ColSpec(DataType.double, name) for name in classes)]
+        ),
+    )
+
+
+def draw_example() -> pd.DataFrame:
+    """Give a valid input: a plain skin-coloured picture, which a served model can be tried with."""
+    file = io.BytesIO()
+    Image.new("RGB", (64, 48), (222, 178, 154)).save(file, "PNG")
+    return pd.DataFrame({"image": [file.getvalue()]})
+
+
+class LesionClassifier(PythonModel):
+    """Classifies photos of skin lesions from the bytes of their files (JPEG, PNG, ...)."""
+
+    def load_context(self, context: Any) -> None:
+        """Build the network from the checkpoint among the model's artifacts."""
+        checkpoint = read_checkpoint(Path(context.artifacts["checkpoint"]))
+        self._classes = tuple(checkpoint["classes"])
+        self._image_size = int(checkpoint["image_size"])
+        self._device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        network = build_resnet(checkpoint["arch"], len(self._classes))
+        network.load_state_dict(checkpoint["network"])
+        self._network = network.to(self._device).eval()
+
+    def predict(
+        self, context: Any, model_input: pd.DataFrame, params: dict[str, Any] | None = None
+    ) -> pd.DataFrame:
+        """Classify images.
+
+        Args:
+            context: Given by MLflow.
+            model_input: A data frame whose column `image` holds the bytes of image files.
+            params: Unused.
+
+        Returns:
+            A data frame, a row an image: `prediction` (the most probable class's code), and a column per
+            class with its probability.
+
+        Raises:
+            BadImageError: An image cannot be decoded; the message says which row.
+        """
+        images = list(model_input["image"])
+        batches = [
+            self._classify(images[start : start + BATCH_SIZE], start)
+            for start in range(0, len(images), BATCH_SIZE)
+        ]
+        probabilities = pd.DataFrame(
+            torch.cat(batches).numpy() if batches else [],
+            columns=list(self._classes),
+            index=model_input.index,
+        )
+        prediction = pd.Series(probabilities.idxmax(axis=1) if batches else [], dtype=str, name="prediction")
+        return pd.concat([prediction, probabilities], axis=1)
+
+    @torch.no_grad()
+    def _classify(self, images: list[bytes], first_row: int) -> torch.Tensor:
+        pixels = torch.stack(
+            [torch.from_numpy(self._decode(image, first_row + i)) for i, image in enumerate(images)]
+        )
+        floats = pixels.to(self._device).permute(0, 3, 1, 2).float().div_(255)
+        logits: torch.Tensor = self._network(normalize(floats))
+        return logits.softmax(dim=1).double().cpu()
+
+    def _decode(self, image: bytes, row: int) -> Any:
+        try:
+            return decode_image(io.BytesIO(image), self._image_size)
+        except BadImageError as error:
+            raise BadImageError(
+                f"row {row} of the column image must be a readable picture, but {error}."
+            ) from None
+
+
+mlflow.models.set_model(LesionClassifier())

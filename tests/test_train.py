@@ -1,0 +1,273 @@
+"""A whole training on small pictures, with a real tracking store: what the run shows is what was done."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import mlflow
+import pandas as pd
+import pytest
+import torch
+from mlflow.entities import Run
+
+from skin_resnet.config import EvaluateConfig, TrainConfig
+from skin_resnet.data.split import Split
+from skin_resnet.errors import UserError
+from skin_resnet.evaluate import evaluate
+from skin_resnet.evaluation.metrics import EpochResult
+from skin_resnet.train import run_training, train
+from skin_resnet.training.checkpoint import read_checkpoint
+
+ROOT = Path(__file__).parent.parent
+
+
+@pytest.fixture(scope="module")
+def store(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with a tracking store, where the process is for this module's tests."""
+    folder = tmp_path_factory.mktemp("store")
+    before = Path.cwd()
+    os.chdir(folder)
+    mlflow.set_tracking_uri(f"sqlite:///{folder}/mlflow.db")
+    yield folder
+    mlflow.set_tracking_uri(None)
+    os.chdir(before)
+
+
+@pytest.fixture(scope="module")
+def config(store: Path, class_folders: Path) -> TrainConfig:
+    return TrainConfig(
+        data=str(class_folders), image_size=32, epochs=2, batch_size=8, lr=1e-3,
+        augment="light", device="cpu", cache_dir=store / "cache", checkpoint_dir=store / "checkpoints",
+    )  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def run(config: TrainConfig) -> Run:
+    """One finished training."""
+    train(config)
+    return mlflow.search_runs(output_format="list", filter_string="attributes.status = 'FINISHED'")[0]
+
+
+def list_artifacts(run: Run, path: str | None = None) -> set[str]:
+    return {item.path for item in mlflow.MlflowClient().list_artifacts(run.info.run_id, path)}
+
+
+def test_every_option_is_a_param_once(run: Run, config: TrainConfig) -> None:
+    assert run.data.params == config.to_params()
+
+
+def test_every_epoch_has_every_metric_at_its_step(run: Run) -> None:
+    names = [
+        f"{split}/{name}" for split in ("train", "val") for name in ("loss", "accuracy", "balanced_accuracy")
+    ]
+    for name in [
+        *names,
+        "train/macro_auc",
+        "val/macro_auc",
+        "val/gap",
+        "lr",
+        "speed/epoch_s",
+        "speed/images_per_s",
+    ]:
+        history = mlflow.MlflowClient().get_metric_history(run.info.run_id, name)
+        assert [point.step for point in history] == [1, 2], name
+
+
+def test_the_gap_is_train_minus_val(run: Run) -> None:
+    metrics = run.data.metrics
+    expected = metrics["train/balanced_accuracy"] - metrics["val/balanced_accuracy"]
+    assert metrics["val/gap"] == pytest.approx(expected)
+
+
+def test_data_and_split_are_on_the_run(run: Run, config: TrainConfig) -> None:
+    assert [item.tags[0].value for item in run.inputs.dataset_inputs] == ["train", "val", "test"]
+    path = mlflow.artifacts.download_artifacts(run_id=run.info.run_id, artifact_path="data/split.csv")
+    split = Split.from_frame(pd.read_csv(path))
+    assert run.data.tags["split.hash"] == split.hash
+    assert len(split.train) + len(split.val) + len(split.test) == 36
+
+
+def test_what_it_stands_on_is_on_the_run(run: Run) -> None:
+    tags = run.data.tags
+    assert tags["version.torch"] == torch.__version__.split("+")[0]
+    assert tags["device"].startswith("cpu")
+    assert tags["image_size"] == "32"
+    assert tags["start"] == "random weights"
+    head = subprocess.run(
+        ["git", "-C", str(ROOT), "rev-parse", "HEAD"], capture_output=True, text=True, check=False
+    )
+    if head.returncode == 0:
+        assert tags["git.commit"] == head.stdout.strip()
+
+
+def test_figures_tables_report_and_note_are_on_the_run(run: Run) -> None:
+    assert list_artifacts(run) >= {"checkpoint", "data", "figures", "val", "test", "report.md"}
+    assert list_artifacts(run, "figures") == {"figures/curves.png"}
+    for split in ("val", "test"):
+        names = ("per_class.csv", "predictions.csv", "confusion.png", "scores.md")
+        assert list_artifacts(run, split) == {f"{split}/{name}" for name in names}
+    note = run.data.tags["mlflow.note.content"]
+    assert "balanced accuracy" in note
+    assert "always" in note
+
+
+def test_the_checkpoint_holds_the_best_epoch_and_the_split(run: Run) -> None:
+    path = mlflow.artifacts.download_artifacts(run_id=run.info.run_id, artifact_path="checkpoint/best.pt")
+    checkpoint = read_checkpoint(Path(path))
+    assert checkpoint["epoch"] == run.data.metrics["best/epoch"]
+    assert checkpoint["classes"] == ["blue", "green", "red"]
+    assert checkpoint["run_id"] == run.info.run_id
+    history = mlflow.MlflowClient().get_metric_history(run.info.run_id, "val/balanced_accuracy")
+    assert checkpoint["val"]["val/balanced_accuracy"] == max(point.value for point in history)
+
+
+def test_test_was_opened_once_and_predictions_agree_with_the_figures(run: Run) -> None:
+    assert run.data.tags["test.openings"] == "1"
+    path = mlflow.artifacts.download_artifacts(run_id=run.info.run_id, artifact_path="test/predictions.csv")
+    predictions = pd.read_csv(path)
+    assert run.data.metrics["test/accuracy"] == pytest.approx(
+        (predictions.dx == predictions.prediction).mean()
+    )
+    low, high = (run.data.metrics[f"test/accuracy_{end}"] for end in ("low", "high"))
+    assert low <= run.data.metrics["test/accuracy"] <= high
+
+
+def test_evaluate_gives_the_same_scores_and_counts_the_opening(run: Run, config: TrainConfig, capsys) -> None:
+    for number, model in enumerate(
+        (run.info.run_id, str(config.checkpoint_dir / run.info.run_id / "best.pt"))
+    ):
+        evaluate(EvaluateConfig(model=model, device="cpu", cache_dir=config.cache_dir))
+        latest = mlflow.search_runs(output_format="list", max_results=1)[0]
+        for name in ("accuracy", "balanced_accuracy", "macro_auc", "loss"):
+            assert latest.data.metrics[f"test/{name}"] == pytest.approx(
+                run.data.metrics[f"test/{name}"], abs=1e-6
+            )
+        again = mlflow.get_run(run.info.run_id)
+        assert again.data.tags["test.openings"] == str(2 + number)
+    assert "left out, whose lesions it learnt from" in capsys.readouterr().out
+
+
+def test_evaluate_takes_the_logged_model_and_another_source(run: Run, config: TrainConfig, tmp_path) -> None:
+    from tests.conftest import write_class_folders
+
+    other = write_class_folders(tmp_path / "other", images_per_class=4)
+    for file in other.rglob("*.png"):
+        file.rename(file.with_name(f"new_{file.name}"))
+    model = mlflow.search_logged_models(output_format="list")[0]
+    evaluate(EvaluateConfig(model=model.model_uri, data=str(other), device="cpu", cache_dir=config.cache_dir))
+    latest = mlflow.search_runs(output_format="list", max_results=1)[0]
+    assert latest.data.metrics["test/images"] == 12
+
+
+def test_evaluate_refuses_what_it_cannot_use(run: Run, config: TrainConfig, tmp_path) -> None:
+    from tests.conftest import write_class_folders
+
+    with pytest.raises(UserError, match="gives no checkpoint"):
+        evaluate(EvaluateConfig(model="0" * 32, device="cpu"))
+    with pytest.raises(UserError, match="gives no checkpoint"):
+        evaluate(EvaluateConfig(model="models:/nothing@champion", device="cpu"))
+    other = write_class_folders(tmp_path / "other", images_per_class=4)
+    (other / "red").rename(other / "purple")
+    with pytest.raises(UserError, match="only have the model's classes"):
+        evaluate(
+            EvaluateConfig(model=run.info.run_id, data=str(other), device="cpu", cache_dir=config.cache_dir)
+        )
+    assert {r.info.status for r in mlflow.search_runs(output_format="list", max_results=3)} == {"FAILED"}
+
+
+def test_training_without_a_run_tracks_nothing_and_calls_back(config: TrainConfig) -> None:
+    before = len(mlflow.search_runs(output_format="list"))
+    seen: list[EpochResult] = []
+    result = run_training(config, on_epoch=seen.append)
+    assert [epoch.epoch for epoch in seen] == [1, 2]
+    assert tuple(seen) == result.history
+    assert result.checkpoint.exists()
+    assert len(mlflow.search_runs(output_format="list")) == before
+
+
+def test_what_on_epoch_raises_stops_the_training(config: TrainConfig) -> None:
+    def stop(result: EpochResult) -> None:
+        raise KeyError(result.epoch)
+
+    with pytest.raises(KeyError):
+        run_training(config, on_epoch=stop)
+
+
+def test_a_failed_run_ends_failed_with_the_reason(config: TrainConfig) -> None:
+    with pytest.raises(UserError, match="no file"):
+        train(config.with_changes(weights="/nowhere.pth"))
+    latest = mlflow.search_runs(output_format="list", max_results=1)[0]
+    assert latest.info.status == "FAILED"
+    assert "/nowhere.pth" in latest.data.tags["failure"]
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_an_interrupted_run_ends_killed(config: TrainConfig, store: Path, number: signal.Signals) -> None:
+    options = [
+        part
+        for item in config.with_changes(epochs=1000).to_params().items()
+        for part in (f"--{item[0]}", item[1])
+    ]
+    process = subprocess.Popen(
+        [sys.executable, "-u", "-m", "skin_resnet", "train", *options],
+        env={**os.environ, "PYTHONPATH": str(ROOT), "MLFLOW_TRACKING_URI": f"sqlite:///{store}/mlflow.db"},
+        stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+    )  # fmt: skip
+    lines = []
+    for line in process.stdout:
+        lines.append(line)
+        if line.startswith("epoch 2/"):
+            process.send_signal(number)
+            break
+    rest, _ = process.communicate(timeout=60)
+    assert process.returncode == 128 + number, "".join(lines) + rest
+    assert "Traceback" not in rest
+    assert mlflow.search_runs(output_format="list", max_results=1)[0].info.status == "KILLED"
+
+
+def test_no_run_is_left_running(run: Run) -> None:
+    assert mlflow.search_runs(output_format="list", filter_string="attributes.status = 'RUNNING'") == []
+
+
+def test_skipped_images_are_counted_and_listed(config: TrainConfig, tmp_path) -> None:
+    from tests.conftest import write_class_folders
+
+    folder = write_class_folders(tmp_path / "data")
+    (folder / "red" / "red_03.png").write_bytes(b"no picture")
+    with pytest.raises(UserError, match="red_03"):
+        train(config.with_changes(data=str(folder)))
+    train(config.with_changes(data=str(folder), on_bad_image="skip", epochs=1, test="never"))
+    latest = mlflow.search_runs(output_format="list", max_results=1)[0]
+    assert latest.data.tags["skipped_images"] == "1"
+    path = mlflow.artifacts.download_artifacts(
+        run_id=latest.info.run_id, artifact_path="data/skipped_images.json"
+    )
+    assert list(json.loads(Path(path).read_text())) == ["red_03"]
+    assert not any(name.startswith("test/") for name in latest.data.metrics)
+
+
+@pytest.mark.slow
+def test_two_processes_train_one_network_and_one_run(config: TrainConfig, store: Path) -> None:
+    options = [
+        part
+        for item in config.with_changes(devices=2).to_params().items()
+        for part in (f"--{item[0]}", item[1])
+    ]
+    before = len(mlflow.search_runs(output_format="list"))
+    done = subprocess.run(
+        [sys.executable, "-m", "skin_resnet", "train", *options],
+        env={**os.environ, "PYTHONPATH": str(ROOT), "MLFLOW_TRACKING_URI": f"sqlite:///{store}/mlflow.db"},
+        capture_output=True, text=True, timeout=300, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert [line.split()[1] for line in done.stdout.splitlines() if line.startswith("epoch ")] == [
+        "1/2",
+        "2/2",
+    ]
+    runs = mlflow.search_runs(output_format="list")
+    assert len(runs) == before + 1
+    assert runs[0].info.status == "FINISHED"
+    assert runs[0].data.metrics["test/images"] > 0
