@@ -40,7 +40,11 @@ COMMANDS: dict[str, tuple[type[FrozenConfig], Callable[[Any], None]]] = {
 def main(arguments: list[str] | None = None) -> NoReturn:
     """Run a command and exit: 0 when done, 2 for a user's mistake, 128 + n after signal n."""
     arguments = sys.argv[1:] if arguments is None else arguments
-    signal.signal(signal.SIGTERM, _interrupt)
+    for number in (
+        signal.SIGINT,
+        signal.SIGTERM,
+    ):  # SIGINT too: a shell's background job begins with it ignored
+        signal.signal(number, _interrupt)
     try:
         if not arguments or arguments[0] in {"-h", "--help"}:
             print(_describe_commands())

@@ -211,19 +211,20 @@ def test_an_interrupted_run_ends_killed(config: TrainConfig, store: Path, number
         for item in config.with_changes(epochs=1000).to_params().items()
         for part in (f"--{item[0]}", item[1])
     ]
-    process = subprocess.Popen(
+    with subprocess.Popen(
         [sys.executable, "-u", "-m", "skin_resnet", "train", *options],
         env={**os.environ, "PYTHONPATH": str(ROOT), "MLFLOW_TRACKING_URI": f"sqlite:///{store}/mlflow.db"},
-        stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
-    )  # fmt: skip
-    lines = []
-    for line in process.stdout:
-        lines.append(line)
-        if line.startswith("epoch 2/"):
-            process.send_signal(number)
-            break
-    rest, _ = process.communicate(timeout=60)
-    assert process.returncode == 128 + number, "".join(lines) + rest
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    ) as process:
+        for line in process.stdout:
+            if line.startswith("epoch 2/"):
+                process.send_signal(number)
+                break
+        rest, _ = process.communicate(timeout=60)
+    assert process.returncode == 128 + number, rest
+    assert rest.splitlines()[-1] == f"interrupted by {number.name}"
     assert "Traceback" not in rest
     assert mlflow.search_runs(output_format="list", max_results=1)[0].info.status == "KILLED"
 
