@@ -66,7 +66,7 @@ def _train_epoch(
     # Asking a GPU for a loss makes it wait, so there it is asked rarely.
     check_every = 1 if fabric.device.type == "cpu" else 50
     for step, batch in enumerate(progress(train.shuffled(config.seed, state.epoch), state.epoch + 1)):
-        generator = _seed_step(config.seed, state.epoch, step, fabric.global_rank)
+        generator = seed_step(config.seed, state.epoch, step, fabric.global_rank)
         state.schedule.set_lr(state.epoch * len(train) + step)
         images = augment(to_float(batch.pixels), RECIPES[config.augment], generator)
         images, targets = mix(images, batch.targets, num_classes, config.mixup, config.cutmix, generator)
@@ -91,7 +91,7 @@ def _train_epoch(
     return _to_probabilities(seen[:, 1:]), seen[:, 0].long().cpu()
 
 
-def _seed_step(seed: int, epoch: int, step: int, rank: int) -> torch.Generator:
+def seed_step(seed: int, epoch: int, step: int, rank: int) -> torch.Generator:
     """Seed every random number of a step: the generator given back, and torch's own for dropout."""
     step_seed = int(np.random.SeedSequence((seed, epoch, step, rank)).generate_state(1, np.uint64)[0] >> 1)
     torch.manual_seed(step_seed)
