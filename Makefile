@@ -22,6 +22,7 @@ setup: .venv/ready ## make .venv from requirements.lock (once, and again when th
 
 demo: .venv/ready ## train a ResNet-50 on drawn demo images, and score it (minutes on two CPU cores)
 	mlflow run . --env-manager=local --experiment-name demo
+	@echo 'or: make ui'
 
 test: .venv/ready ## run the tests (under ten minutes on two CPU cores)
 	$(BIN)/python -m pytest -q

@@ -13,7 +13,7 @@ from skin_resnet.data.split import Split, drop_seen, join_lesions
 from skin_resnet.data.transform import ImageStore, open_store
 from skin_resnet.errors import UserError
 from skin_resnet.evaluation.metrics import Predictions
-from skin_resnet.evaluation.plots import plot_confusion
+from skin_resnet.evaluation.plots.confusion import plot_confusion
 from skin_resnet.evaluation.scores import Scores, compute_scores, format_scores, tabulate_predictions
 from skin_resnet.model.resnet import build_resnet
 from skin_resnet.tracking import mlflow_run

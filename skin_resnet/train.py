@@ -18,7 +18,7 @@ from skin_resnet.data.prepare import PreparedData, prepare_data
 from skin_resnet.data.split import SPLITS
 from skin_resnet.evaluate import evaluate_checkpoint, log_scores
 from skin_resnet.evaluation.metrics import EpochResult
-from skin_resnet.evaluation.plots import plot_curves
+from skin_resnet.evaluation.plots.curves import plot_curves
 from skin_resnet.evaluation.report import describe_training
 from skin_resnet.model.resnet import build_resnet
 from skin_resnet.model.weights import load_weights
@@ -121,7 +121,7 @@ def _train_and_log(
     say(_describe_start(config, data, fabric, start))
     if run_id:
         mlflow_run.log_params(config)
-        mlflow_run.log_setting(data, fabric.device, str(fabric._precision.precision), start)
+        mlflow_run.log_setting(data, fabric.device, str(fabric.strategy.precision.precision), start)
         mlflow_run.log_data(data, config.data)
     checkpoint = config.checkpoint_dir.expanduser() / (run_id or f"untracked-{os.getpid()}") / "best.pt"
     best = BestEpoch(config.best_by, config.patience)

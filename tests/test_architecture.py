@@ -51,7 +51,7 @@ def test_imports_run_one_way(file: Path) -> None:
         ("mlflow", "tracking/"),
         ("optuna", "search/"),
         ("search", "search/"),
-        ("matplotlib", "evaluation/plots.py"),
+        ("matplotlib", "evaluation/plots/"),
         ("torchvision.models", "model/weights.py"),
     ],
 )

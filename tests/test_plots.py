@@ -11,7 +11,8 @@ from matplotlib.figure import Figure
 from matplotlib.text import Text
 
 from skin_resnet.evaluation.metrics import EpochResult, Metrics, Predictions
-from skin_resnet.evaluation.plots import plot_confusion, plot_curves
+from skin_resnet.evaluation.plots.confusion import plot_confusion
+from skin_resnet.evaluation.plots.curves import plot_curves
 from skin_resnet.labels import HAM10000_CLASSES
 
 SEVEN = HAM10000_CLASSES

@@ -31,7 +31,9 @@ def store(tmp_path_factory: pytest.TempPathFactory) -> Path:
     before = Path.cwd()
     os.chdir(folder)
     mlflow.set_tracking_uri(f"sqlite:///{folder}/mlflow.db")
+    mlflow.set_system_metrics_sampling_interval(0.2)
     yield folder
+    mlflow.set_system_metrics_sampling_interval(None)
     mlflow.set_tracking_uri(None)
     os.chdir(before)
 
@@ -80,6 +82,10 @@ def test_the_gap_is_train_minus_val(run: Run) -> None:
     metrics = run.data.metrics
     expected = metrics["train/balanced_accuracy"] - metrics["val/balanced_accuracy"]
     assert metrics["val/gap"] == pytest.approx(expected)
+
+
+def test_system_metrics_are_on_the_run(run: Run) -> None:
+    assert run.data.metrics["system/cpu_utilization_percentage"] > 0
 
 
 def test_data_and_split_are_on_the_run(run: Run, config: TrainConfig) -> None:

@@ -1,0 +1,1 @@
+"""Every figure: the only place that imports matplotlib."""
