@@ -118,7 +118,7 @@ def evaluate_checkpoint(
 def log_scores(scores: Scores, checkpoint: dict[str, Any], split: str) -> str:
     """Log the tables and figures of a split's scores on the open run, and give them as Markdown."""
     mlflow_run.log_table(scores.class_table, f"{split}/per_class.csv")
-    mlflow_run.log_table(tabulate_predictions(scores.predictions, scores.classes), f"{split}/predictions.csv")
+    mlflow_run.log_table(tabulate_predictions(scores), f"{split}/predictions.csv")
     title = f"{split.capitalize()}: {checkpoint['arch']}, epoch {checkpoint['epoch']}"
     mlflow_run.log_figure(plot_confusion(scores.predictions, scores.classes, title), f"{split}/confusion.png")
     page = format_scores(scores, split)

@@ -6,10 +6,10 @@ from sklearn import metrics as sk
 
 from skin_resnet.evaluation.metrics import (
     Predictions,
-    _compute_weighted,
     compute_class_table,
     compute_intervals,
     compute_metrics,
+    compute_weighted,
     predict_always,
 )
 
@@ -71,7 +71,7 @@ def test_one_class_only_has_no_auc() -> None:
 def test_weighted_figures_equal_scikit_learns_on_repeated_images(ties: bool) -> None:
     predictions = predict_randomly(80, ties=ties)
     weights = np.random.default_rng(1).integers(0, 4, (20, 80))
-    figures = _compute_weighted(predictions, weights.astype(float))
+    figures = compute_weighted(predictions, weights.astype(float))
     for row, counts in enumerate(weights):
         repeated = np.repeat(np.arange(80), counts)
         expected = compute_metrics(

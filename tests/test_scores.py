@@ -34,7 +34,7 @@ def test_the_page_is_a_table_whose_columns_line_up(scores: Scores) -> None:
 
 
 def test_predictions_are_a_row_an_image(scores: Scores) -> None:
-    table = tabulate_predictions(scores.predictions, CLASSES)
-    assert table.columns.tolist() == ["image_id", "dx", "prediction", *CLASSES]
+    table = tabulate_predictions(scores)
+    assert table.columns.tolist() == ["image_id", "lesion_id", "dx", "prediction", *CLASSES]
     assert table[list(CLASSES)].sum(axis=1).to_numpy() == pytest.approx(np.ones(200))
     assert (table.dx == table.prediction).mean() == scores.metrics.accuracy

@@ -272,7 +272,7 @@ def install_kagglehub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callab
 def test_kaggle_without_its_package_tells_how_to_install_it(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "kagglehub", None)  # makes the import fail, also where it is installed
 
-    check_refusal("kaggle", 'pip install "skin-resnet[kaggle]"')
+    check_refusal("kaggle", "pip install kagglehub")
 
 
 def test_a_failed_kaggle_download_tells_the_cause_and_the_way_by_hand(

@@ -57,7 +57,7 @@ def _download_kaggle() -> Path:
     except ImportError:
         raise UserError(
             "data=kaggle needs the package kagglehub, but it is not installed; "
-            'run pip install "skin-resnet[kaggle]", or download the data set by hand and pass its folder.'
+            "run pip install kagglehub, or download the data set by hand and pass its folder."
         ) from None
     try:
         return Path(kagglehub.dataset_download(KAGGLE_DATASET))

@@ -144,36 +144,43 @@ def predict_always(target: int, like: Predictions) -> Predictions:
 
 
 def compute_intervals(
-    predictions: Predictions,
-    lesions: NDArray[np.str_],
-    *,
-    replicates: int = 1000,
-    level: float = 0.95,
-    seed: int = 0,
+    predictions: Predictions, lesions: NDArray[np.str_], *, replicates: int = 1000
 ) -> dict[str, tuple[float, float]]:
-    """Compute an interval for each headline figure by drawing lesions with replacement.
-
-    The photos of one lesion are no independent evidence, so lesions are drawn, not images.
-    Source: Efron, Tibshirani, "An Introduction to the Bootstrap" (1993), section 13.3 (percentile interval).
+    """Compute a 95 % interval for each headline figure by drawing lesions with replacement.
 
     Args:
         predictions: Of N images.
         lesions: Which lesion each image shows, (N,).
         replicates: How many times lesions are drawn.
-        level: Share of the replicates inside the interval.
-        seed: Of the draws.
+    """
+    figures = compute_weighted(predictions, draw_lesions(lesions, replicates=replicates))
+    return {name: compute_percentiles(figures[name]) for name in HEADLINES}
+
+
+def draw_lesions(lesions: NDArray[np.str_], *, replicates: int = 1000, seed: int = 0) -> Floats:
+    """Draw lesions with replacement; give how often each draw has each image, float64 (replicates, N).
+
+    The photos of one lesion are no independent evidence, so lesions are drawn, not images. The same lesions
+    give the same draws: two models' figures can be subtracted draw by draw.
+    Source: Efron, Tibshirani, "An Introduction to the Bootstrap" (1993), section 13.3 (percentile interval).
     """
     names, lesion_of = np.unique(lesions, return_inverse=True)
-    draws = np.random.default_rng(seed).multinomial(
-        len(names), np.full(len(names), 1 / len(names)), size=replicates
-    )
-    figures = _compute_weighted(predictions, draws[:, lesion_of].astype(np.float64))
-    tails = [(1 - level) / 2, (1 + level) / 2]
-    return {name: tuple(np.nanquantile(figures[name], tails).tolist()) for name in HEADLINES}
+    shares = np.full(len(names), 1 / len(names))
+    draws = np.random.default_rng(seed).multinomial(len(names), shares, size=replicates)
+    weights: Floats = draws[:, lesion_of].astype(np.float64)
+    return weights
 
 
-def _compute_weighted(predictions: Predictions, weights: Floats) -> dict[str, Floats]:
-    """Compute the headline figures for many weightings of the images, weights (B, N), at once; each (B,)."""
+def compute_percentiles(draws: Floats, level: float = 0.95) -> tuple[float, float]:
+    """Give the ends between which the middle `level` of the known draws lies; NaN where none is known."""
+    if not np.isfinite(draws).any():
+        return float("nan"), float("nan")
+    low, high = np.nanquantile(draws, [(1 - level) / 2, (1 + level) / 2])
+    return float(low), float(high)
+
+
+def compute_weighted(predictions: Predictions, weights: Floats) -> dict[str, Floats]:
+    """Compute the headline figures for many weightings of the images, (B, N), at once; each (B,)."""
     targets = predictions.targets
     hits = weights * (predictions.predicted == targets)
     sensitivities, aucs = [], []

@@ -25,7 +25,7 @@ class Scores:
     Attributes:
         predictions: What the model said.
         classes: The class order.
-        lesions: How many lesions the images show.
+        lesions: Which lesion each image shows, (N,).
         metrics: Its figures.
         intervals: A 95 % interval for each headline figure, by bootstrap over lesions.
         class_table: A row per class.
@@ -35,12 +35,17 @@ class Scores:
 
     predictions: Predictions
     classes: tuple[str, ...]
-    lesions: int
+    lesions: NDArray[np.str_]
     metrics: Metrics
     intervals: dict[str, tuple[float, float]]
     class_table: pd.DataFrame
     baseline: Metrics
     baseline_class: str
+
+    @property
+    def num_lesions(self) -> int:
+        """How many lesions the images show."""
+        return len(np.unique(self.lesions))
 
     def to_dict(self, split: str) -> dict[str, float]:
         """Name all figures as MLflow shows them, with `_low` and `_high` for the intervals."""
@@ -48,7 +53,10 @@ class Scores:
         for name, (low, high) in self.intervals.items():
             figures |= {f"{split}/{name}_low": low, f"{split}/{name}_high": high}
         figures |= {f"{split}/baseline_{name}": getattr(self.baseline, name) for name in HEADLINES}
-        return figures | {f"{split}/images": len(self.predictions.targets), f"{split}/lesions": self.lesions}
+        return figures | {
+            f"{split}/images": len(self.predictions.targets),
+            f"{split}/lesions": self.num_lesions,
+        }
 
 
 def compute_scores(
@@ -65,7 +73,7 @@ def compute_scores(
     return Scores(
         predictions=predictions,
         classes=classes,
-        lesions=len(np.unique(lesions)),
+        lesions=lesions,
         metrics=compute_metrics(predictions),
         intervals=compute_intervals(predictions, lesions),
         class_table=compute_class_table(predictions, classes),
@@ -78,7 +86,7 @@ def format_scores(scores: Scores, split: str) -> str:
     """Write the scores as Markdown that also reads well on a terminal."""
     names = {"balanced_accuracy": "balanced accuracy", "accuracy": "accuracy", "macro_auc": "macro AUC"}
     lines = [
-        f"### {split.capitalize()}: {len(scores.predictions.targets)} images of {scores.lesions} lesions",
+        f"### {split.capitalize()}: {len(scores.predictions.targets)} images of {scores.num_lesions} lesions",
         "",
         f"| {'':17} | {'model [95 % interval]':22} | always {scores.baseline_class} |",
         f"|-{'-' * 17}-|-{'-' * 22}-|-{'-' * (7 + len(scores.baseline_class))}-|",
@@ -92,11 +100,13 @@ def format_scores(scores: Scores, split: str) -> str:
     return "\n".join([*lines, "", format_class_table(scores.class_table)])
 
 
-def tabulate_predictions(predictions: Predictions, classes: tuple[str, ...]) -> pd.DataFrame:
-    """Give a row per image: image_id, true dx, predicted dx, and each class's probability."""
+def tabulate_predictions(scores: Scores) -> pd.DataFrame:
+    """Give a row per image: image_id, lesion_id, true dx, predicted dx, and each class's probability."""
+    predictions, classes = scores.predictions, scores.classes
     return pd.DataFrame(
         {
             "image_id": predictions.image_ids,
+            "lesion_id": scores.lesions,
             "dx": np.array(classes)[predictions.targets],
             "prediction": np.array(classes)[predictions.predicted],
             **{name: predictions.probabilities[:, k] for k, name in enumerate(classes)},
