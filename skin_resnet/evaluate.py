@@ -16,7 +16,7 @@ from skin_resnet.evaluation.metrics import Predictions
 from skin_resnet.evaluation.plots.confusion import plot_confusion
 from skin_resnet.evaluation.scores import Scores, compute_scores, format_scores, tabulate_predictions
 from skin_resnet.model.resnet import build_resnet
-from skin_resnet.tracking import mlflow_run
+from skin_resnet.tracking import finished_runs, mlflow_run
 from skin_resnet.training.checkpoint import read_checkpoint
 from skin_resnet.training.engine import predict
 from skin_resnet.training.state import build_fabric
@@ -62,7 +62,7 @@ def find_checkpoint(model: str) -> Path:
     """
     if Path(model).suffix == ".pt" or Path(model).is_file():
         return Path(model).expanduser()
-    return mlflow_run.download_checkpoint(model)
+    return finished_runs.download_checkpoint(model)
 
 
 def _match_classes(table: pd.DataFrame, classes: tuple[str, ...]) -> pd.DataFrame:

@@ -8,7 +8,7 @@ import pytest
 
 ROOT = Path(__file__).parent.parent
 FILES = sorted((ROOT / "skin_resnet").rglob("*.py"))
-COMMANDS = {"train", "evaluate", "cli", "mlproject", "__main__"}
+COMMANDS = {"train", "evaluate", "compare", "audit", "cli", "mlproject", "__main__"}
 # A module may import from its own layer and those before it.
 LAYERS = [
     {"errors", "labels", "config"},

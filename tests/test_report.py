@@ -3,16 +3,13 @@ from collections.abc import Callable, Iterable
 from dataclasses import replace
 
 import numpy as np
-import pandas as pd
 import pytest
 
 from skin_resnet.config import TrainConfig
-from skin_resnet.evaluation.metrics import EpochResult, Metrics, Predictions, compute_class_table
+from skin_resnet.evaluation.metrics import EpochResult, Metrics
 from skin_resnet.evaluation.report import (
     describe_training,
     find_overfitting_epoch,
-    format_class_table,
-    format_score,
     judge_training,
 )
 
@@ -198,9 +195,9 @@ def test_no_network_is_larger_than_the_largest_or_fits_a_file_of_weights_of_anot
     ("verdict", "expected"),
     [
         ("too_short", {"epochs": "20"}),
-        ("never_learned", {"lr": "3e-05", "weights": "imagenet", "epochs": "20"}),
+        ("never_learned", {"lr": "5e-05", "weights": "imagenet", "epochs": "20"}),
         ("overfitting", {"augment": "strong", "patience": "5", "weights": "imagenet"}),
-        ("unstable", {"lr": "0.0001"}),
+        ("unstable", {"lr": "0.0002"}),
         ("improving", {"epochs": "40"}),
         ("levelled_off", {"arch": "resnet101", "patience": "5"}),
     ],
@@ -245,8 +242,9 @@ def test_a_training_that_patience_stopped_while_it_improved_gets_more_patience()
 def test_class_weighting_is_suggested_where_balanced_accuracy_is_far_below_accuracy() -> None:
     lopsided = Metrics(loss=0.5, accuracy=0.8, balanced_accuracy=0.6, macro_auc=0.8)
     history = [replace(result, val=lopsided) for result in make_history(5)]
-    assert suggested(describe(history))["class_weighting"] == "sqrt"
-    assert "balanced accuracy is 0.20 below accuracy" in describe(history)
+    report = describe(history, TrainConfig(class_weighting="none"))
+    assert suggested(report)["class_weighting"] == "sqrt"
+    assert "balanced accuracy is 0.20 below accuracy" in report
     assert "class_weighting" not in describe(history, TrainConfig(class_weighting="balanced"))
 
 
@@ -296,29 +294,3 @@ def test_train_figures_of_mixed_images_are_said_to_look_worse() -> None:
 
 
 # Tables and scores
-
-
-def test_a_score_is_written_with_its_interval() -> None:
-    assert format_score(0.6127, (0.5249, 0.6951)) == "0.613 [0.52, 0.70]"
-    assert format_score(0.5) == "0.500"
-    assert format_score(float("nan"), (0.1, 0.2)) == "\N{EN DASH}"
-
-
-def test_the_class_table_is_markdown_with_dashes_where_a_figure_is_undefined() -> None:
-    predictions = Predictions(
-        probabilities=np.array([[0.8, 0.1, 0.1], [0.6, 0.3, 0.1], [0.2, 0.7, 0.1]]),
-        targets=np.array([0, 1, 1]),
-        image_ids=("a", "b", "c"),
-    )
-    text = format_class_table(compute_class_table(predictions, ("bcc", "mel", "nv")))
-    assert text.splitlines() == [
-        "| dx  | images | sensitivity | specificity | precision |    f1 |   AUC |",
-        "| --- | -----: | ----------: | ----------: | --------: | ----: | ----: |",
-        "| bcc |      1 |       1.000 |       0.500 |     0.500 | 0.667 | 1.000 |",
-        "| mel |      2 |       0.500 |       1.000 |     1.000 | 0.667 | 1.000 |",
-        "| nv  |      0 |           – |       1.000 |         – |     – |     – |",  # noqa: RUF001
-    ]
-
-
-def test_a_bar_in_a_class_name_does_not_open_a_column() -> None:
-    assert "| a\\|b |" in format_class_table(pd.DataFrame({"dx": ["a|b"], "images": [3]}))

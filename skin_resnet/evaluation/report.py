@@ -4,9 +4,9 @@ from collections.abc import Sequence
 from typing import Literal
 
 import numpy as np
-import pandas as pd
 
 from skin_resnet.config import TrainConfig, format_value
+from skin_resnet.evaluation.formatting import format_score, format_table, spell_metric
 from skin_resnet.evaluation.metrics import EpochResult, Floats
 
 Verdict = Literal["too_short", "never_learned", "overfitting", "unstable", "improving", "levelled_off"]
@@ -14,7 +14,6 @@ Option = tuple[str, object, str]  # a field of TrainConfig, the value to try, an
 
 _SHORTEST = 4  # epochs: in fewer, nothing tells a trend from noise
 _WIDE_GAP = 0.1
-_MISSING = "–"  # noqa: RUF001 (an en dash marks an empty cell)
 _REMEDIES: tuple[Option, ...] = (
     ("augment", "strong", "training images that vary more."),
     ("weights", "imagenet", "starts from features that took a million images to learn."),
@@ -38,6 +37,7 @@ def describe_training(
     """
     best, last = next(result for result in history if result.epoch == best_epoch), history[-1]
     verdict = judge_training(history, best_epoch, config, num_classes)
+    chosen_by = spell_metric(config.best_by)
     limit = f" (at most {config.epochs})" if last.epoch < config.epochs else ""
     options = [
         f"- `{name}={format_value(value)}`: {why}"
@@ -45,7 +45,7 @@ def describe_training(
     ]
     return "\n".join(
         [
-            f"**Best epoch {best_epoch} of {last.epoch}**{limit}, chosen by val {_spell(config.best_by)}.",
+            f"**Best epoch {best_epoch} of {last.epoch}**{limit}, chosen by val {chosen_by}.",
             "",
             _format_results(best, last),
             "",
@@ -145,10 +145,10 @@ def _explain(
         return f"**Unstable since epoch {lowest.epoch}:** {rise}, and train loss rose, too."
     before, after = _compare_ends(_values(history, "val", config.best_by), _end_length(history))
     if verdict == "improving":
-        change = f"val {_spell(config.best_by)} went from {before:.3f} to {after:.3f}"
+        change = f"val {spell_metric(config.best_by)} went from {before:.3f} to {after:.3f}"
         return f"**Still improving at the end:** {change} (medians of {_end_length(history)} epochs)."
     ahead = ", but train is far ahead" if best.gap > _WIDE_GAP else ", and train is not far ahead"
-    level = f"a val {_spell(config.best_by)} of {format_score(after)}"
+    level = f"a val {spell_metric(config.best_by)} of {format_score(after)}"
     return f"**Levelled off** at {level}; val loss did not turn up{ahead}."
 
 
@@ -251,27 +251,6 @@ def _round(lr: float) -> float:
     return float(f"{lr:.1g}")
 
 
-def _spell(name: str) -> str:
-    return name.replace("_", " ").replace("auc", "AUC")
-
-
-def format_score(value: float, interval: tuple[float, float] | None = None) -> str:
-    """Write a score as `0.613`, or with its interval as `0.613 [0.52, 0.70]`; an en dash if it is NaN."""
-    if np.isnan(value):
-        return _MISSING
-    return f"{value:.3f}" + (f" [{interval[0]:.2f}, {interval[1]:.2f}]" if interval else "")
-
-
-def format_class_table(table: pd.DataFrame) -> str:
-    """Write the table of `compute_class_table` as GitHub markdown that is aligned in a terminal, too."""
-    rows = [[_format_cell(value) for value in row] for row in table.itertuples(index=False)]
-    return _format_table([_spell(str(name)) for name in table.columns], rows)
-
-
-def _format_cell(value: object) -> str:
-    return format_score(value) if isinstance(value, float) else str(value).replace("|", "\\|")
-
-
 def _format_results(best: EpochResult, last: EpochResult) -> str:
     columns = {
         f"{split}, epoch {result.epoch}": getattr(result, split)
@@ -279,13 +258,7 @@ def _format_results(best: EpochResult, last: EpochResult) -> str:
         for split in ("train", "val")
     }
     names = ("balanced_accuracy", "accuracy", "macro_auc", "loss")
-    rows = [[_spell(name), *(format_score(getattr(m, name)) for m in columns.values())] for name in names]
-    return _format_table(["", *columns], rows)
-
-
-def _format_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """Lay out a markdown table: the first column to the left, the others to the right."""
-    widths = [max(3, *map(len, column)) for column in zip(header, *rows, strict=True)]
-    rule = ["-" * widths[0], *("-" * (width - 1) + ":" for width in widths[1:])]
-    template = f"| {{:<{widths[0]}}} | " + " | ".join(f"{{:>{width}}}" for width in widths[1:]) + " |"
-    return "\n".join(template.format(*row) for row in (header, rule, *rows))
+    rows = [
+        [spell_metric(name), *(format_score(getattr(m, name)) for m in columns.values())] for name in names
+    ]
+    return format_table(["", *columns], rows)

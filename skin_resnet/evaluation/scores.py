@@ -6,6 +6,7 @@ import numpy as np
 import pandas as pd
 from numpy.typing import NDArray
 
+from skin_resnet.evaluation.formatting import format_class_table, format_score, format_table, spell_metric
 from skin_resnet.evaluation.metrics import (
     HEADLINES,
     Metrics,
@@ -15,7 +16,6 @@ from skin_resnet.evaluation.metrics import (
     compute_metrics,
     predict_always,
 )
-from skin_resnet.evaluation.report import format_class_table, format_score
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -84,20 +84,25 @@ def compute_scores(
 
 def format_scores(scores: Scores, split: str) -> str:
     """Write the scores as Markdown that also reads well on a terminal."""
-    names = {"balanced_accuracy": "balanced accuracy", "accuracy": "accuracy", "macro_auc": "macro AUC"}
-    lines = [
-        f"### {split.capitalize()}: {len(scores.predictions.targets)} images of {scores.num_lesions} lesions",
-        "",
-        f"| {'':17} | {'model [95 % interval]':22} | always {scores.baseline_class} |",
-        f"|-{'-' * 17}-|-{'-' * 22}-|-{'-' * (7 + len(scores.baseline_class))}-|",
+    rows = [
+        [
+            spell_metric(name),
+            format_score(getattr(scores.metrics, name), scores.intervals[name]),
+            format_score(getattr(scores.baseline, name)),
+        ]
+        for name in HEADLINES
     ]
-    for name in HEADLINES:
-        score = format_score(getattr(scores.metrics, name), scores.intervals[name])
-        baseline = format_score(getattr(scores.baseline, name))
-        lines.append(f"| {names[name]:17} | {score:22} | {baseline:{7 + len(scores.baseline_class)}} |")
-    loss = f"{scores.metrics.loss:.3f}"
-    lines.append(f"| {'loss (nats)':17} | {loss:22} | {'-':{7 + len(scores.baseline_class)}} |")
-    return "\n".join([*lines, "", format_class_table(scores.class_table)])
+    rows.append(["loss (nats)", format_score(scores.metrics.loss), ""])
+    images = len(scores.predictions.targets)
+    return "\n".join(
+        [
+            f"### {split.capitalize()}: {images} images of {scores.num_lesions} lesions",
+            "",
+            format_table(["", "model [95 % interval]", f"always {scores.baseline_class}"], rows),
+            "",
+            format_class_table(scores.class_table),
+        ]
+    )
 
 
 def tabulate_predictions(scores: Scores) -> pd.DataFrame:

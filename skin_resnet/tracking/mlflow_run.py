@@ -247,26 +247,6 @@ def _copy_sources(package: Path, target: Path) -> None:
             (target / file.relative_to(package)).write_bytes(file.read_bytes())
 
 
-def download_checkpoint(model: str) -> Path:
-    """Fetch the best checkpoint of a run (`RUN_ID`, `runs:/RUN_ID`) or a model (`models:/NAME@ALIAS`, ...).
-
-    Raises:
-        UserError: There is no such run or model, or it has no checkpoint.
-    """
-    try:
-        if model.startswith("models:/"):
-            folder = Path(mlflow.artifacts.download_artifacts(model))
-            return next(folder.rglob("*.pt"))
-        run_id = model.removeprefix("runs:/").rstrip("/")
-        return Path(mlflow.artifacts.download_artifacts(run_id=run_id, artifact_path="checkpoint/best.pt"))
-    except (mlflow.MlflowException, OSError, StopIteration) as error:
-        reason = (str(error).splitlines() or ["it holds none"])[0]
-        raise UserError(
-            f"model must be a run id, models:/NAME@ALIAS or a checkpoint file, but {model!r} gives no "
-            f"checkpoint in {mlflow.get_tracking_uri()} ({reason})."
-        ) from None
-
-
 def describe_location(run_id: str) -> str:
     """Say where a run is, and how to look at it."""
     run = mlflow.MlflowClient().get_run(run_id)

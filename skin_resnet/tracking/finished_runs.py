@@ -1,0 +1,107 @@
+"""What finished runs left in MLflow: checkpoints, histories, predictions."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import mlflow
+import pandas as pd
+
+from skin_resnet.errors import UserError
+
+_NAMES = ("image_id", "lesion_id", "dx", "prediction")
+
+
+@dataclass(frozen=True, kw_only=True)
+class FinishedRun:
+    """A finished training.
+
+    Attributes:
+        history: Values by metric name and epoch.
+        predictions: A row an image: image_id, lesion_id, dx, prediction, and each class's probability.
+    """
+
+    run_id: str
+    name: str
+    arch: str
+    params: dict[str, str]
+    metrics: dict[str, float]
+    history: dict[str, dict[int, float]]
+    predictions: pd.DataFrame
+
+
+def download_checkpoint(model: str) -> Path:
+    """Fetch the best checkpoint of a run (`RUN_ID`, `runs:/RUN_ID`) or a model (`models:/NAME@ALIAS`, ...).
+
+    Raises:
+        UserError: There is no such run or model, or it has no checkpoint.
+    """
+    try:
+        if model.startswith("models:/"):
+            folder = Path(mlflow.artifacts.download_artifacts(model))
+            return next(folder.rglob("*.pt"))
+        run_id = model.removeprefix("runs:/").rstrip("/")
+        return Path(mlflow.artifacts.download_artifacts(run_id=run_id, artifact_path="checkpoint/best.pt"))
+    except (mlflow.MlflowException, OSError, StopIteration) as error:
+        reason = (str(error).splitlines() or ["it holds none"])[0]
+        raise UserError(
+            f"model must be a run id, models:/NAME@ALIAS or a checkpoint file, but {model!r} gives no "
+            f"checkpoint in {mlflow.get_tracking_uri()} ({reason})."
+        ) from None
+
+
+def find_best_runs() -> list[str]:
+    """Give the ids of the run with the highest val balanced accuracy of each arch, in the open run's experiment.
+
+    Raises:
+        UserError: There is no finished training in it.
+    """
+    run = mlflow.active_run()
+    assert run is not None, "its experiment is searched"
+    finished = mlflow.search_runs(
+        [run.info.experiment_id],
+        filter_string="attributes.status = 'FINISHED' AND metrics.`best/val_balanced_accuracy` > 0",
+        order_by=["metrics.`best/val_balanced_accuracy` DESC"],
+        output_format="list",
+    )
+    best: dict[str, str] = {}
+    for each in finished:
+        best.setdefault(each.data.params["arch"], each.info.run_id)
+    if not best:
+        raise UserError(
+            "runs=best needs finished trainings in this experiment, but has none; train first."
+        )
+    return [best[arch] for arch in sorted(best)]
+
+
+def read_run(run_id: str, split: str) -> FinishedRun:
+    """Read a finished training and its predictions on val or test; test is not opened again by it.
+
+    Raises:
+        UserError: There is no such run, or it has no predictions on that split.
+    """
+    client = mlflow.MlflowClient()
+    try:
+        run = client.get_run(run_id)
+        path = mlflow.artifacts.download_artifacts(run_id=run_id, artifact_path=f"{split}/predictions.csv")
+    except (mlflow.MlflowException, OSError) as error:
+        reason = str(error).splitlines()[0]
+        raise UserError(
+            f"runs must be trainings with predictions on {split}, but {run_id!r} is not one in "
+            f"{mlflow.get_tracking_uri()} ({reason})."
+        ) from None
+    names = [f"{part}/{name}" for part in ("train", "val") for name in ("loss", "balanced_accuracy")]
+    history = {
+        name: {point.step: point.value for point in client.get_metric_history(run_id, name)}
+        for name in [*names, "speed/epoch_s", "speed/images_per_s"]
+    }
+    return FinishedRun(
+        run_id=run_id,
+        name=run.info.run_name,
+        arch=run.data.params.get("arch", "unknown"),
+        params=run.data.params,
+        metrics=run.data.metrics,
+        history=history,
+        predictions=pd.read_csv(
+            path, dtype={"image_id": str, "lesion_id": str, "dx": str}, keep_default_na=False
+        ),
+    )
