@@ -11,7 +11,7 @@ from typing import Any, NoReturn
 
 import tyro
 
-from skin_resnet.config import EvaluateConfig, FrozenConfig, TrainConfig
+from skin_resnet.config import AuditConfig, CompareConfig, EvaluateConfig, FrozenConfig, TrainConfig
 from skin_resnet.errors import UserError
 
 USER_ERROR = 2  # what shells and argparse use for a wrong call
@@ -30,21 +30,32 @@ def _run_evaluate(config: EvaluateConfig) -> None:
     evaluate(config)
 
 
+def _run_audit(config: AuditConfig) -> int:
+    from skin_resnet.audit import audit
+
+    return audit(config)
+
+
+def _run_compare(config: CompareConfig) -> None:
+    from skin_resnet.compare import compare
+
+    compare(config)
+
+
 # Command word: its options, and what it does. `MLproject`'s entry points are made from this table too.
-COMMANDS: dict[str, tuple[type[FrozenConfig], Callable[[Any], None]]] = {
+COMMANDS: dict[str, tuple[type[FrozenConfig], Callable[[Any], int | None]]] = {
     "train": (TrainConfig, _run_train),
     "evaluate": (EvaluateConfig, _run_evaluate),
+    "compare": (CompareConfig, _run_compare),
+    "audit": (AuditConfig, _run_audit),
 }
 
 
 def main(arguments: list[str] | None = None) -> NoReturn:
     """Run a command and exit: 0 when done, 2 for a user's mistake, 128 + n after signal n."""
     arguments = sys.argv[1:] if arguments is None else arguments
-    for number in (
-        signal.SIGINT,
-        signal.SIGTERM,
-    ):  # SIGINT too: a shell's background job begins with it ignored
-        signal.signal(number, _interrupt)
+    signal.signal(signal.SIGTERM, _interrupt)
+    signal.signal(signal.SIGINT, _interrupt)  # a background job of a shell script begins with it ignored
     try:
         if not arguments or arguments[0] in {"-h", "--help"}:
             print(_describe_commands())
@@ -53,7 +64,7 @@ def main(arguments: list[str] | None = None) -> NoReturn:
         config = parse_options(config_type, arguments[1:], prog=f"python -m skin_resnet {arguments[0]}")
         logging.basicConfig(level=logging.WARNING, format="%(message)s")
         logging.getLogger("skin_resnet").setLevel(logging.INFO)
-        run(config)
+        code = run(config)
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(USER_ERROR)
@@ -61,14 +72,14 @@ def main(arguments: list[str] | None = None) -> NoReturn:
         number = interrupt.args[0] if interrupt.args else signal.SIGINT
         print(f"interrupted by {signal.Signals(number).name}", file=sys.stderr)
         sys.exit(128 + number)
-    sys.exit(0)
+    sys.exit(code or 0)
 
 
 def _interrupt(number: int, frame: FrameType | None) -> NoReturn:
     raise KeyboardInterrupt(number)
 
 
-def find_command(name: str) -> tuple[type[FrozenConfig], Callable[[Any], None]]:
+def find_command(name: str) -> tuple[type[FrozenConfig], Callable[[Any], int | None]]:
     """Look a command word up.
 
     Raises:

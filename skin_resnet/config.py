@@ -61,8 +61,17 @@ class TrainConfig(FrozenConfig):
     test_fraction: Fraction = Field(
         0.15, description="Share of the images whose lesions give the final test."
     )
+    split: str = Field(
+        "own",
+        min_length=1,
+        description="own: by lesion, stratified; or a CSV of image_id,split (train, val, test).",
+    )
     split_seed: int = Field(
         0, ge=0, lt=2**32, description="Which train/val/test split; leave it when changing seed."
+    )
+    allow_leaks: Literal["false", "true"] = Field(
+        "false",
+        description="Train on a split given by file though it leaks; the run and its reports then say so.",
     )
     on_bad_image: OnBadImage = Field(
         "stop", description="An unreadable image stops the run, or is skipped and counted."
@@ -120,6 +129,9 @@ class TrainConfig(FrozenConfig):
     # When it stops
     best_by: BestMetric = Field("balanced_accuracy", description="Val metric that chooses the best epoch.")
     patience: int = Field(0, ge=0, description="Stop after so many epochs without a better one; 0: never.")
+    coverage: float = Field(
+        0.9, gt=0, lt=1, description="Share of images whose set of possible classes should hold the true one."
+    )
     test: Literal["at_end", "never"] = Field(
         "at_end", description="Score the best epoch on the test split, once."
     )
@@ -169,11 +181,44 @@ class EvaluateConfig(FrozenConfig):
         min_length=1,
         description="same: the test split of what it was trained on; or another source, as train takes it.",
     )
+    tta: Literal[1, 8] = Field(
+        1,
+        description="Views to average over: 1, or the 8 an image has when turned and mirrored.",
+    )
     on_bad_image: OnBadImage = _like_train("on_bad_image")
     cache_dir: Path = _like_train("cache_dir")
     batch_size: int = _like_train("batch_size")
     device: Device = _like_train("device")
     precision: Precision = _like_train("precision")
+
+
+class CompareConfig(FrozenConfig):
+    """Put several trainings side by side."""
+
+    runs: str = Field(
+        min_length=1,
+        description="Run ids with commas between, or best: each arch's best run on val in this experiment.",
+    )
+    split: Literal["val", "test"] = Field(
+        "test", description="Whose predictions to compare, as the runs left them; nothing is opened again."
+    )
+
+
+class AuditConfig(FrozenConfig):
+    """Tell what the splits of a data set share, and what that costs; exit 1 when they leak."""
+
+    data: str = _like_train("data")
+    split: str = Field(
+        "own", min_length=1, description="own: the split that train makes; or a CSV of image_id,split."
+    )
+    passport: str = Field(
+        "none", min_length=1, description="A JSON file to write everything to, every pair included; or none."
+    )
+    val_fraction: Fraction = _like_train("val_fraction")
+    test_fraction: Fraction = _like_train("test_fraction")
+    split_seed: int = _like_train("split_seed")
+    on_bad_image: OnBadImage = _like_train("on_bad_image")
+    cache_dir: Path = _like_train("cache_dir")
 
 
 def format_value(value: object) -> str:

@@ -3,27 +3,31 @@
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pandas as pd
 import torch
 
 from skin_resnet.config import EvaluateConfig, TrainConfig
 from skin_resnet.data.extract import extract
 from skin_resnet.data.load import Loader, place_pixels
-from skin_resnet.data.split import Split, drop_seen, join_lesions
-from skin_resnet.data.transform import ImageStore, open_store
+from skin_resnet.data.split import Split, drop_seen
+from skin_resnet.data.transform import ImageStore, normalize, open_store
 from skin_resnet.errors import UserError
+from skin_resnet.evaluation.assessment import Assessment, Calibration, assess, format_assessment
+from skin_resnet.evaluation.explain import choose_examples, compute_gradcam
 from skin_resnet.evaluation.metrics import Predictions
-from skin_resnet.evaluation.plots.confusion import plot_confusion
-from skin_resnet.evaluation.scores import Scores, compute_scores, format_scores, tabulate_predictions
-from skin_resnet.model.resnet import build_resnet
-from skin_resnet.tracking import finished_runs, mlflow_run
+from skin_resnet.model.resnet import ResNet, build_resnet
+from skin_resnet.tracking import finished_runs, log_assessment, mlflow_run
+from skin_resnet.tracking.openings import record_opening
 from skin_resnet.training.checkpoint import read_checkpoint
-from skin_resnet.training.engine import predict
+from skin_resnet.training.engine import predict, to_float
 from skin_resnet.training.state import build_fabric
+
+LEAK_BANNER = "**This split leaks: test shares lesions with train, and its scores are too good to be true.**"
 
 
 def evaluate(config: EvaluateConfig) -> None:
-    """Score a trained network in an MLflow run of its own, and print the scores.
+    """Assess a trained network in an MLflow run of its own, and print what it scores.
 
     Images that the network has learnt from, or whose lesions it has, are left out: of its own data set the
     test split remains, of another data set usually all.
@@ -43,14 +47,16 @@ def evaluate(config: EvaluateConfig) -> None:
         table = table[table.image_id.isin(store.image_ids)].reset_index(drop=True)
         split = Split(**{name: tuple(ids) for name, ids in checkpoint["split"].items()})
         unseen = drop_seen(_match_classes(table, tuple(checkpoint["classes"])), split)
-        print(f"model    {config.model}: {checkpoint['arch']}, epoch {checkpoint['epoch']}")
         left_out = len(table) - len(unseen)
+        print(f"model    {config.model}: {checkpoint['arch']}, epoch {checkpoint['epoch']}")
         print(f"data     {data}: {len(unseen)} images; {left_out} left out, whose lesions it learnt from")
-        scores = evaluate_checkpoint(checkpoint, unseen, store, config)
-        mlflow_run.log_metrics(scores.to_dict("test"))
-        print(f"\n{log_scores(scores, checkpoint, 'test')}")
+        pages = [LEAK_BANNER] if checkpoint["leaks"] else []
         if set(split.test) & set(unseen.image_id):
-            mlflow_run.count_test_opening(checkpoint["run_id"], by=run_id)
+            pages.append(record_opening(split.hash, of=checkpoint["run_id"]))
+        pages.append(assess_and_log(checkpoint, unseen, store, config, "test"))
+        note = "\n\n".join(filter(None, pages))
+        mlflow_run.log_note(note)
+        print(f"\n{note}")
     print(f"\n{mlflow_run.describe_location(run_id)}")
 
 
@@ -76,51 +82,78 @@ def _match_classes(table: pd.DataFrame, classes: tuple[str, ...]) -> pd.DataFram
     return table.assign(dx=dx, target=dx.codes.astype("int64"))
 
 
-def evaluate_checkpoint(
-    checkpoint: dict[str, Any], table: pd.DataFrame, store: ImageStore, machine: TrainConfig | EvaluateConfig
-) -> Scores:
-    """Score a checkpoint's network on the images of a table.
+def predict_checkpoint(
+    checkpoint: dict[str, Any], table: pd.DataFrame, store: ImageStore, config: TrainConfig | EvaluateConfig
+) -> Predictions:
+    """Predict the images of a table with a checkpoint's network, before temperature.
 
     Args:
         checkpoint: From `read_checkpoint`.
-        table: Rows to be scored, with targets in the checkpoint's class order.
+        table: Rows to predict, with targets in the checkpoint's class order.
         store: Their pixels.
-        machine: Device, precision and batch size.
+        config: Device, precision and batch size; how many views, for an evaluation.
 
     Raises:
-        UserError: There is no image to score.
+        UserError: There is no image.
     """
     if table.empty:
         raise UserError(
             "a test needs images the model has not learnt from, but there are none; give other data."
         )
-    classes = tuple(checkpoint["classes"])
-    fabric = build_fabric(machine.device, machine.precision, devices=1)
-    network = build_resnet(checkpoint["arch"], len(classes))
-    network.load_state_dict(checkpoint["network"])
-    network.to(fabric.device).to(memory_format=torch.channels_last)
+    fabric = build_fabric(config.device, config.precision, devices=1)
     loader = Loader(
         source=place_pixels(store, fabric.device),
         rows=store.find_rows(tuple(table.image_id)),
         targets=torch.tensor(table.target.to_numpy()),
-        batch_size=machine.batch_size,
+        batch_size=config.batch_size,
     )
-    predictions = Predictions(
-        probabilities=predict(network, loader, fabric),
+    network = build_network(checkpoint).to(fabric.device)
+    views = config.tta if isinstance(config, EvaluateConfig) else 1
+    return Predictions(
+        probabilities=predict(network, loader, fabric, views),
         targets=table.target.to_numpy(),
         image_ids=tuple(table.image_id),
     )
-    return compute_scores(
-        predictions, join_lesions(table).to_numpy(str), classes, checkpoint["baseline_class"]
-    )
 
 
-def log_scores(scores: Scores, checkpoint: dict[str, Any], split: str) -> str:
-    """Log the tables and figures of a split's scores on the open run, and give them as Markdown."""
-    mlflow_run.log_table(scores.class_table, f"{split}/per_class.csv")
-    mlflow_run.log_table(tabulate_predictions(scores), f"{split}/predictions.csv")
-    title = f"{split.capitalize()}: {checkpoint['arch']}, epoch {checkpoint['epoch']}"
-    mlflow_run.log_figure(plot_confusion(scores.predictions, scores.classes, title), f"{split}/confusion.png")
-    page = format_scores(scores, split)
-    mlflow_run.log_text(page, f"{split}/scores.md")
+def build_network(checkpoint: dict[str, Any]) -> ResNet:
+    """Build the network of a checkpoint, ready to predict."""
+    network = build_resnet(checkpoint["arch"], len(checkpoint["classes"]))
+    network.load_state_dict(checkpoint["network"])
+    return network.to(memory_format=torch.channels_last).eval()
+
+
+def assess_and_log(
+    checkpoint: dict[str, Any],
+    table: pd.DataFrame,
+    store: ImageStore,
+    config: TrainConfig | EvaluateConfig,
+    split: str,
+) -> str:
+    """Assess a checkpoint's network on a table's images, log all of it on the open run, and give the page.
+
+    Raises:
+        UserError: There is no image, or the network's answers are not finite.
+    """
+    raw = predict_checkpoint(checkpoint, table, store, config)
+    calibration = Calibration.from_dict(checkpoint["calibration"])
+    assessment = assess(raw, table, tuple(checkpoint["classes"]), checkpoint["baseline_class"], calibration)
+    page = format_assessment(assessment, split)
+    title = f"{split.capitalize()}, {checkpoint['arch']} epoch {checkpoint['epoch']}"
+    if split == "test":
+        mlflow_run.log_metrics(assessment.to_dict(split), step=checkpoint["epoch"])
+        log_assessment.log_examples(assessment, store, _explain(checkpoint, assessment, store), title)
+    log_assessment.log_assessment(assessment, page, title, split)
     return page
+
+
+def _explain(
+    checkpoint: dict[str, Any], assessment: Assessment, store: ImageStore
+) -> log_assessment.Examples:
+    """Compute Grad-CAM for a few images of each class, a fixed choice; on the CPU, since they are few."""
+    predictions = assessment.scores.predictions
+    rows = choose_examples(predictions)
+    pixels = store.pixels[store.find_rows(tuple(np.array(predictions.image_ids)[rows]))]
+    images = normalize(to_float(torch.from_numpy(np.array(pixels))))
+    heats = compute_gradcam(build_network(checkpoint), images, torch.from_numpy(predictions.predicted[rows]))
+    return log_assessment.Examples(rows=rows, pixels=pixels, heats=heats)

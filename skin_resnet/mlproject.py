@@ -7,7 +7,8 @@ import yaml
 from skin_resnet.cli import COMMANDS
 from skin_resnet.config import FrozenConfig, format_value
 
-ENTRY_POINTS = {"main": "train", "evaluate": "evaluate"}  # entry point: command word
+# Entry point: command word. `mlflow run .` without -e runs main.
+ENTRY_POINTS = {"main": "train", **{name: name for name in COMMANDS if name != "train"}}
 _HEADER = "# Made by `make MLproject` from skin_resnet/config.py; a test compares the two.\n"
 
 

@@ -11,18 +11,21 @@ import torch
 from lightning_fabric import Fabric
 from tqdm import tqdm
 
+from skin_resnet.audit import format_passport
 from skin_resnet.config import TrainConfig
 from skin_resnet.data.extract import has_lesion_ids
 from skin_resnet.data.load import Batch, Loader
-from skin_resnet.data.prepare import PreparedData, prepare_data
+from skin_resnet.data.prepare import PreparedData, open_test, prepare_data
 from skin_resnet.data.split import SPLITS
-from skin_resnet.evaluate import evaluate_checkpoint, log_scores
+from skin_resnet.evaluate import LEAK_BANNER, assess_and_log, predict_checkpoint
+from skin_resnet.evaluation.assessment import calibrate
 from skin_resnet.evaluation.metrics import EpochResult
 from skin_resnet.evaluation.plots.curves import plot_curves
 from skin_resnet.evaluation.report import describe_training
 from skin_resnet.model.resnet import build_resnet
 from skin_resnet.model.weights import load_weights
 from skin_resnet.tracking import mlflow_run
+from skin_resnet.tracking.openings import record_opening
 from skin_resnet.training.checkpoint import read_checkpoint, save_checkpoint
 from skin_resnet.training.engine import BestEpoch, Progress, fit
 from skin_resnet.training.state import TrainingState, build_fabric, build_state
@@ -59,10 +62,10 @@ def train(config: TrainConfig) -> None:
         classes_in_val = result.data.select(result.data.split.val).dx.nunique()
         pages = [describe_training(result.history, result.best.epoch, config, classes_in_val)]
         mlflow_run.log_text(pages[0], "report.md")
-        _score(config, result, "val")
+        if result.data.passport.leaks:
+            pages.insert(0, LEAK_BANNER)
         if config.test == "at_end":
-            pages.append(_score(config, result, "test"))
-            mlflow_run.count_test_opening(run_id, by=run_id)
+            pages.append(_test(config, result))
         note = "\n\n".join(pages)
         print(f"\n{note}")
         mlflow_run.log_note(note)
@@ -70,14 +73,13 @@ def train(config: TrainConfig) -> None:
     print(f"\n{mlflow_run.describe_location(run_id)}")
 
 
-def _score(config: TrainConfig, result: TrainResult, split: str) -> str:
-    """Score the best epoch on val or test. This is the one place in a training that opens the test split."""
+def _test(config: TrainConfig, result: TrainResult) -> str:
+    """Open the test split, once: the one place in a training that does."""
+    warning = record_opening(result.data.split.hash)
     checkpoint = read_checkpoint(result.checkpoint)
-    table = result.data.select(getattr(result.data.split, split))
-    scores = evaluate_checkpoint(checkpoint, table, result.data.store, config)
-    if split == "test":
-        mlflow_run.log_metrics(scores.to_dict("test"), step=result.best.epoch)
-    return log_scores(scores, checkpoint, split)
+    table = open_test(config, result.data)
+    page = assess_and_log(checkpoint, table, result.data.store, config, "test")
+    return f"{warning}\n\n{page}" if warning else page
 
 
 def _get_rank() -> int:
@@ -123,6 +125,7 @@ def _train_and_log(
         mlflow_run.log_params(config)
         mlflow_run.log_setting(data, fabric.device, str(fabric.strategy.precision.precision), start)
         mlflow_run.log_data(data, config.data)
+        mlflow_run.log_passport(data.passport.to_dict(), format_passport(data.passport))
     checkpoint = config.checkpoint_dir.expanduser() / (run_id or f"untracked-{os.getpid()}") / "best.pt"
     best = BestEpoch(config.best_by, config.patience)
     history: list[EpochResult] = []
@@ -138,10 +141,22 @@ def _train_and_log(
         if best.should_stop:
             say(f"stopped early: none of {config.patience} epochs was better than epoch {best.epoch.epoch}")
             break
+    if fabric.is_global_zero:
+        _calibrate(checkpoint, data, config)
     if run_id:
         mlflow_run.log_best(best.epoch)
         mlflow_run.log_figure(plot_curves(history, best.epoch.epoch), "figures/curves.png")
+        table = data.select(data.split.val)
+        assess_and_log(read_checkpoint(checkpoint), table, data.store, config, "val")
     return TrainResult(best=best.epoch, history=tuple(history), checkpoint=checkpoint, data=data)
+
+
+def _calibrate(path: Path, data: PreparedData, config: TrainConfig) -> None:
+    """Fit on val what a network's probabilities need to be used, and keep it with the network."""
+    checkpoint = read_checkpoint(path)
+    predictions = predict_checkpoint(checkpoint, data.select(data.split.val), data.store, config)
+    calibration = calibrate(predictions, data.classes, config.coverage)
+    save_checkpoint(path, {**checkpoint, "calibration": calibration.to_dict()})
 
 
 def _build_state(
@@ -179,6 +194,7 @@ def _describe_checkpoint(
             "test": list(data.split.test),
         },
         "baseline_class": data.select(data.split.train).dx.mode()[0],
+        "leaks": data.passport.leaks,
         "run_id": run_id or "",
     }
 

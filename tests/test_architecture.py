@@ -71,3 +71,15 @@ def test_files_functions_and_signatures_stay_small(file: Path) -> None:
             assert node.end_lineno - node.lineno < 50, node.name
             parameters = [argument.arg for argument in node.args.args + node.args.kwonlyargs]
             assert len(parameters) - ("self" in parameters) <= 6, node.name
+
+
+def test_only_the_end_of_a_training_breaks_the_seal_of_its_test() -> None:
+    callers = [
+        (file.name, function.name)
+        for file in FILES
+        for function in ast.walk(ast.parse(file.read_text()))
+        if isinstance(function, ast.FunctionDef)
+        for call in ast.walk(function)
+        if isinstance(call, ast.Call) and getattr(call.func, "id", "") == "open_test"
+    ]
+    assert callers == [("train.py", "_test")]

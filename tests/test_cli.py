@@ -1,12 +1,26 @@
 """The command line: help is quick and complete, a mistake is one line and exit code 2."""
 
+import logging
+import signal
 import subprocess
 import sys
+from collections.abc import Iterator
 
 import pytest
 
 from skin_resnet.cli import COMMANDS, main
 from skin_resnet.config import TrainConfig
+
+
+@pytest.fixture(autouse=True)
+def process() -> Iterator[None]:
+    """Give back what `main` takes over for its own process."""
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    level = logging.getLogger("skin_resnet").level
+    yield
+    logging.getLogger("skin_resnet").setLevel(level)
+    for number, handler in handlers.items():
+        signal.signal(number, handler)
 
 
 def run(arguments: str, capsys: pytest.CaptureFixture[str]) -> tuple[int, str, str]:
@@ -19,7 +33,7 @@ def run(arguments: str, capsys: pytest.CaptureFixture[str]) -> tuple[int, str, s
 @pytest.mark.parametrize(
     ("arguments", "told"),
     [
-        ("trian", "must be one of train, evaluate"),
+        ("trian", "must be one of train, evaluate, compare, audit"),
         ("train --lrr 0.1", "--lr FLOAT"),
         ("train --lr abc", "could not convert string to float: 'abc'"),
         ("train --lr=-1", "lr: must be greater than 0, but got -1.0"),

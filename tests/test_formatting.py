@@ -21,11 +21,11 @@ def test_the_class_table_is_markdown_with_dashes_where_a_figure_is_undefined() -
     )
     text = format_class_table(compute_class_table(predictions, ("bcc", "mel", "nv")))
     assert text.splitlines() == [
-        "| dx  | images | sensitivity | specificity | precision |    f1 |   AUC |",
-        "| --- | -----: | ----------: | ----------: | --------: | ----: | ----: |",
-        "| bcc |      1 |       1.000 |       0.500 |     0.500 | 0.667 | 1.000 |",
-        "| mel |      2 |       0.500 |       1.000 |     1.000 | 0.667 | 1.000 |",
-        "| nv  |      0 |           – |       1.000 |         – |     – |     – |",  # noqa: RUF001
+        "| dx  | images | sensitivity | specificity |   PPV |   NPV |    F1 |   AUC |    AP |",
+        "| --- | -----: | ----------: | ----------: | ----: | ----: | ----: | ----: | ----: |",
+        "| bcc |      1 |       1.000 |       0.500 | 0.500 | 1.000 | 0.667 | 1.000 | 1.000 |",
+        "| mel |      2 |       0.500 |       1.000 | 1.000 | 0.500 | 0.667 | 1.000 | 1.000 |",
+        "| nv  |      0 |           – |       1.000 |     – | 1.000 |     – |     – |     – |",  # noqa: RUF001
     ]
 
 

@@ -117,11 +117,15 @@ def test_the_class_table_is_that_of_scikit_learn() -> None:
         predictions.targets, predictions.predicted
     )
     assert table.sensitivity.to_numpy() == pytest.approx(recall)
-    assert table.precision.to_numpy() == pytest.approx(precision)
+    assert table.ppv.to_numpy() == pytest.approx(precision)
     assert table.f1.to_numpy() == pytest.approx(f1)
     assert table.images.tolist() == support.tolist()
     specificity = sk.recall_score(predictions.targets != 2, predictions.predicted != 2)
     assert table.specificity[2] == pytest.approx(specificity)
+    npv = sk.precision_score(predictions.targets != 2, predictions.predicted != 2)
+    assert table.npv[2] == pytest.approx(npv)
+    ap = sk.average_precision_score(predictions.targets == 2, predictions.probabilities[:, 2])
+    assert table.ap[2] == pytest.approx(ap)
 
 
 def test_always_one_class_scores_its_share_and_chance() -> None:

@@ -9,8 +9,8 @@ import yaml
 from mlflow.projects import _project_spec
 from packaging.requirements import Requirement
 
-from skin_resnet.config import EvaluateConfig, TrainConfig
-from skin_resnet.mlproject import render_mlproject
+from skin_resnet.cli import COMMANDS
+from skin_resnet.mlproject import ENTRY_POINTS, render_mlproject
 
 ROOT = Path(__file__).parent.parent
 
@@ -21,7 +21,8 @@ def test_mlproject_is_current() -> None:
 
 def test_mlflow_reads_every_option_with_its_default_and_passes_it_on() -> None:
     project = _project_spec.load_project(str(ROOT))
-    for name, config_type in (("main", TrainConfig), ("evaluate", EvaluateConfig)):
+    for name, command in ENTRY_POINTS.items():
+        config_type, _ = COMMANDS[command]
         entry_point = project.get_entry_point(name)
         assert set(entry_point.parameters) == set(config_type.model_fields)
         for option, parameter in entry_point.parameters.items():

@@ -29,6 +29,7 @@ from skin_resnet.tracking import mlflow_run
 from skin_resnet.training.checkpoint import save_checkpoint
 
 CLASSES = ("blue", "green", "red")
+TEMPERATURE = 1.7
 
 
 @pytest.fixture(scope="module")
@@ -45,6 +46,7 @@ def model_uri(tmp_path_factory: pytest.TempPathFactory, network: torch.nn.Module
         "classes": list(CLASSES),
         "image_size": 48,
         "network": network.state_dict(),
+        "calibration": {"temperature": TEMPERATURE},
     }
     save_checkpoint(folder / "best.pt", checkpoint)
     mlflow.set_tracking_uri(f"sqlite:///{folder}/mlflow.db")
@@ -68,7 +70,8 @@ def test_probabilities_are_those_of_the_network_on_the_decoded_image(model_uri, 
     answer = mlflow.pyfunc.load_model(model_uri).predict(pd.DataFrame({"image": images}))
     pixels = torch.stack([torch.from_numpy(decode_image(io.BytesIO(image), 48)) for image in images])
     with torch.no_grad():
-        expected = network(normalize(pixels.permute(0, 3, 1, 2).float() / 255)).softmax(dim=1)
+        logits = network(normalize(pixels.permute(0, 3, 1, 2).float() / 255))
+        expected = (logits / TEMPERATURE).softmax(dim=1)
     assert answer[list(CLASSES)].to_numpy() == pytest.approx(expected.numpy(), abs=1e-6)
     assert answer.prediction.tolist() == [CLASSES[k] for k in expected.argmax(dim=1)]
 

@@ -14,6 +14,7 @@ import torch
 from mlflow.entities import Run
 
 from skin_resnet.config import EvaluateConfig, TrainConfig
+from skin_resnet.data.prepare import SEALED, open_test, prepare_data
 from skin_resnet.data.split import Split
 from skin_resnet.errors import UserError
 from skin_resnet.evaluate import evaluate
@@ -112,9 +113,11 @@ def test_what_it_stands_on_is_on_the_run(run: Run) -> None:
 def test_figures_tables_report_and_note_are_on_the_run(run: Run) -> None:
     assert list_artifacts(run) >= {"checkpoint", "data", "figures", "val", "test", "report.md"}
     assert list_artifacts(run, "figures") == {"figures/curves.png"}
-    for split in ("val", "test"):
-        names = ("per_class.csv", "predictions.csv", "confusion.png", "scores.md")
-        assert list_artifacts(run, split) == {f"{split}/{name}" for name in names}
+    tables = {"per_class.csv", "predictions.csv", "slices.csv", "scores.md", "scores.json"}
+    names = tables | {"confusion.png", "reliability.png", "referral.png", "slices.png"}
+    assert list_artifacts(run, "val") == {f"val/{name}" for name in names}
+    assert list_artifacts(run, "test") == {f"test/{name}" for name in names | {"gradcam.png"}}
+    assert len(list_artifacts(run, "images")) > 0
     note = run.data.tags["mlflow.note.content"]
     assert "balanced accuracy" in note
     assert "always" in note
@@ -131,7 +134,8 @@ def test_the_checkpoint_holds_the_best_epoch_and_the_split(run: Run) -> None:
 
 
 def test_test_was_opened_once_and_predictions_agree_with_the_figures(run: Run) -> None:
-    assert run.data.tags["test.openings"] == "1"
+    assert run.data.tags["test.times_opened"] == "1"
+    assert run.data.tags["test.openings"].endswith(f"by {run.info.run_id}")
     path = mlflow.artifacts.download_artifacts(run_id=run.info.run_id, artifact_path="test/predictions.csv")
     predictions = pd.read_csv(path)
     assert run.data.metrics["test/accuracy"] == pytest.approx(
@@ -152,8 +156,62 @@ def test_evaluate_gives_the_same_scores_and_counts_the_opening(run: Run, config:
                 run.data.metrics[f"test/{name}"], abs=1e-6
             )
         again = mlflow.get_run(run.info.run_id)
-        assert again.data.tags["test.openings"] == str(2 + number)
-    assert "left out, whose lesions it learnt from" in capsys.readouterr().out
+        assert again.data.tags["test.times_opened"] == str(2 + number)
+        assert latest.data.tags["test.opened_before"] == str(1 + number)
+    out = capsys.readouterr().out
+    assert "left out, whose lesions it learnt from" in out
+    assert "This test was opened before, by 2 runs of this experiment." in out
+
+
+def test_eight_views_are_averaged_and_change_little(run: Run, config: TrainConfig) -> None:
+    evaluate(EvaluateConfig(model=run.info.run_id, device="cpu", cache_dir=config.cache_dir, tta=8))
+    latest = mlflow.search_runs(output_format="list", max_results=1)[0]
+    assert latest.data.metrics["test/loss"] != run.data.metrics["test/loss"]
+    assert latest.data.metrics["test/loss"] == pytest.approx(run.data.metrics["test/loss"], abs=0.5)
+
+
+def test_training_cannot_see_the_diagnoses_of_the_test_images(config: TrainConfig) -> None:
+    data = prepare_data(config)
+    sealed = data.select(data.split.test)
+    assert sealed.dx.isna().all()
+    assert (sealed.target == SEALED).all()
+    assert data.select(data.split.train).dx.notna().all()
+    opened = open_test(config, data)
+    assert tuple(opened.image_id) == data.split.test
+    assert (opened.target >= 0).all()
+
+
+def test_the_leak_passport_of_the_split_is_on_the_run(run: Run) -> None:
+    assert run.data.tags["split.leaks"] == "false"
+    path = mlflow.artifacts.download_artifacts(
+        run_id=run.info.run_id, artifact_path="data/leak_passport.json"
+    )
+    assert json.loads(Path(path).read_text())["leaks"] is False
+
+
+def test_a_leaking_split_is_refused_unless_told_and_then_every_report_says_so(
+    config: TrainConfig, tmp_path
+) -> None:
+    paths = sorted(Path(config.data).rglob("*.png"))
+    twin = tmp_path / "twin.csv"
+    rows = [(path, path.parent.name, path.stem, path.stem) for path in paths]
+    # Two photos of one lesion, on two sides.
+    rows[1] = (*rows[1][:3], rows[0][2])
+    table = pd.DataFrame(rows, columns=["path", "dx", "image_id", "lesion_id"])
+    table.to_csv(twin, index=False)
+    split = tmp_path / "split.csv"
+    sides = ["train", "test"] + ["train", "train", "val", "test"] * 9
+    pd.DataFrame({"image_id": table.image_id, "split": sides[: len(table)]}).to_csv(split, index=False)
+    leaking = config.with_changes(data=str(twin), split=str(split), epochs=1)
+    with pytest.raises(UserError, match=r"no split may share a lesion.*allow_leaks=true"):
+        train(leaking)
+    train(leaking.with_changes(allow_leaks="true"))
+    latest = mlflow.search_runs(output_format="list", max_results=1)[0]
+    assert latest.data.tags["split.leaks"] == "true"
+    assert "This split leaks" in latest.data.tags["mlflow.note.content"]
+    evaluate(EvaluateConfig(model=latest.info.run_id, device="cpu", cache_dir=config.cache_dir))
+    latest = mlflow.search_runs(output_format="list", max_results=1)[0]
+    assert "This split leaks" in latest.data.tags["mlflow.note.content"]
 
 
 def test_evaluate_takes_the_logged_model_and_another_source(run: Run, config: TrainConfig, tmp_path) -> None:

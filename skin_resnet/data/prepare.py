@@ -1,31 +1,39 @@
 """The three steps of the ETL in a row: what every command that sees images begins with."""
 
 from dataclasses import dataclass
+from pathlib import Path
 
 import pandas as pd
 import torch
 from lightning_fabric import Fabric
 
 from skin_resnet.config import TrainConfig
+from skin_resnet.data.audit import LeakPassport, audit_split, read_split
 from skin_resnet.data.extract import extract, get_class_names
 from skin_resnet.data.load import Loader, PixelSource, place_pixels
 from skin_resnet.data.split import Split, split_lesions
 from skin_resnet.data.transform import ImageStore, open_store
+from skin_resnet.errors import UserError
+
+SEALED = -1  # the target of a test image, until the test is opened
 
 
 @dataclass(frozen=True, kw_only=True)
 class PreparedData:
-    """A data set, ready to be trained on.
+    """A data set, ready to be trained on, its test sealed.
 
     Attributes:
-        table: Rows from `extract`, without the images that could not be read.
+        table: Rows from `extract`, without the images that could not be read; of test images, dx is missing
+            and target is `SEALED`.
         split: Which of them train, choose the best epoch, and test.
         store: Their pixels, in the table's order.
+        passport: What the splits share.
     """
 
     table: pd.DataFrame
     split: Split
     store: ImageStore
+    passport: LeakPassport
 
     @property
     def classes(self) -> tuple[str, ...]:
@@ -34,7 +42,7 @@ class PreparedData:
 
     def select(self, image_ids: tuple[str, ...]) -> pd.DataFrame:
         """Give the table's rows of some images, in the order of `image_ids`."""
-        return self.table.iloc[self.store.find_rows(image_ids)]
+        return self.table.iloc[self.store.find_rows(image_ids)].reset_index(drop=True)
 
     def build_loader(
         self, image_ids: tuple[str, ...], source: PixelSource, fabric: Fabric, batch_size: int
@@ -56,18 +64,47 @@ class PreparedData:
 
 
 def prepare_data(config: TrainConfig) -> PreparedData:
-    """Extract, transform and split the data set of a config.
+    """Extract, transform and split the data set of a config, and seal its test.
 
     Raises:
-        UserError: The data cannot be used; the message says what to do.
+        UserError: The data cannot be used, or the split given leaks; the message says what to do.
     """
+    table, store = read_images(config)
+    if config.split == "own":
+        split = split_lesions(
+            table,
+            val_fraction=config.val_fraction,
+            test_fraction=config.test_fraction,
+            seed=config.split_seed,
+        )
+    else:
+        split = _drop_unread(read_split(Path(config.split).expanduser(), table), table)
+    passport = audit_split(table, split, store.pixels)
+    if passport.leaks and config.allow_leaks == "false":
+        shared = passport.pairs.iloc[0]
+        raise UserError(
+            f"no split may share a lesion with another, but in {config.split} {shared.image_id} "
+            f"({shared.split}) and {shared.seen_id} ({shared.seen_split}) show one; run audit, or pass "
+            "allow_leaks=true to train all the same."
+        )
+    is_test = table.image_id.isin(split.test)
+    sealed = table.assign(dx=table.dx.mask(is_test), target=table.target.mask(is_test, SEALED))
+    return PreparedData(table=sealed, split=split, store=store, passport=passport)
+
+
+def read_images(config: TrainConfig) -> tuple[pd.DataFrame, ImageStore]:
+    """Extract and transform: give the table of a config's images that can be read, and their pixels."""
     table = extract(config.data, config.cache_dir)
     store = open_store(table, config.image_size, config.cache_dir, config.on_bad_image)
-    table = table[table.image_id.isin(store.image_ids)].reset_index(drop=True)
-    split = split_lesions(
-        table,
-        val_fraction=config.val_fraction,
-        test_fraction=config.test_fraction,
-        seed=config.split_seed,
-    )
-    return PreparedData(table=table, split=split, store=store)
+    return table[table.image_id.isin(store.image_ids)].reset_index(drop=True), store
+
+
+def _drop_unread(split: Split, table: pd.DataFrame) -> Split:
+    frame = split.to_frame()
+    return Split.from_frame(frame[frame.image_id.isin(table.image_id)])
+
+
+def open_test(config: TrainConfig, data: PreparedData) -> pd.DataFrame:
+    """Break the seal: give the rows of the test images with their diagnoses. Only a test may call this."""
+    table, _ = read_images(config)
+    return table.iloc[data.store.find_rows(data.split.test)].reset_index(drop=True)

@@ -5,12 +5,13 @@ from collections.abc import Sequence
 import numpy as np
 import pandas as pd
 
+_ACRONYMS = {"auc", "ppv", "npv", "f1", "ap"}
 _MISSING = "–"  # noqa: RUF001 (an en dash marks an empty cell)
 
 
 def spell_metric(name: str) -> str:
     """Write a metric's name as one says it: `balanced accuracy`, `macro AUC`."""
-    return name.replace("_", " ").replace("auc", "AUC")
+    return " ".join(word.upper() if word in _ACRONYMS else word for word in name.split("_"))
 
 
 def format_score(value: float, interval: tuple[float, float] | None = None) -> str:

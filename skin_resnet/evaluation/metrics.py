@@ -1,10 +1,12 @@
 """From predictions to numbers, and to the intervals that say how far a number can be trusted."""
 
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
+from typing import Any
 
 import numpy as np
 import pandas as pd
-from numpy.typing import NDArray
+from numpy.typing import ArrayLike, NDArray
 from sklearn import metrics as sk
 
 HEADLINES = ("balanced_accuracy", "accuracy", "macro_auc")
@@ -96,35 +98,41 @@ def _sensitivities(predictions: Predictions) -> Floats:
     return scores
 
 
-def _class_aucs(predictions: Predictions) -> Floats:
-    """One-versus-rest AUC of each class, NaN where there is no image of it or no other."""
-    aucs = np.full(predictions.probabilities.shape[1], np.nan)
+def _compute_one_versus_rest(predictions: Predictions, compute: Callable[..., float]) -> Floats:
+    """Score each class's probability against being of it; NaN where there is no image of it or no other."""
+    scores = np.full(predictions.probabilities.shape[1], np.nan)
     for target in np.unique(predictions.targets):
         positive = predictions.targets == target
         if not positive.all():
-            aucs[target] = sk.roc_auc_score(positive, predictions.probabilities[:, target])
-    return aucs
+            scores[target] = compute(positive, predictions.probabilities[:, target])
+    return scores
 
 
 def _mean_auc(predictions: Predictions) -> float:
-    aucs = _class_aucs(predictions)
+    aucs = _compute_one_versus_rest(predictions, sk.roc_auc_score)
     return float(np.nanmean(aucs)) if np.isfinite(aucs).any() else float("nan")
 
 
 def compute_class_table(predictions: Predictions, classes: tuple[str, ...]) -> pd.DataFrame:
-    """Compute a row per class: images, sensitivity, specificity, precision, f1, auc; NaN where undefined."""
+    """Compute a row per class: images, sensitivity, specificity, ppv, npv, f1, auc, ap; NaN where undefined.
+
+    `ppv` is also called precision, `ap` is average precision.
+    """
     counts = compute_confusion(predictions)
     hits, actual, predicted = counts.diagonal(), counts.sum(axis=1), counts.sum(axis=0)
+    total = counts.sum()
     with np.errstate(invalid="ignore", divide="ignore"):
         return pd.DataFrame(
             {
                 "dx": classes,
                 "images": actual,
                 "sensitivity": hits / actual,
-                "specificity": 1 - (predicted - hits) / (counts.sum() - actual),
-                "precision": hits / predicted,
+                "specificity": 1 - (predicted - hits) / (total - actual),
+                "ppv": hits / predicted,
+                "npv": 1 - (actual - hits) / (total - predicted),
                 "f1": np.where(actual > 0, 2 * hits / (actual + predicted), np.nan),
-                "auc": _class_aucs(predictions),
+                "auc": _compute_one_versus_rest(predictions, sk.roc_auc_score),
+                "ap": _compute_one_versus_rest(predictions, sk.average_precision_score),
             }
         )
 
@@ -157,7 +165,7 @@ def compute_intervals(
     return {name: compute_percentiles(figures[name]) for name in HEADLINES}
 
 
-def draw_lesions(lesions: NDArray[np.str_], *, replicates: int = 1000, seed: int = 0) -> Floats:
+def draw_lesions(lesions: NDArray[Any], *, replicates: int = 1000, seed: int = 0) -> Floats:
     """Draw lesions with replacement; give how often each draw has each image, float64 (replicates, N).
 
     The photos of one lesion are no independent evidence, so lesions are drawn, not images. The same lesions
@@ -177,6 +185,12 @@ def compute_percentiles(draws: Floats, level: float = 0.95) -> tuple[float, floa
         return float("nan"), float("nan")
     low, high = np.nanquantile(draws, [(1 - level) / 2, (1 + level) / 2])
     return float(low), float(high)
+
+
+def compute_mean_interval(values: ArrayLike, lesions: NDArray[Any]) -> tuple[float, float]:
+    """Compute a 95 % interval of the mean of values (N,) by drawing their lesions (N,)."""
+    weights = draw_lesions(lesions)
+    return compute_percentiles(weights @ np.asarray(values, dtype=np.float64) / weights.sum(axis=1))
 
 
 def compute_weighted(predictions: Predictions, weights: Floats) -> dict[str, Floats]:

@@ -3,7 +3,6 @@
 Source: He, Zhang, Ren, Sun, "Deep Residual Learning for Image Recognition", CVPR 2016, table 1, figure 5.
 """
 
-import torch
 from torch import Tensor, nn
 from torchvision.ops import StochasticDepth
 
@@ -79,13 +78,13 @@ class ResNet(nn.Module):
         self.bn1 = nn.BatchNorm2d(64)
         self.relu = nn.ReLU(inplace=True)
         self.maxpool = nn.MaxPool2d(kernel_size=3, stride=2, padding=1)
-        drop_probabilities = torch.linspace(0, stochastic_depth, sum(depths)).tolist()
+        last = sum(depths) - 1
         blocks: list[Bottleneck] = []
         channels = 64
         for stage, (depth, width) in enumerate(zip(depths, STAGE_WIDTHS, strict=True)):
             for block in range(depth):
                 stride = 2 if stage > 0 and block == 0 else 1
-                blocks.append(Bottleneck(channels, width, stride, drop_probabilities[len(blocks)]))
+                blocks.append(Bottleneck(channels, width, stride, stochastic_depth * len(blocks) / last))
                 channels = width * EXPANSION
         ends = [sum(depths[: stage + 1]) for stage in range(4)]
         self.layer1 = nn.Sequential(*blocks[: ends[0]])

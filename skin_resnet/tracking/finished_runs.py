@@ -50,7 +50,7 @@ def download_checkpoint(model: str) -> Path:
 
 
 def find_best_runs() -> list[str]:
-    """Give the ids of the run with the highest val balanced accuracy of each arch, in the open run's experiment.
+    """Give each arch's run with the highest val balanced accuracy, of the open run's experiment.
 
     Raises:
         UserError: There is no finished training in it.
@@ -67,10 +67,8 @@ def find_best_runs() -> list[str]:
     for each in finished:
         best.setdefault(each.data.params["arch"], each.info.run_id)
     if not best:
-        raise UserError(
-            "runs=best needs finished trainings in this experiment, but has none; train first."
-        )
-    return [best[arch] for arch in sorted(best)]
+        raise UserError("runs=best needs finished trainings in this experiment, but has none; train first.")
+    return [best[arch] for arch in sorted(best, key=lambda arch: (len(arch), arch))]  # 50 before 101
 
 
 def read_run(run_id: str, split: str) -> FinishedRun:

@@ -18,11 +18,12 @@ import pandas as pd
 import torch
 from mlflow.data.pandas_dataset import from_pandas
 from mlflow.entities import RunStatus
+from numpy.typing import NDArray
 
 import skin_resnet
 from skin_resnet.config import FrozenConfig
 from skin_resnet.data.prepare import PreparedData
-from skin_resnet.data.split import SPLITS, count_classes
+from skin_resnet.data.split import SPLITS
 from skin_resnet.errors import UserError
 from skin_resnet.evaluation.metrics import EpochResult
 from skin_resnet.tracking import packaged_model
@@ -70,6 +71,11 @@ def open_run(description: str) -> Iterator[str]:
         mlflow.end_run(RunStatus.to_string(RunStatus.FAILED))
         raise
     mlflow.end_run()
+
+
+def is_project_run() -> bool:
+    """Say whether `mlflow run` started this process, and with it a run."""
+    return "MLFLOW_RUN_ID" in os.environ
 
 
 def get_active_run_id() -> str | None:
@@ -138,8 +144,7 @@ def log_data(data: PreparedData, source: str) -> None:
     """Log the data set, the split as a CSV, and the split's hash and class counts."""
     frame = data.split.to_frame()
     mlflow.log_text(frame.to_csv(index=False), "data/split.csv")
-    counts = count_classes(data.table, data.split)
-    mlflow.log_text(counts.to_csv(), "data/class_counts.csv")
+    mlflow.log_text(data.passport.class_counts.to_csv(), "data/class_counts.csv")
     mlflow.set_tags(
         {
             "split.hash": data.split.hash,
@@ -148,12 +153,16 @@ def log_data(data: PreparedData, source: str) -> None:
     )
     columns = ["image_id", "lesion_id", "dx", "age", "sex", "localization"]
     for name in SPLITS:
+        is_sealed = name == "test"
         rows = data.select(getattr(data.split, name))[columns].astype({"dx": str})
+        rows = rows.drop(columns="dx") if is_sealed else rows
         with warnings.catch_warnings():
             warnings.simplefilter(
                 "ignore"
             )  # about integer columns, and about which of two source classes it takes
-            dataset = from_pandas(rows, source=source, name=Path(source).name, targets="dx")
+            dataset = from_pandas(
+                rows, source=source, name=Path(source).name, targets=None if is_sealed else "dx"
+            )
         mlflow.log_input(dataset, context=name)
 
 
@@ -178,13 +187,11 @@ def log_best(result: EpochResult) -> None:
     mlflow.log_metrics({"best/epoch": result.epoch, "best/gap": result.gap, **figures})
 
 
-def count_test_opening(run_id: str, by: str) -> int:
-    """Record on a model's run that its test split was opened, and by which run; give how often it was."""
-    client = mlflow.MlflowClient()
-    earlier = client.get_run(run_id).data.tags.get("test.opened_by", "").split()
-    client.set_tag(run_id, "test.opened_by", " ".join([*earlier, by]))
-    client.set_tag(run_id, "test.openings", str(len(earlier) + 1))
-    return len(earlier) + 1
+def log_passport(passport: dict[str, Any], page: str) -> None:
+    """Log what the splits share; a leaking split is a tag on the run."""
+    mlflow.log_dict(passport, "data/leak_passport.json")
+    mlflow.log_text(page, "data/leak_passport.md")
+    mlflow.set_tag("split.leaks", str(passport["leaks"]).lower())
 
 
 def log_metrics(metrics: dict[str, float], step: int | None = None) -> None:
@@ -205,6 +212,11 @@ def log_text(text: str, path: str) -> None:
 def log_figure(figure: Any, path: str) -> None:
     """Log a matplotlib figure as a PNG artifact."""
     mlflow.log_figure(figure, path)
+
+
+def log_image(image: NDArray[np.uint8], key: str, step: int) -> None:
+    """Log an image (H, W, 3) of a series, which the run's page shows with a slider over the steps."""
+    mlflow.log_image(image, key=key, step=step)
 
 
 def set_tags(tags: dict[str, Any]) -> None:

@@ -1,4 +1,4 @@
-"""The model that is logged: it takes image bytes, and carries its preprocessing and class order inside.
+"""The model that is logged: it takes image bytes; preprocessing, class order and calibration are inside.
 
 MLflow runs this file as the model's code ("models from code"): nothing is pickled, and the package travels
 along in `code_paths`, so the model loads where the package is not installed.
@@ -50,6 +50,7 @@ class LesionClassifier(PythonModel):
         """Build the network from the checkpoint among the model's artifacts."""
         checkpoint = read_checkpoint(Path(context.artifacts["checkpoint"]))
         self._classes = tuple(checkpoint["classes"])
+        self._temperature = float(checkpoint["calibration"]["temperature"])
         self._image_size = int(checkpoint["image_size"])
         self._device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         network = build_resnet(checkpoint["arch"], len(self._classes))
@@ -93,7 +94,7 @@ class LesionClassifier(PythonModel):
         )
         floats = pixels.to(self._device).permute(0, 3, 1, 2).float().div_(255)
         logits: torch.Tensor = self._network(normalize(floats))
-        return logits.softmax(dim=1).double().cpu()
+        return (logits / self._temperature).softmax(dim=1).double().cpu()
 
     def _decode(self, image: bytes, row: int) -> Any:
         try:

@@ -114,16 +114,22 @@ def _check_finite(losses: list[Tensor], epoch: int, lr: float) -> None:
 
 
 @torch.no_grad()
-def predict(network: nn.Module, loader: Loader, fabric: Fabric) -> NDArray[np.float64]:
-    """Give the class probabilities float64 (N, K) of all images of a loader, in its order, on every rank."""
+def predict(network: nn.Module, loader: Loader, fabric: Fabric, views: int = 1) -> NDArray[np.float64]:
+    """Give the class probabilities float64 (N, K) of all images of a loader, in its order, on every rank.
+
+    With 8 views, those of an image turned by each right angle, mirrored and not, are averaged.
+    """
     network.eval()
     probabilities: Tensor | None = None
     for batch in loader.ordered():
-        with fabric.autocast():
-            logits = network(normalize(to_float(batch.pixels)))
-        if probabilities is None:
-            probabilities = torch.zeros(len(loader.rows), logits.shape[1], device=fabric.device)
-        probabilities[batch.positions] = logits.float().softmax(dim=1)
+        images = normalize(to_float(batch.pixels))
+        for view in range(views):
+            mirrored = images.flip(3) if view >= 4 else images
+            with fabric.autocast():
+                logits = network(torch.rot90(mirrored, view % 4, (2, 3)))
+            if probabilities is None:
+                probabilities = torch.zeros(len(loader.rows), logits.shape[1], device=fabric.device)
+            probabilities[batch.positions] += logits.float().softmax(dim=1) / views
     assert probabilities is not None, "a loader has at least one batch"
     return _to_probabilities(
         _sum_over_ranks(probabilities, fabric) if loader.world_size > 1 else probabilities

@@ -1,0 +1,109 @@
+"""The command `compare`: several trainings side by side, on the same images."""
+
+import json
+from dataclasses import asdict
+
+import numpy as np
+import pandas as pd
+import torch
+from numpy.typing import NDArray
+
+from skin_resnet.config import CompareConfig
+from skin_resnet.data.split import join_lesions
+from skin_resnet.errors import UserError
+from skin_resnet.evaluation.comparison import compare_models, format_difference
+from skin_resnet.evaluation.formatting import format_score, format_table, spell_metric
+from skin_resnet.evaluation.metrics import HEADLINES, Predictions, compute_intervals, compute_metrics
+from skin_resnet.evaluation.plots.comparison import plot_curves_of_models, plot_differences
+from skin_resnet.model.resnet import STAGE_DEPTHS, build_resnet
+from skin_resnet.tracking import finished_runs, mlflow_run
+from skin_resnet.tracking.finished_runs import FinishedRun
+
+
+def compare(config: CompareConfig) -> None:
+    """Compare trainings in an MLflow run of its own, from the predictions they left: test stays closed.
+
+    Raises:
+        UserError: A run cannot be read, or they were scored on different images.
+    """
+    with mlflow_run.open_run("comparison") as run_id:
+        mlflow_run.log_params(config)
+        best = config.runs == "best"
+        run_ids = (
+            finished_runs.find_best_runs() if best else [each.strip() for each in config.runs.split(",")]
+        )
+        if len(set(run_ids)) < 2:
+            raise UserError(f"runs must name two different runs or more, but got {config.runs!r}.")
+        runs = _name_runs([finished_runs.read_run(each, config.split) for each in run_ids])
+        predictions = {name: read_predictions(run.predictions) for name, run in runs.items()}
+        lesions = join_lesions(next(iter(runs.values())).predictions).to_numpy(str)
+        differences = compare_models(predictions, lesions)
+        page = "\n".join(
+            [
+                f"### {config.split.capitalize()}: {len(lesions)} images of {len(set(lesions))} lesions",
+                "",
+                _tabulate(runs, predictions, lesions),
+                "",
+                *(f"- {format_difference(difference)}" for difference in differences),
+            ]
+        )
+        print(f"\n{page}")
+        mlflow_run.log_note(
+            page + "\n\n" + "\n".join(f"- {name}: run {run.run_id}" for name, run in runs.items())
+        )
+        mlflow_run.log_text(page, "comparison.md")
+        mlflow_run.log_text(json.dumps([asdict(each) for each in differences], indent=1), "differences.json")
+        mlflow_run.log_figure(
+            plot_curves_of_models({n: r.history for n, r in runs.items()}), "figures/curves.png"
+        )
+        figure = plot_differences(differences, len(lesions), len(set(lesions)))
+        mlflow_run.log_figure(figure, "figures/differences.png")
+        mlflow_run.set_tags({f"compares.{name}": run.run_id for name, run in runs.items()})
+    print(f"\n{mlflow_run.describe_location(run_id)}")
+
+
+def _name_runs(runs: list[FinishedRun]) -> dict[str, FinishedRun]:
+    """Name each run by its network, and by its MLflow name too where networks are equal."""
+    archs = [run.arch for run in runs]
+    return {run.arch if archs.count(run.arch) == 1 else f"{run.arch} {run.name}": run for run in runs}
+
+
+def _tabulate(
+    runs: dict[str, FinishedRun], predictions: dict[str, Predictions], lesions: NDArray[np.str_]
+) -> str:
+    header = ["", *map(spell_metric, HEADLINES), "gap", "weights", "epochs", "minutes", "img/s"]
+    rows = []
+    for name, run in runs.items():
+        metrics, intervals = compute_metrics(predictions[name]), compute_intervals(predictions[name], lesions)
+        seconds = run.history["speed/epoch_s"].values()
+        rows.append(
+            [
+                name,
+                *(format_score(getattr(metrics, each), intervals[each]) for each in HEADLINES),
+                f"{run.metrics['best/gap']:+.3f}",
+                f"{count_weights(run.arch) / 1e6:.1f} M",
+                str(len(seconds)),
+                f"{sum(seconds) / 60:.1f}",
+                f"{np.median(list(run.history['speed/images_per_s'].values())):.0f}",
+            ]
+        )
+    return format_table(header, rows)
+
+
+def read_predictions(table: pd.DataFrame) -> Predictions:
+    """Turn a run's table of predictions back into predictions."""
+    classes = list(table.columns[table.columns.get_loc("prediction") + 1 :])
+    return Predictions(
+        probabilities=table[classes].to_numpy(np.float64),
+        targets=pd.Categorical(table.dx, categories=classes).codes.astype(np.int64),
+        image_ids=tuple(table.image_id),
+    )
+
+
+def count_weights(arch: str) -> int:
+    """Count a network's weights, without its head's."""
+    if arch not in STAGE_DEPTHS:
+        return 0
+    with torch.device("meta"):
+        network = build_resnet(arch)
+    return sum(p.numel() for name, p in network.named_parameters() if not name.startswith("fc."))

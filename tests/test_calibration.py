@@ -1,0 +1,219 @@
+"""Calibration against scikit-learn, and against simulations whose truth is known."""
+
+import math
+
+import numpy as np
+import pytest
+from scipy.stats import binomtest
+from sklearn import metrics as sk
+from sklearn.calibration import calibration_curve
+
+from skin_resnet.errors import UserError
+from skin_resnet.evaluation.calibration import (
+    ConformalThreshold,
+    apply_temperature,
+    check_coverage,
+    compute_brier,
+    compute_ece,
+    compute_reliability,
+    compute_share_interval,
+    fit_conformal,
+    fit_temperature,
+    predict_sets,
+)
+from skin_resnet.evaluation.metrics import Floats, Predictions
+from skin_resnet.evaluation.plots.calibration import plot_reliability
+
+
+def make(probabilities: Floats, targets: object) -> Predictions:
+    ids = tuple(f"image_{row}" for row in range(len(probabilities)))
+    return Predictions(probabilities=probabilities, targets=np.asarray(targets, np.int64), image_ids=ids)
+
+
+def simulate(size: int, *, classes: int = 7, temperature: float = 1, seed: int = 0) -> Predictions:
+    """Draw targets from calibrated probabilities, then sharpen what is reported by `temperature`."""
+    rng = np.random.default_rng(seed)
+    logits = rng.normal(0, 1.5, (size, classes))
+    calibrated = np.exp(logits) / np.exp(logits).sum(axis=1, keepdims=True)
+    targets = (calibrated.cumsum(axis=1) < rng.random((size, 1))).sum(axis=1)
+    reported = np.exp(logits * temperature)
+    return make(reported / reported.sum(axis=1, keepdims=True), np.minimum(targets, classes - 1))
+
+
+NOBODY = make(np.ones((0, 3)), [])
+NOT_A_NUMBER = make(np.array([[0.5, 0.5], [np.nan, 0.5]]), [0, 1])
+
+
+# Temperature
+
+
+@pytest.mark.parametrize("temperature", [0.5, 1, 1.7, 4])
+def test_a_known_temperature_is_found_and_undone(temperature: float) -> None:
+    skewed, calibrated = simulate(20_000, temperature=temperature), simulate(20_000)
+    found = fit_temperature(skewed)
+    assert found == pytest.approx(temperature, rel=0.03)
+    undone = apply_temperature(skewed, temperature).probabilities
+    np.testing.assert_allclose(undone, calibrated.probabilities, rtol=1e-9)
+
+
+def test_no_other_temperature_has_a_lower_log_loss() -> None:
+    predictions = simulate(400, temperature=2)
+    best = fit_temperature(predictions)
+    losses = [
+        sk.log_loss(predictions.targets, apply_temperature(predictions, best * factor).probabilities)
+        for factor in (1, *np.linspace(0.2, 5, 50))
+    ]
+    assert min(losses) == losses[0]
+
+
+@pytest.mark.parametrize("temperature", [0.05, 0.9, 3, 20])
+def test_no_temperature_changes_a_prediction(temperature: float) -> None:
+    predictions = simulate(2000)
+    tied = make(np.round(predictions.probabilities, 1), predictions.targets)
+    for before in (predictions, tied):
+        after = apply_temperature(before, temperature)
+        np.testing.assert_array_equal(after.predicted, before.predicted)
+        np.testing.assert_allclose(after.probabilities.sum(axis=1), 1)
+
+
+def test_where_every_answer_is_right_probabilities_are_left_as_they_are() -> None:
+    unsure = make(np.full((5, 2), (0.6, 0.4)), [0] * 5)
+    assert fit_temperature(unsure) == fit_temperature(make(np.eye(3), [0, 1, 2])) == 1
+    assert apply_temperature(unsure, 1) is unsure
+
+
+def test_temperature_is_bounded_where_every_answer_is_wrong() -> None:
+    for wrong in (make(np.eye(3), [1, 2, 0]), make(np.full((5, 2), (0.6, 0.4)), [1] * 5)):
+        assert fit_temperature(wrong) == pytest.approx(20, rel=1e-3)
+
+
+# Figures
+
+
+def test_reliability_is_that_of_scikit_learn_and_ece_follows_from_it() -> None:
+    predictions = simulate(3000, temperature=2)
+    confidence, right = predictions.probabilities.max(axis=1), predictions.predicted == predictions.targets
+    table = compute_reliability(predictions, bins=15)
+    accuracies, confidences = calibration_curve(right, confidence, n_bins=15)
+    filled = table[table.images > 0]
+    np.testing.assert_allclose(filled.accuracy, accuracies)
+    np.testing.assert_allclose(filled.confidence, confidences)
+    assert table.images.sum() == 3000
+    assert compute_ece(predictions) == pytest.approx(
+        np.average(np.abs(accuracies - confidences), weights=filled.images)
+    )
+
+
+def test_ece_is_near_zero_where_probabilities_are_true_and_not_where_they_are_too_sure() -> None:
+    assert compute_ece(simulate(50_000)) < 0.01
+    assert compute_ece(simulate(50_000, temperature=3)) > 0.15
+    assert compute_ece(make(np.eye(2)[[0, 0, 0, 0]], [0, 0, 0, 1])) == 0.25
+
+
+def test_brier_is_that_of_scikit_learn_from_0_to_2() -> None:
+    predictions = simulate(300)
+    expected = sk.brier_score_loss(
+        predictions.targets, predictions.probabilities, labels=range(7), scale_by_half=False
+    )
+    assert compute_brier(predictions) == pytest.approx(expected)
+    assert compute_brier(make(np.eye(2), [1, 0])) == 2
+
+
+# Conformal sets
+
+
+def test_sets_hold_the_truth_as_often_as_promised() -> None:
+    coverages = []
+    for seed in range(200):
+        drawn = simulate(200, classes=3, seed=seed)
+        val = make(drawn.probabilities[:99], drawn.targets[:99])
+        test = make(drawn.probabilities[99:], drawn.targets[99:])
+        sets = predict_sets(test, fit_conformal(val, 0.9))
+        coverages.append(sets[np.arange(101), test.targets].mean())
+    # With 99 images, rank 90 of 100: the promise is kept exactly, on average over draws.
+    assert np.mean(coverages) == pytest.approx(0.9, abs=3 * np.std(coverages) / np.sqrt(200))
+
+
+@pytest.mark.parametrize(
+    ("images", "coverage", "rank"), [(9, 0.9, 9), (10, 0.9, 10), (19, 0.5, 10), (99, 0.07, 7)]
+)
+def test_the_threshold_is_the_finite_sample_quantile(images: int, coverage: float, rank: int) -> None:
+    of_target = np.linspace(0.99, 0.01, images)  # so that the scores ascend
+    predictions = make(np.stack([of_target, 1 - of_target], axis=1), np.zeros(images))
+    assert fit_conformal(predictions, coverage).least_probability == of_target[rank - 1]
+
+
+def test_too_few_images_promise_only_sets_of_all_classes() -> None:
+    threshold = fit_conformal(simulate(8), 0.9)
+    assert threshold.least_probability == 0
+    assert predict_sets(simulate(5), threshold).all()
+
+
+def test_the_most_probable_class_is_in_every_set() -> None:
+    predictions = simulate(500)
+    threshold = ConformalThreshold(coverage=0.5, least_probability=0.99, images=1)
+    sets = predict_sets(predictions, threshold)
+    assert sets[np.arange(500), predictions.predicted].all()
+
+
+def test_coverage_is_counted_by_class_and_size() -> None:
+    probabilities = np.array([[0.7, 0.3, 0], [0.5, 0.4, 0.1], [0.9, 0.1, 0], [0.6, 0.35, 0.05]])
+    threshold = ConformalThreshold(coverage=0.9, least_probability=0.4, images=9)
+    result = check_coverage(make(probabilities, [0, 1, 1, 0]), threshold, np.array(list("aabc")))
+    assert result.coverage == 0.75
+    assert result.class_coverage[:2].tolist() == [1, 0.5]
+    assert np.isnan(result.class_coverage[2])
+    assert (result.mean_size, result.singleton_fraction) == (1.25, 0.75)
+
+
+@pytest.mark.parametrize("coverage", [0, 1, 1.5, math.nan])
+def test_a_coverage_that_is_no_share_is_refused(coverage: float) -> None:
+    with pytest.raises(UserError, match=f"^coverage must lie between 0 and 1, but is {coverage}; give .*$"):
+        fit_conformal(simulate(9), coverage)
+
+
+# Intervals
+
+
+def test_the_interval_of_a_share_is_the_binomial_one_and_counts_lesions() -> None:
+    hits = np.arange(1000) < 800
+    lesions = np.arange(1000).astype(str)
+    exact = binomtest(800, 1000).proportion_ci()
+    assert compute_share_interval(hits, lesions) == pytest.approx((exact.low, exact.high), abs=0.005)
+    tripled = compute_share_interval(np.repeat(hits, 3), np.repeat(lesions, 3))
+    assert tripled == pytest.approx(compute_share_interval(hits, lesions), abs=1e-12)
+
+
+@pytest.mark.parametrize("hit", [True, False])
+def test_where_all_are_alike_the_interval_is_the_exact_one_over_lesions(hit: bool) -> None:
+    exact = binomtest(6 * hit, 6).proportion_ci()
+    interval = compute_share_interval(np.full(12, hit), np.repeat(list("abcdef"), 2))
+    assert interval == pytest.approx((exact.low, exact.high))
+
+
+# What cannot be measured
+
+
+@pytest.mark.parametrize("compute", [fit_temperature, compute_ece, compute_brier, fit_conformal])
+def test_no_images_and_broken_probabilities_are_refused_in_one_line(compute: object) -> None:
+    assert callable(compute)
+    with pytest.raises(UserError, match=r"there are none; .*$"):
+        compute(NOBODY)
+    with pytest.raises(UserError, match=r"^.* 1 of 2 images have others \(first: image_1\); .*$"):
+        compute(NOT_A_NUMBER)
+
+
+# Plot
+
+
+def test_the_reliability_plot_carries_both_errors_and_every_bins_count() -> None:
+    predictions = simulate(300, temperature=2)
+    figure = plot_reliability(predictions, 2, "Test")
+    before, after, *counts = figure.axes
+    assert figure._suptitle.get_text().startswith("Test: 300 images")
+    assert before.get_title(loc="left") == f"As predicted: ECE {compute_ece(predictions):.3f}"
+    calibrated = apply_temperature(predictions, 2)
+    assert after.get_title(loc="left") == f"Temperature 2.00: ECE {compute_ece(calibrated):.3f}"
+    for axes, shown in zip(counts, (predictions, calibrated), strict=True):
+        images = compute_reliability(shown).images
+        assert [int(text.get_text()) for text in axes.texts] == images[images > 0].tolist()

@@ -1,0 +1,142 @@
+"""Comparing finished trainings: paired differences, one table, a run with links to its sources."""
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+
+import mlflow
+import numpy as np
+import pandas as pd
+import pytest
+
+from skin_resnet.compare import compare, count_weights
+from skin_resnet.config import CompareConfig
+from skin_resnet.errors import UserError
+from skin_resnet.evaluation.comparison import Difference, compare_models, format_difference
+from skin_resnet.evaluation.metrics import Predictions, compute_metrics
+from skin_resnet.labels import HAM10000_CLASSES
+
+LESIONS = np.array([f"L{i // 2:03}" for i in range(300)])
+
+
+def predict(skill: float, seed: int = 0) -> Predictions:
+    targets = np.random.default_rng(0).choice(7, 300, p=[0.1, 0.1, 0.15, 0.05, 0.15, 0.4, 0.05])
+    probabilities = np.random.default_rng(seed).dirichlet(np.ones(7), 300) + skill * np.eye(7)[targets]
+    probabilities /= probabilities.sum(axis=1, keepdims=True)
+    return Predictions(
+        probabilities=probabilities, targets=targets, image_ids=tuple(f"I{i:03}" for i in range(300))
+    )
+
+
+def test_a_model_minus_itself_is_exactly_nothing() -> None:
+    for difference in compare_models({"a": predict(0.3), "b": predict(0.3)}, LESIONS):
+        assert (difference.value, difference.low, difference.high) == (0, 0, 0)
+        assert not difference.is_clear
+
+
+def test_differences_are_the_later_minus_the_earlier_for_every_pair() -> None:
+    models = {"a": predict(0.1), "b": predict(0.3, 1), "c": predict(0.9, 2)}
+    differences = compare_models(models, LESIONS)
+    assert len(differences) == 9
+    for each in differences:
+        expected = [getattr(compute_metrics(models[name]), each.metric) for name in (each.first, each.second)]
+        assert each.value == pytest.approx(expected[0] - expected[1])
+        assert each.low <= each.value <= each.high
+    assert all(each.is_clear for each in differences if (each.first, each.second) == ("c", "a"))
+
+
+def test_pairing_makes_intervals_of_alike_models_narrow() -> None:
+    one = predict(0.3)
+    nudged = Predictions(
+        probabilities=one.probabilities * 0.99 + 0.01 * predict(0.3, 5).probabilities,
+        targets=one.targets,
+        image_ids=one.image_ids,
+    )
+    alike = compare_models({"a": one, "b": nudged}, LESIONS)[0]
+    unlike = compare_models({"a": one, "b": predict(0.3, 7)}, LESIONS)[0]
+    assert alike.high - alike.low < 0.5 * (unlike.high - unlike.low)
+
+
+def test_other_images_are_refused() -> None:
+    other = predict(0.3)
+    other = Predictions(
+        probabilities=other.probabilities, targets=other.targets, image_ids=other.image_ids[::-1]
+    )
+    with pytest.raises(UserError, match="same images only, but b"):
+        compare_models({"a": predict(0.3), "b": other}, LESIONS)
+
+
+def test_a_difference_is_told_in_points() -> None:
+    difference = Difference(
+        first="resnet152", second="resnet50", metric="macro_auc", value=0.008, low=-0.009, high=0.024
+    )
+    assert format_difference(difference) == (
+        "resnet152 minus resnet50: +0.8 points [-0.9, +2.4] macro AUC, which may be chance"
+    )
+
+
+def test_weights_are_counted_without_the_head() -> None:
+    assert count_weights("resnet50") == 25_557_032 - 2_049_000  # torchvision's count, less its head
+    assert count_weights("resnet152") == 60_192_808 - 2_049_000
+
+
+@pytest.fixture
+def runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[dict[str, str]]:
+    """Three finished trainings in a real store, as `train` leaves them."""
+    mlflow.set_tracking_uri(f"sqlite:///{tmp_path}/mlflow.db")
+    experiment = mlflow.create_experiment("compared", artifact_location=(tmp_path / "artifacts").as_uri())
+    monkeypatch.setenv("MLFLOW_EXPERIMENT_ID", experiment)
+    ids = {}
+    for number, (name, arch, skill) in enumerate(
+        (("first", "resnet50", 0.2), ("second", "resnet50", 0.3), ("deep", "resnet152", 0.8))
+    ):
+        predictions = predict(skill, number)
+        table = pd.DataFrame(
+            {
+                "image_id": predictions.image_ids,
+                "lesion_id": LESIONS,
+                "dx": np.array(HAM10000_CLASSES)[predictions.targets],
+                "prediction": np.array(HAM10000_CLASSES)[predictions.predicted],
+                **dict(zip(HAM10000_CLASSES, predictions.probabilities.T, strict=True)),
+            }
+        )
+        with mlflow.start_run(run_name=name) as run:
+            mlflow.log_param("arch", arch)
+            mlflow.log_metrics({"best/val_balanced_accuracy": skill, "best/gap": 0.1})
+            for epoch in (1, 2):
+                values = {"train/loss": 1, "val/loss": 2, "train/balanced_accuracy": 0.4}
+                speed = {"speed/epoch_s": 30, "speed/images_per_s": 60}
+                mlflow.log_metrics({**values, "val/balanced_accuracy": 0.3, **speed}, step=epoch)
+            mlflow.log_text(table.to_csv(index=False), "test/predictions.csv")
+        ids[name] = run.info.run_id
+    yield ids
+    mlflow.set_tracking_uri(None)
+
+
+def test_the_best_run_of_each_arch_is_compared_in_a_run_with_links(runs, capsys) -> None:
+    compare(CompareConfig(runs="best"))
+    page = capsys.readouterr().out
+    assert "resnet152 minus resnet50: +" in page
+    (run,) = mlflow.search_runs(filter_string="params.runs = 'best'", output_format="list")
+    assert run.data.tags["compares.resnet50"] == runs["second"]
+    assert run.data.tags["compares.resnet152"] == runs["deep"]
+    assert runs["deep"] in run.data.tags["mlflow.note.content"]
+    path = mlflow.artifacts.download_artifacts(run_id=run.info.run_id, artifact_path="differences.json")
+    assert len(json.loads(Path(path).read_text())) == 3
+
+
+def test_two_runs_of_one_arch_are_told_apart_by_name(runs, capsys) -> None:
+    compare(CompareConfig(runs=f"{runs['first']}, {runs['second']}"))
+    assert "resnet50 second minus resnet50 first: +" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("wrong", ["only one", "unknown", "no val"])
+def test_what_cannot_be_compared_is_refused_and_the_run_ends_failed(runs, wrong: str) -> None:
+    config = {
+        "only one": CompareConfig(runs=runs["deep"]),
+        "unknown": CompareConfig(runs=f"{runs['deep']},{'0' * 32}"),
+        "no val": CompareConfig(runs="best", split="val"),
+    }[wrong]
+    with pytest.raises(UserError, match="runs must"):
+        compare(config)
+    assert mlflow.search_runs(output_format="list", max_results=1)[0].info.status == "FAILED"

@@ -1,0 +1,154 @@
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from skin_resnet.evaluation.explain import choose_examples, compute_gradcam
+from skin_resnet.evaluation.metrics import Predictions
+from skin_resnet.evaluation.plots.explain import plot_gradcam
+from skin_resnet.labels import HAM10000_CLASSES
+from skin_resnet.model.resnet import ResNet
+from tests.test_metrics import predict_randomly
+from tests.test_plots import assert_texts_are_apart, texts_of
+
+
+def build_network() -> ResNet:
+    """A ResNet of one block a stage, with weights and statistics as if it had been trained."""
+    torch.manual_seed(0)
+    network = ResNet((1, 1, 1, 1), 4)
+    for module in network.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            nn.init.uniform_(module.weight, 0.5, 1.5)
+            nn.init.normal_(module.running_mean, std=0.1)
+    return network.eval()
+
+
+def draw_images(number: int = 11) -> Tensor:
+    return torch.randn(number, 3, 64, 64, generator=torch.Generator().manual_seed(1))
+
+
+def compute_directly(network: ResNet, images: Tensor, classes: Tensor) -> np.ndarray:
+    stem = network.maxpool(network.relu(network.bn1(network.conv1(images))))
+    features = network.layer4(network.layer3(network.layer2(network.layer1(stem))))
+    logits = network.fc(network.avgpool(features).flatten(1))
+    asked = logits[torch.arange(len(images)), classes].sum()
+    weights = torch.autograd.grad(asked, features)[0].mean(dim=(2, 3), keepdim=True)
+    heat = F.interpolate((weights * features).sum(1, keepdim=True).relu(), (64, 64), mode="bilinear")[:, 0]
+    return (heat / heat.amax((1, 2), keepdim=True).clamp_min(1e-30)).detach().numpy()
+
+
+def test_the_heat_is_that_of_a_direct_computation() -> None:
+    network, images = build_network(), draw_images()
+    classes = torch.arange(11) % 4
+    heat = compute_gradcam(network, images, classes)
+    assert heat.shape == (11, 64, 64)
+    assert heat.dtype == np.float32
+    assert set(heat.max(axis=(1, 2))) == {0, 1}  # some classes no place speaks for
+    np.testing.assert_allclose(heat, compute_directly(network, images, classes), atol=1e-5)
+    other = compute_gradcam(network, images, (classes + 1) % 4)
+    assert not np.allclose(heat, other)
+
+
+def test_a_network_that_looks_at_one_corner_is_hot_there_only() -> None:
+    class Corner(nn.Module):
+        def forward(self, images: Tensor) -> Tensor:
+            features = F.avg_pool2d(images, 8)
+            mask = torch.zeros_like(features)
+            mask[:, :, :2, :2] = 1
+            return features * mask
+
+    network = nn.Sequential()
+    network.layer4 = Corner()
+    network.pool, network.flatten, network.fc = nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(3, 2)
+    nn.init.constant_(network.fc.weight, 1)
+    heat = compute_gradcam(network, draw_images(4).abs(), torch.tensor([0, 1, 0, 1]))
+    assert (heat[:, :12, :12] > 0).all()
+    assert (heat[:, 20:] == 0).all()
+    assert (heat[:, :, 20:] == 0).all()
+
+
+@pytest.mark.parametrize("frozen", [False, True])
+def test_nothing_stays_on_the_network(frozen: bool) -> None:
+    network, images = build_network().requires_grad_(not frozen), draw_images(3)
+    network.train()
+    network.layer2.eval()  # a stage whose statistics are kept
+    modes = [module.training for module in network.modules()]
+    state = {name: value.clone() for name, value in network.state_dict().items()}
+    with torch.no_grad():
+        compute_gradcam(network, images, torch.tensor([0, 1, 2]))
+    assert [module.training for module in network.modules()] == modes
+    assert all(parameter.grad is None for parameter in network.parameters())
+    assert all(parameter.requires_grad != frozen for parameter in network.parameters())
+    assert all(torch.equal(value, state[name]) for name, value in network.state_dict().items())
+    assert not any(
+        hooks
+        for module in network.modules()
+        for hooks in (module._forward_hooks, module._forward_pre_hooks, module._backward_hooks)
+    )
+    assert not images.requires_grad
+
+
+def test_of_each_class_right_and_wrong_examples_are_chosen() -> None:
+    predictions = predict_randomly(400)
+    rows = choose_examples(predictions, per_class=5)
+    is_right = predictions.predicted == predictions.targets
+    for target in range(7):
+        chosen = rows[predictions.targets[rows] == target]
+        here = predictions.targets == target
+        assert is_right[chosen].sum() == min(3, (here & is_right).sum())
+        assert (~is_right[chosen]).sum() == min(2, (here & ~is_right).sum())
+    assert len(set(rows)) == len(rows)
+
+
+def test_the_choice_depends_on_seed_and_ids_but_not_on_the_order_of_images() -> None:
+    predictions = predict_randomly(400)
+    shuffle = np.random.default_rng(0).permutation(400)
+    shuffled = Predictions(
+        probabilities=predictions.probabilities[shuffle],
+        targets=predictions.targets[shuffle],
+        image_ids=tuple(np.array(predictions.image_ids)[shuffle]),
+    )
+    rows = choose_examples(predictions)
+    assert (shuffle[choose_examples(shuffled)] == rows).all()
+    assert set(choose_examples(predictions, seed=1)) != set(rows)
+
+
+@pytest.mark.parametrize("per_class", [2, 4])
+def test_the_figure_shows_photo_and_overlay_and_says_where_a_class_has_no_mistake(per_class: int) -> None:
+    predictions = predict_randomly(100)
+    probabilities = predictions.probabilities.copy()
+    nv = predictions.targets == 5
+    probabilities[nv] = np.eye(7)[5]  # nv is always right
+    predictions = replace(predictions, probabilities=probabilities)
+    rows = choose_examples(predictions, per_class)
+    images = np.random.default_rng(0).integers(0, 256, (len(rows), 50, 50, 3), dtype=np.uint8)
+    heats = np.zeros((len(rows), 50, 50), np.float32)
+    heats[:, :25] = 1
+    figure = plot_gradcam(images, heats, predictions, rows, HAM10000_CLASSES)
+    assert_texts_are_apart(figure)
+    lines = np.array(figure.axes).reshape(len(set(predictions.targets)), per_class)
+    line_of_nv = lines[np.unique(predictions.targets).tolist().index(5)]
+    assert line_of_nv[0].get_ylabel() == f"nv\n{nv.sum()} of {nv.sum()} right"
+    assert texts_of(line_of_nv[-1]) == ["none wrong"]
+    shown = [axes for axes in figure.axes if axes.images]
+    assert len(shown) == len(rows)
+    for axes, row, image in zip(shown, rows, images, strict=True):
+        predicted = predictions.predicted[row]
+        true, said = HAM10000_CLASSES[predictions.targets[row]], HAM10000_CLASSES[predicted]
+        assert axes.get_title() == f"{true} → {said}, p {predictions.probabilities[row, predicted]:.2f}"
+        pixels = np.asarray(axes.images[0].get_array())
+        np.testing.assert_array_equal(pixels[:, :50], image)
+        np.testing.assert_array_equal(pixels[25:, -50:], image[25:])  # no heat, nothing hidden
+        assert not np.allclose(pixels[:25, -50:], image[:25].astype(float), atol=20)
+
+
+@pytest.mark.parametrize("per_class", [1, 2, 4])
+def test_long_class_names_are_shortened_to_fit(per_class: int) -> None:
+    predictions = predict_randomly(100, classes=3)
+    rows = choose_examples(predictions, per_class)
+    images, heats = np.zeros((len(rows), 8, 8, 3), np.uint8), np.zeros((len(rows), 8, 8), np.float32)
+    classes = ("benign", "melanoma of the skin of the trunk", "other than what is named here")
+    assert_texts_are_apart(plot_gradcam(images, heats, predictions, rows, classes))
