@@ -58,9 +58,10 @@ def log_examples(assessment: Assessment, store: ImageStore, examples: Examples, 
     scores = assessment.scores
     figure = plot_gradcam(examples.pixels, examples.heats, scores.predictions, examples.rows, scores.classes)
     mlflow_run.log_figure(figure, "test/gradcam.png")
-    for row, pixels, heat in zip(examples.rows, examples.pixels, examples.heats, strict=True):
+    shown = zip(examples.rows, examples.pixels, examples.heats, strict=True)
+    for number, (row, pixels, heat) in enumerate(shown):
         dx = scores.classes[scores.predictions.targets[row]]
-        mlflow_run.log_image(np.hstack([pixels, blend_heat(pixels, heat)]), f"gradcam/{dx}", step=int(row))
+        mlflow_run.log_image(np.hstack([pixels, blend_heat(pixels, heat)]), f"gradcam/{dx}", step=number)
     positives = find_positives(scores.classes).get("melanoma")
     if positives:
         missed = tabulate_missed(scores.predictions, positives, scores.classes)
