@@ -120,6 +120,7 @@ def test_figures_tables_report_and_note_are_on_the_run(run: Run) -> None:
     assert len(list_artifacts(run, "images")) > 0
     note = run.data.tags["mlflow.note.content"]
     assert "balanced accuracy" in note
+    assert "The source names no lesions" in note
     assert "always" in note
 
 

@@ -11,6 +11,7 @@ from skin_resnet.evaluation.calibration import (
     Coverage,
     apply_temperature,
     check_coverage,
+    check_probabilities,
     compute_brier,
     compute_ece,
     fit_conformal,
@@ -171,6 +172,7 @@ def assess(
     Raises:
         UserError: There is no image, or a probability is not finite.
     """
+    check_probabilities(raw)
     calibrated = apply_temperature(raw, calibration.temperature)
     lesions = join_lesions(table).to_numpy(str)
     return Assessment(

@@ -29,8 +29,15 @@ class Predictions:
 
     @property
     def predicted(self) -> NDArray[np.int64]:
-        """The most probable class of each image, int64 (N,)."""
-        predicted: NDArray[np.int64] = self.probabilities.argmax(axis=1)
+        """The most probable class of each image, int64 (N,).
+
+        Several equally probable ones are no answer, and count as a wrong one, as the ISIC scorer has it: a
+        network that says the same of everything must not score by the order of the classes.
+        """
+        highest = self.probabilities == self.probabilities.max(axis=1, keepdims=True)
+        undecided = highest.sum(axis=1) > 1
+        highest[undecided, self.targets[undecided]] = False
+        predicted: NDArray[np.int64] = highest.argmax(axis=1)
         return predicted
 
 
