@@ -60,15 +60,14 @@ def train(config: TrainConfig) -> None:
     with mlflow_run.open_run("training under way") as run_id:
         result = run_training(config)
         classes_in_val = result.data.select(result.data.split.val).dx.nunique()
-        pages = [describe_training(result.history, result.best.epoch, config, classes_in_val)]
-        mlflow_run.log_text(pages[0], "report.md")
-        if result.data.passport.leaks:
-            pages.insert(0, LEAK_BANNER)
-        if config.test == "at_end":
-            pages.append(_test(config, result))
-        note = "\n\n".join(pages)
-        print(f"\n{note}")
-        mlflow_run.log_note(note)
+        report = describe_training(result.history, result.best.epoch, config, classes_in_val)
+        mlflow_run.log_text(report, "report.md")
+        print(f"\n{report}\n")
+        banner = [LEAK_BANNER] if result.data.passport.leaks else []
+        pages = [*banner, _test(config, result)] if config.test == "at_end" else banner
+        print("\n\n".join(pages))
+        # The UI shows the first lines only: the test comes first there.
+        mlflow_run.log_note("\n\n".join([*pages, report]))
         mlflow_run.log_model(result.checkpoint, result.data.classes)
     print(f"\n{mlflow_run.describe_location(run_id)}")
 

@@ -40,7 +40,8 @@ def plot_gradcam(
     names = [_shorten(name, 46 // columns - 6) for name in classes]
     height = (WIDTH_INCH - 0.6) / columns / 2 + 0.3
     figure = Figure(figsize=(WIDTH_INCH, height * len(occurring) + 0.8), dpi=DPI, layout=build_layout())
-    heading = "Photos, and what in them speaks for the predicted class (Grad-CAM)"
+    cells = -(-images.shape[1] // 32)  # the last stage's features, which the heat is computed from
+    heading = f"Photos, and what speaks for the predicted class (Grad-CAM, {cells} x {cells} places)"
     caption = "true → predicted, and how probable the network finds that"
     figure.suptitle(f"{heading}\n{caption}", fontsize=FONT + 1)
     grid = figure.subplots(len(occurring), columns, squeeze=False)
