@@ -232,8 +232,9 @@ def test_a_damaged_store_is_built_anew(
     folder = cache / "stores" / open_store(table, 32, cache, "stop").key
     DAMAGES[damage](folder)
     store = open_store(table, 32, cache, "stop")
-    assert [record.levelno for record in caplog.records] == [logging.WARNING]
-    assert "is damaged" in caplog.text
+    warnings = [record.getMessage() for record in caplog.records if record.levelno == logging.WARNING]
+    assert len(warnings) == 1
+    assert "is damaged" in warnings[0]
     assert store.build_s > 0
     assert_whole(store, table)
     assert list(folder.parent.iterdir()) == [folder]
