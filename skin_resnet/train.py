@@ -11,7 +11,6 @@ import torch
 from lightning_fabric import Fabric
 from tqdm import tqdm
 
-from skin_resnet.audit import format_passport
 from skin_resnet.config import TrainConfig
 from skin_resnet.data.extract import has_lesion_ids
 from skin_resnet.data.load import Batch, Loader
@@ -20,6 +19,7 @@ from skin_resnet.data.split import SPLITS
 from skin_resnet.evaluate import LEAK_BANNER, assess_and_log, predict_checkpoint
 from skin_resnet.evaluation.assessment import calibrate
 from skin_resnet.evaluation.metrics import EpochResult
+from skin_resnet.evaluation.passport import format_passport
 from skin_resnet.evaluation.plots.curves import plot_curves
 from skin_resnet.evaluation.report import describe_training
 from skin_resnet.model.resnet import build_resnet
