@@ -44,6 +44,10 @@ def audit(config: AuditConfig) -> int:
             mlflow_run.log_params(config)
             mlflow_run.log_passport(passport.to_dict(), page)
             mlflow_run.log_note(page)
+            if passport.leaks:
+                mlflow_run.set_tags(
+                    {"failure": "the split leaks"}
+                )  # `mlflow run` ends the run FAILED for exit 1
     if config.passport != "none":
         _write_passport(passport, Path(config.passport).expanduser())
     print(page)

@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 from skin_resnet.config import CompareConfig
 from skin_resnet.data.split import join_lesions
 from skin_resnet.errors import UserError
+from skin_resnet.evaluation.assessment import LEAK_BANNER
 from skin_resnet.evaluation.comparison import compare_models, format_difference
 from skin_resnet.evaluation.formatting import format_score, format_table, spell_metric
 from skin_resnet.evaluation.metrics import HEADLINES, Predictions, compute_intervals, compute_metrics
@@ -28,11 +29,9 @@ def compare(config: CompareConfig) -> None:
     """
     with mlflow_run.open_run("comparison") as run_id:
         mlflow_run.log_params(config)
-        best = config.runs == "best"
-        run_ids = (
-            finished_runs.find_best_runs() if best else [each.strip() for each in config.runs.split(",")]
-        )
-        if len(set(run_ids)) < 2:
+        typed = dict.fromkeys(each.strip() for each in config.runs.split(",") if each.strip())
+        run_ids = finished_runs.find_best_runs() if config.runs == "best" else list(typed)
+        if len(run_ids) < 2:
             raise UserError(f"runs must name two different runs or more, but got {config.runs!r}.")
         runs = _name_runs([finished_runs.read_run(each, config.split) for each in run_ids])
         predictions = {name: read_predictions(run.predictions) for name, run in runs.items()}
@@ -45,6 +44,7 @@ def compare(config: CompareConfig) -> None:
                 _tabulate(runs, predictions, lesions),
                 "",
                 *(f"- {format_difference(difference)}" for difference in differences),
+                *(f"\n{name}: {LEAK_BANNER}" for name, run in runs.items() if run.leaks),
             ]
         )
         print(f"\n{page}")
@@ -58,14 +58,19 @@ def compare(config: CompareConfig) -> None:
         )
         figure = plot_differences(differences, len(lesions), len(set(lesions)))
         mlflow_run.log_figure(figure, "figures/differences.png")
-        mlflow_run.set_tags({f"compares.{name}": run.run_id for name, run in runs.items()})
+        mlflow_run.set_tags({"compares": " ".join(run_ids)})
     print(f"\n{mlflow_run.describe_location(run_id)}")
 
 
 def _name_runs(runs: list[FinishedRun]) -> dict[str, FinishedRun]:
-    """Name each run by its network, and by its MLflow name too where networks are equal."""
-    archs = [run.arch for run in runs]
-    return {run.arch if archs.count(run.arch) == 1 else f"{run.arch} {run.name}": run for run in runs}
+    """Name each run by its network; where those are equal, by its MLflow name too, or its id."""
+    names = [run.arch for run in runs]
+    for more in ("name", "run_id"):
+        names = [
+            name if names.count(name) == 1 else f"{run.arch} {getattr(run, more)[:24]}"
+            for name, run in zip(names, runs, strict=True)
+        ]
+    return dict(zip(names, runs, strict=True))
 
 
 def _tabulate(

@@ -1,5 +1,6 @@
 """The command `evaluate`: what a trained network scores on images it has never seen."""
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -23,14 +24,12 @@ from skin_resnet.training.checkpoint import read_checkpoint
 from skin_resnet.training.engine import predict, to_float
 from skin_resnet.training.state import build_fabric
 
-LEAK_BANNER = "**This split leaks: test shares lesions with train, and its scores are too good to be true.**"
-
 
 def evaluate(config: EvaluateConfig) -> None:
     """Assess a trained network in an MLflow run of its own, and print what it scores.
 
-    Images that the network has learnt from, or whose lesions it has, are left out: of its own data set the
-    test split remains, of another data set usually all.
+    Images that the network has learnt from, or whose lesions it has, are left out, as far as their ids tell:
+    of its own data set the test split remains, of another data set usually all.
 
     Raises:
         UserError: The model or the data cannot be used.
@@ -38,6 +37,11 @@ def evaluate(config: EvaluateConfig) -> None:
     with mlflow_run.open_run(f"evaluation of {config.model}") as run_id:
         mlflow_run.log_params(config)
         checkpoint = read_checkpoint(find_checkpoint(config.model))
+        if "calibration" not in checkpoint:
+            raise UserError(
+                f"model must be a finished training, but {config.model!r} is none; let it end, or resume."
+            )
+        mlflow_run.log_model_tested(checkpoint)
         trained_with = TrainConfig.model_validate(checkpoint["config"])
         is_same = config.data == "same"
         data = trained_with.data if is_same else config.data
@@ -50,7 +54,7 @@ def evaluate(config: EvaluateConfig) -> None:
         left_out = len(table) - len(unseen)
         print(f"model    {config.model}: {checkpoint['arch']}, epoch {checkpoint['epoch']}")
         print(f"data     {data}: {len(unseen)} images; {left_out} left out, whose lesions it learnt from")
-        pages = [LEAK_BANNER] if checkpoint["leaks"] else []
+        pages = []
         if set(split.test) & set(unseen.image_id):
             pages.append(record_opening(split.hash, of=checkpoint["run_id"]))
         pages.append(assess_and_log(checkpoint, unseen, store, config, "test"))
@@ -108,12 +112,16 @@ def predict_checkpoint(
         batch_size=config.batch_size,
     )
     network = build_network(checkpoint).to(fabric.device)
-    views = config.tta if isinstance(config, EvaluateConfig) else 1
     return Predictions(
-        probabilities=predict(network, loader, fabric, views),
+        probabilities=predict(network, loader, fabric, get_views(config)),
         targets=table.target.to_numpy(),
         image_ids=tuple(table.image_id),
     )
+
+
+def get_views(config: TrainConfig | EvaluateConfig) -> int:
+    """Give how many views of an image are averaged."""
+    return config.tta if isinstance(config, EvaluateConfig) else 1
 
 
 def build_network(checkpoint: dict[str, Any]) -> ResNet:
@@ -137,7 +145,11 @@ def assess_and_log(
     """
     raw = predict_checkpoint(checkpoint, table, store, config)
     calibration = Calibration.from_dict(checkpoint["calibration"])
-    assessment = assess(raw, table, tuple(checkpoint["classes"]), checkpoint["baseline_class"], calibration)
+    assessment = replace(
+        assess(raw, table, tuple(checkpoint["classes"]), checkpoint["baseline_class"], calibration),
+        leaks=checkpoint["leaks"],
+        views=get_views(config),
+    )
     page = format_assessment(assessment, split)
     title = f"{split.capitalize()}, {checkpoint['arch']} epoch {checkpoint['epoch']}"
     if split == "test":

@@ -16,8 +16,8 @@ from skin_resnet.data.extract import has_lesion_ids
 from skin_resnet.data.load import Batch, Loader
 from skin_resnet.data.prepare import PreparedData, open_test, prepare_data
 from skin_resnet.data.split import SPLITS
-from skin_resnet.evaluate import LEAK_BANNER, assess_and_log, predict_checkpoint
-from skin_resnet.evaluation.assessment import calibrate
+from skin_resnet.evaluate import assess_and_log, predict_checkpoint
+from skin_resnet.evaluation.assessment import LEAK_BANNER, calibrate
 from skin_resnet.evaluation.metrics import EpochResult
 from skin_resnet.evaluation.passport import format_passport
 from skin_resnet.evaluation.plots.curves import plot_curves
@@ -61,13 +61,14 @@ def train(config: TrainConfig) -> None:
         result = run_training(config)
         classes_in_val = result.data.select(result.data.split.val).dx.nunique()
         report = describe_training(result.history, result.best.epoch, config, classes_in_val)
+        if result.data.passport.leaks:
+            report = f"{LEAK_BANNER}\n\n{report}"
         mlflow_run.log_text(report, "report.md")
         print(f"\n{report}\n")
-        banner = [LEAK_BANNER] if result.data.passport.leaks else []
-        pages = [*banner, _test(config, result)] if config.test == "at_end" else banner
-        print("\n\n".join(pages))
+        page = _test(config, result) if config.test == "at_end" else ""
+        print(page)
         # The UI shows the first lines only: the test comes first there.
-        mlflow_run.log_note("\n\n".join([*pages, report]))
+        mlflow_run.log_note(f"{page}\n\n{report}".strip())
         mlflow_run.log_model(result.checkpoint, result.data.classes)
     print(f"\n{mlflow_run.describe_location(run_id)}")
 

@@ -62,14 +62,16 @@ def test_the_file_for_programs_is_strict_json(assessment: Assessment) -> None:
     written = json.dumps(_drop_nans(assessment.to_json("test")), allow_nan=False)
     read = json.loads(written)
     assert read["intervals_drawn_by"] == "lesion"
-    assert read["metrics"]["test/balanced_accuracy"] == assessment.scores.metrics.balanced_accuracy
+    assert np.array(read["confusion"]).sum() == len(assessment.raw.targets)
+    assert read["metrics"]["balanced_accuracy"] == assessment.scores.metrics.balanced_accuracy
     assert len(read["classes"]) == 7
     assert len(read["operating_points"]["melanoma"]) == 2
 
 
 def test_every_metric_for_mlflow_is_a_number_under_its_split(assessment: Assessment) -> None:
     figures = assessment.to_dict("test")
-    assert all(name.startswith("test/") for name in figures)
+    assert all(name.startswith(("test/", "test_")) for name in figures)
+    assert figures["test_sensitivity/mel"] == assessment.scores.class_table.sensitivity[4]
     for name in (
         "ece",
         "brier",
@@ -87,6 +89,7 @@ def test_without_lesion_ids_the_page_says_what_the_intervals_are(table: pd.DataF
     assessment = assess(predict(alone, 1), alone, HAM10000_CLASSES, "nv", calibration)
     page = format_assessment(assessment, "test")
     assert "The source names no lesions: intervals are by image" in page
+    assert " lesions\n" not in page.split("|")[0]
     assert "No lesion has several photos" in page
     assert assessment.to_json("test")["intervals_drawn_by"] == "image"
 

@@ -236,3 +236,24 @@ def test_a_split_of_ham10000_by_image_leaks_and_ours_does_not(tmp_path: Path) ->
     assert passport.count_touched(("lesion",)).sum() / (sides == "test").sum() == pytest.approx(
         0.35, abs=0.04
     )
+
+
+def test_the_page_counts_one_pair_and_several_alike() -> None:
+    # One picture twice, under two ids and lesion ids, a little brighter: alike, but no proof of a leak.
+    rng = np.random.default_rng(0)
+    pixels = rng.integers(0, 200, (6, 32, 32, 3)).astype(np.uint8)
+    pixels[1] = pixels[0] + 20
+    names = [f"i{row}" for row in range(6)]
+    table = pd.DataFrame(
+        {
+            "image_id": names,
+            "lesion_id": [f"l{row}" for row in range(6)],
+            "dx": pd.Categorical(["a", "a", "b", "b", "a", "b"], categories=["a", "b"], ordered=True),
+        }
+    )
+    split = Split(train=("i0", "i2"), val=("i3", "i4"), test=("i1", "i5"))
+    passport = audit_split(table, split, pixels)
+    assert not passport.leaks
+    assert "1 pair of pictures look alike" in format_passport(passport)
+    pixels[3] = pixels[0] + 10
+    assert "3 pairs of pictures look alike" in format_passport(audit_split(table, split, pixels))

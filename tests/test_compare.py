@@ -80,6 +80,11 @@ def test_weights_are_counted_without_the_head() -> None:
     assert count_weights("resnet152") == 60_192_808 - 2_049_000
 
 
+def start_other_run() -> str:
+    with mlflow.start_run() as run:
+        return run.info.run_id
+
+
 @pytest.fixture
 def runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[dict[str, str]]:
     """Three finished trainings in a real store, as `train` leaves them."""
@@ -102,7 +107,8 @@ def runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[dict[str, 
         )
         with mlflow.start_run(run_name=name) as run:
             mlflow.log_param("arch", arch)
-            mlflow.log_metrics({"best/val_balanced_accuracy": skill, "best/gap": 0.1})
+            mlflow.set_tags({"split.leaks": "false", "split.hash": "abc"})
+            mlflow.log_metrics({"best/val_balanced_accuracy": skill, "best/gap": 0.1, "best/epoch": 2})
             for epoch in (1, 2):
                 values = {"train/loss": 1, "val/loss": 2, "train/balanced_accuracy": 0.4}
                 speed = {"speed/epoch_s": 30, "speed/images_per_s": 60}
@@ -118,8 +124,7 @@ def test_the_best_run_of_each_arch_is_compared_in_a_run_with_links(runs, capsys)
     page = capsys.readouterr().out
     assert "resnet152 minus resnet50: +" in page
     (run,) = mlflow.search_runs(filter_string="params.runs = 'best'", output_format="list")
-    assert run.data.tags["compares.resnet50"] == runs["second"]
-    assert run.data.tags["compares.resnet152"] == runs["deep"]
+    assert run.data.tags["compares"] == f"{runs['second']} {runs['deep']}"
     assert runs["deep"] in run.data.tags["mlflow.note.content"]
     path = mlflow.artifacts.download_artifacts(run_id=run.info.run_id, artifact_path="differences.json")
     assert len(json.loads(Path(path).read_text())) == 3
@@ -130,12 +135,31 @@ def test_two_runs_of_one_arch_are_told_apart_by_name(runs, capsys) -> None:
     assert "resnet50 second minus resnet50 first: +" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("wrong", ["only one", "unknown", "no val"])
+def test_runs_of_one_name_are_told_apart_by_id_and_odd_names_do_no_harm(runs, capsys) -> None:
+    client = mlflow.MlflowClient()
+    for name in ("first", "second"):
+        client.set_tag(runs[name], "mlflow.runName", "lr=0.1 (v2), mixup")
+    compare(CompareConfig(runs=f"{runs['first']},{runs['second']},{runs['deep']},"))
+    page = capsys.readouterr().out
+    assert f"resnet50 {runs['second'][:24]} minus resnet50 {runs['first'][:24]}" in page
+    assert "resnet152 minus resnet50" in page
+
+
+def test_a_leaking_run_is_not_the_best_and_is_marked_where_it_is_named(runs, capsys) -> None:
+    mlflow.MlflowClient().set_tag(runs["second"], "split.leaks", "true")
+    compare(CompareConfig(runs="best"))
+    assert "leaks" not in capsys.readouterr().out
+    compare(CompareConfig(runs=f"{runs['second']},{runs['deep']}"))
+    assert "resnet50: **The split of this training leaks" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("wrong", ["only one", "unknown", "no val", "no training"])
 def test_what_cannot_be_compared_is_refused_and_the_run_ends_failed(runs, wrong: str) -> None:
     config = {
         "only one": CompareConfig(runs=runs["deep"]),
         "unknown": CompareConfig(runs=f"{runs['deep']},{'0' * 32}"),
         "no val": CompareConfig(runs="best", split="val"),
+        "no training": CompareConfig(runs=f"{runs['deep']},{start_other_run()}"),
     }[wrong]
     with pytest.raises(UserError, match="runs must"):
         compare(config)

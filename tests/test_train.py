@@ -18,6 +18,7 @@ from skin_resnet.data.prepare import SEALED, open_test, prepare_data
 from skin_resnet.data.split import Split
 from skin_resnet.errors import UserError
 from skin_resnet.evaluate import evaluate
+from skin_resnet.evaluation.assessment import LEAK_BANNER
 from skin_resnet.evaluation.metrics import EpochResult
 from skin_resnet.train import run_training, train
 from skin_resnet.training.checkpoint import read_checkpoint
@@ -168,6 +169,8 @@ def test_eight_views_are_averaged_and_change_little(run: Run, config: TrainConfi
     evaluate(EvaluateConfig(model=run.info.run_id, device="cpu", cache_dir=config.cache_dir, tta=8))
     latest = mlflow.search_runs(output_format="list", max_results=1)[0]
     assert latest.data.metrics["test/loss"] != run.data.metrics["test/loss"]
+    assert "averaged over 8 views" in latest.data.tags["mlflow.note.content"]
+    assert latest.data.tags["model.run_id"] == run.info.run_id
     assert latest.data.metrics["test/loss"] == pytest.approx(run.data.metrics["test/loss"], abs=0.5)
 
 
@@ -209,10 +212,14 @@ def test_a_leaking_split_is_refused_unless_told_and_then_every_report_says_so(
     train(leaking.with_changes(allow_leaks="true"))
     latest = mlflow.search_runs(output_format="list", max_results=1)[0]
     assert latest.data.tags["split.leaks"] == "true"
-    assert "This split leaks" in latest.data.tags["mlflow.note.content"]
+    assert "The split of this training leaks" in latest.data.tags["mlflow.note.content"]
+    for name in ("report.md", "val/scores.md", "test/scores.md"):
+        path = mlflow.artifacts.download_artifacts(run_id=latest.info.run_id, artifact_path=name)
+        assert Path(path).read_text().startswith(LEAK_BANNER)
     evaluate(EvaluateConfig(model=latest.info.run_id, device="cpu", cache_dir=config.cache_dir))
     latest = mlflow.search_runs(output_format="list", max_results=1)[0]
-    assert "This split leaks" in latest.data.tags["mlflow.note.content"]
+    assert "The split of this training leaks" in latest.data.tags["mlflow.note.content"]
+    assert latest.data.tags["split.leaks"] == "true"
 
 
 def test_evaluate_takes_the_logged_model_and_another_source(run: Run, config: TrainConfig, tmp_path) -> None:

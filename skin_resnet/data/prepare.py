@@ -78,7 +78,11 @@ def prepare_data(config: TrainConfig) -> PreparedData:
             seed=config.split_seed,
         )
     else:
-        split = _drop_unread(read_split(Path(config.split).expanduser(), table), table)
+        split = read_split(Path(config.split).expanduser(), table)
+        if not split.val:
+            raise UserError(
+                f"train, val and test each need an image, but {config.split} has none in val; add some."
+            )
     passport = audit_split(table, split, store.pixels)
     if passport.leaks and config.allow_leaks == "false":
         shared = passport.pairs.iloc[0]
@@ -97,11 +101,6 @@ def read_images(config: TrainConfig) -> tuple[pd.DataFrame, ImageStore]:
     table = extract(config.data, config.cache_dir)
     store = open_store(table, config.image_size, config.cache_dir, config.on_bad_image)
     return table[table.image_id.isin(store.image_ids)].reset_index(drop=True), store
-
-
-def _drop_unread(split: Split, table: pd.DataFrame) -> Split:
-    frame = split.to_frame()
-    return Split.from_frame(frame[frame.image_id.isin(table.image_id)])
 
 
 def open_test(config: TrainConfig, data: PreparedData) -> pd.DataFrame:

@@ -3,6 +3,7 @@
 from dataclasses import asdict, dataclass
 from typing import Any
 
+import numpy as np
 import pandas as pd
 
 from skin_resnet.data.split import join_lesions
@@ -14,11 +15,12 @@ from skin_resnet.evaluation.calibration import (
     check_probabilities,
     compute_brier,
     compute_ece,
+    compute_reliability,
     fit_conformal,
     fit_temperature,
 )
 from skin_resnet.evaluation.formatting import format_class_table, format_score
-from skin_resnet.evaluation.metrics import Predictions
+from skin_resnet.evaluation.metrics import Predictions, compute_confusion, compute_metrics
 from skin_resnet.evaluation.operating import (
     OperatingPoint,
     OperatingResult,
@@ -32,6 +34,11 @@ from skin_resnet.evaluation.operating import (
 from skin_resnet.evaluation.retest import Retest, compute_retest, format_retest
 from skin_resnet.evaluation.scores import Scores, compute_scores, format_scores
 from skin_resnet.evaluation.slices import compute_slices
+
+# What every report of a training begins with whose split shares lesions.
+LEAK_BANNER = (
+    "**The split of this training leaks: its parts share lesions, and scores may be too good to be true.**"
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -98,6 +105,8 @@ class Assessment:
         raw: The predictions before temperature; `scores` and all else are those after.
         knows_lesions: Whether the source tells which photos show one lesion; without, intervals are by image.
         slices: From `compute_slices`.
+        leaks: Whether the split that the model was trained on does.
+        views: How many views of an image its predictions average.
     """
 
     raw: Predictions
@@ -111,26 +120,35 @@ class Assessment:
     retest: Retest
     slices: pd.DataFrame
     knows_lesions: bool
+    leaks: bool = False
+    views: int = 1
 
     def to_dict(self, split: str) -> dict[str, float]:
         """Name the figures as MLflow shows them."""
         figures = {
             **self.scores.to_dict(split),
             **self.retest.to_dict(split),
+            f"{split}/views": self.views,
+            f"{split}/loss_before_temperature": compute_metrics(self.raw).loss,
             f"{split}/brier": self.brier,
             f"{split}/ece": self.ece,
             f"{split}/ece_before_temperature": compute_ece(self.raw),
             f"{split}/coverage": self.coverage.coverage,
+            f"{split}/coverage_low": self.coverage.interval[0],
+            f"{split}/coverage_high": self.coverage.interval[1],
             f"{split}/set_size": self.coverage.mean_size,
             f"{split}/referral_area": self.referral.area,
         }
         for name, group in self.operating.items():
             for result in group:
-                key = f"{split}/{name}_at_{result.point.goal:.2f}"
-                figures |= {
-                    f"{key}_sensitivity": result.sensitivity,
-                    f"{key}_specificity": result.specificity,
-                }
+                for figure in ("sensitivity", "specificity"):
+                    key = f"{split}/{name}_at_{result.point.goal:.2f}_{figure}"
+                    low, high = getattr(result, f"{figure}_interval")
+                    figures |= {key: getattr(result, figure), f"{key}_low": low, f"{key}_high": high}
+        for row in self.scores.class_table.to_dict("records"):
+            figures |= {
+                f"{split}_{name}/{row['dx']}": row[name] for name in row if name not in ("dx", "images")
+            }
         return figures
 
     def to_json(self, split: str) -> dict[str, Any]:
@@ -140,7 +158,16 @@ class Assessment:
             for name, group in self.operating.items()
         }
         return {
-            "metrics": self.to_dict(split),
+            "split_leaks": self.leaks,
+            "views": self.views,
+            "metrics": {name.removeprefix(f"{split}/"): value for name, value in self.to_dict(split).items()},
+            "confusion": compute_confusion(self.scores.predictions).tolist(),
+            "reliability": compute_reliability(self.scores.predictions).to_dict("records"),
+            "referral": {
+                "referred_fraction": self.referral.referred_fraction.tolist(),
+                "accuracy": self.referral.accuracy.tolist(),
+                "balanced_accuracy": self.referral.balanced_accuracy.tolist(),
+            },
             "intervals": self.scores.intervals,
             "intervals_drawn_by": "lesion" if self.knows_lesions else "image",
             "baseline": {"class": self.scores.baseline_class, **asdict(self.scores.baseline)},
@@ -195,12 +222,14 @@ def assess(
 
 def format_assessment(assessment: Assessment, split: str) -> str:
     """Write a page of Markdown that also reads well on a terminal."""
-    parts = [format_scores(assessment.scores, split)]
-    if not assessment.knows_lesions:
+    parts = [LEAK_BANNER] if assessment.leaks else []
+    if assessment.views > 1:
         parts.append(
-            "The source names no lesions: intervals are by image, too narrow where photos share one."
+            f"Predictions are averaged over {assessment.views} views; temperature, thresholds and sets were "
+            "fitted on val with one."
         )
-    parts += [_format_calibration(assessment)]
+    parts.append(format_scores(assessment.scores, split, assessment.knows_lesions))
+    parts.append(_format_calibration(assessment))
     if assessment.operating:
         parts += ["### Operating points, chosen on val", format_operating(assessment.operating)]
     parts += [
@@ -235,7 +264,8 @@ def _format_referral(referral: Referral) -> str:
 
 def _format_slices(assessment: Assessment) -> str:
     slices = assessment.slices
-    spoken = slices[(slices.figure == "balanced_accuracy") & ~slices.too_small & (slices["by"] != "all")]
+    shown = ((slices.figure == "balanced_accuracy") & (slices["by"] != "all")) | (slices["by"] == "dx")
+    spoken = slices[shown & ~slices.too_small]
     small = slices[slices.too_small].drop_duplicates(["by", "slice"])
     rows = pd.DataFrame(
         {
@@ -243,7 +273,8 @@ def _format_slices(assessment: Assessment) -> str:
             "images": spoken.images,
             "lesions": spoken.lesions,
             "classes": spoken.classes,
-            "balanced accuracy": [
+            "one answer for all": np.where(spoken["by"] == "dx", np.nan, 1 / spoken.classes),
+            "balanced accuracy; of a dx, sensitivity": [
                 format_score(row.value, (row.low, row.high)) for row in spoken.itertuples()
             ],
         }

@@ -53,7 +53,7 @@ def compare_models(models: Mapping[str, Predictions], lesions: NDArray[np.str_])
         if predictions.image_ids != first.image_ids or not same_targets:
             raise UserError(
                 f"models can be compared on the same images only, but {name} was scored on "
-                f"{len(predictions.targets)} others than {next(iter(models))}; evaluate both on one data set."
+                f"{len(predictions.targets)} others than {next(iter(models))}; compare runs on one split."
             )
     weights = draw_lesions(lesions)
     points = {name: compute_metrics(predictions) for name, predictions in models.items()}

@@ -104,7 +104,7 @@ def _list_pairs(passport: LeakPassport) -> list[str]:
 
 
 def _count(number: int, noun: str) -> str:
-    return f"{number:,} {noun}{'s' * (number != 1)}"
+    return f"{number:,} {noun}" + ("s" if number != 1 else "")
 
 
 def _share(part: float, whole: float) -> str:

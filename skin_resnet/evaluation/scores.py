@@ -82,7 +82,7 @@ def compute_scores(
     )
 
 
-def format_scores(scores: Scores, split: str) -> str:
+def format_scores(scores: Scores, split: str, knows_lesions: bool = True) -> str:
     """Write the scores as Markdown that also reads well on a terminal."""
     rows = [
         [
@@ -93,12 +93,20 @@ def format_scores(scores: Scores, split: str) -> str:
         for name in HEADLINES
     ]
     rows.append(["loss (nats)", format_score(scores.metrics.loss), ""])
-    images = len(scores.predictions.targets)
+    shown = f"{len(scores.predictions.targets)} images"
+    if knows_lesions:
+        shown += f" of {scores.num_lesions} lesions"
+    # Beside val/loss of the epochs, it would look better than it is without this word.
+    note = "The loss is that after temperature."
+    if not knows_lesions:
+        note += " The source names no lesions: intervals are by image, too narrow where photos share one."
     return "\n".join(
         [
-            f"### {split.capitalize()}: {images} images of {scores.num_lesions} lesions",
+            f"### {split.capitalize()}: {shown}",
             "",
             format_table(["", "model [95 % interval]", f"always {scores.baseline_class}"], rows),
+            "",
+            note,
             "",
             format_class_table(scores.class_table),
         ]

@@ -16,6 +16,7 @@ class FinishedRun:
     """A finished training.
 
     Attributes:
+        leaks: Whether its split did.
         history: Values by metric name and epoch.
         predictions: A row an image: image_id, lesion_id, dx, prediction, and each class's probability.
     """
@@ -23,7 +24,7 @@ class FinishedRun:
     run_id: str
     name: str
     arch: str
-    params: dict[str, str]
+    leaks: bool
     metrics: dict[str, float]
     history: dict[str, dict[int, float]]
     predictions: pd.DataFrame
@@ -52,6 +53,8 @@ def download_checkpoint(model: str) -> Path:
 def find_best_runs() -> list[str]:
     """Give each arch's run with the highest val balanced accuracy, of the open run's experiment.
 
+    Only runs on the split of the best of them all are compared, and none whose split leaks.
+
     Raises:
         UserError: There is no finished training in it.
     """
@@ -59,15 +62,17 @@ def find_best_runs() -> list[str]:
     assert run is not None, "its experiment is searched"
     finished = mlflow.search_runs(
         [run.info.experiment_id],
-        filter_string="attributes.status = 'FINISHED' AND metrics.`best/val_balanced_accuracy` > 0",
+        filter_string="attributes.status = 'FINISHED' AND tags.`split.leaks` = 'false' "
+        "AND metrics.`best/val_balanced_accuracy` > 0",
         order_by=["metrics.`best/val_balanced_accuracy` DESC"],
         output_format="list",
     )
+    if not finished:
+        raise UserError("runs=best needs finished trainings in this experiment, but has none; train first.")
     best: dict[str, str] = {}
     for each in finished:
-        best.setdefault(each.data.params["arch"], each.info.run_id)
-    if not best:
-        raise UserError("runs=best needs finished trainings in this experiment, but has none; train first.")
+        if each.data.tags["split.hash"] == finished[0].data.tags["split.hash"]:
+            best.setdefault(each.data.params["arch"], each.info.run_id)
     return [best[arch] for arch in sorted(best, key=lambda arch: (len(arch), arch))]  # 50 before 101
 
 
@@ -80,6 +85,8 @@ def read_run(run_id: str, split: str) -> FinishedRun:
     client = mlflow.MlflowClient()
     try:
         run = client.get_run(run_id)
+        if "best/epoch" not in run.data.metrics:
+            raise OSError("it is no finished training")
         path = mlflow.artifacts.download_artifacts(run_id=run_id, artifact_path=f"{split}/predictions.csv")
     except (mlflow.MlflowException, OSError) as error:
         reason = str(error).splitlines()[0]
@@ -95,8 +102,8 @@ def read_run(run_id: str, split: str) -> FinishedRun:
     return FinishedRun(
         run_id=run_id,
         name=run.info.run_name,
-        arch=run.data.params.get("arch", "unknown"),
-        params=run.data.params,
+        arch=run.data.params["arch"],
+        leaks=run.data.tags.get("split.leaks") == "true",
         metrics=run.data.metrics,
         history=history,
         predictions=pd.read_csv(

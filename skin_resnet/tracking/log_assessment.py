@@ -66,9 +66,14 @@ def log_examples(assessment: Assessment, store: ImageStore, examples: Examples, 
     if positives:
         missed = tabulate_missed(scores.predictions, positives, scores.classes)
         mlflow_run.log_table(missed, "test/missed_melanomas.csv")
-        captions = [f"{m.image_id}\n{m.prediction} {m.confidence:.2f}" for m in missed.itertuples()]
+        captions = [
+            f"{m.image_id}\n{m.prediction} {m.confidence:.2f}, mel {m.score:.2f}" for m in missed.itertuples()
+        ]
         pixels = store.pixels[store.find_rows(list(missed.image_id))]
-        gallery = plot_gallery(pixels, captions, f"{title}: missed melanomas, the most surely missed first")
+        of = np.isin(scores.predictions.targets, list(positives)).sum()
+        gallery = plot_gallery(
+            pixels, captions, f"{title}: missed of {of:,} melanomas, lowest p of mel first"
+        )
         mlflow_run.log_figure(gallery, "test/missed_melanomas.png")
 
 

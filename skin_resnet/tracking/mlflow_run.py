@@ -4,6 +4,7 @@ import importlib.metadata
 import logging
 import os
 import platform
+import re
 import subprocess
 import tempfile
 import warnings
@@ -112,14 +113,33 @@ def log_setting(data: PreparedData, device: torch.device, precision: str, start:
             "precision": precision,
             "image_size": data.store.image_size,
             "start": start,
-            **_read_commit(),
-            **{f"version.{package}": importlib.metadata.version(package) for package in _VERSIONS},
-            "version.python": platform.python_version(),
+            **_read_versions(),
         }
     )
     if data.store.skipped:
         mlflow.set_tag("skipped_images", len(data.store.skipped))
         mlflow.log_dict(data.store.skipped, "data/skipped_images.json")
+
+
+def log_model_tested(checkpoint: dict[str, Any]) -> None:
+    """Log which network an evaluation tests, and what it stands on."""
+    mlflow.set_tags(
+        {
+            "model.run_id": checkpoint["run_id"],
+            "model.arch": checkpoint["arch"],
+            "model.epoch": checkpoint["epoch"],
+            "split.leaks": str(checkpoint["leaks"]).lower(),
+            **_read_versions(),
+        }
+    )
+
+
+def _read_versions() -> dict[str, str]:
+    return {
+        **_read_commit(),
+        **{f"version.{package}": importlib.metadata.version(package) for package in _VERSIONS},
+        "version.python": platform.python_version(),
+    }
 
 
 def _read_commit() -> dict[str, str]:
@@ -196,7 +216,11 @@ def log_passport(passport: dict[str, Any], page: str) -> None:
 
 def log_metrics(metrics: dict[str, float], step: int | None = None) -> None:
     """Log figures in one call, without those that are not finite."""
-    mlflow.log_metrics({name: value for name, value in metrics.items() if np.isfinite(value)}, step=step)
+    # A data set's own class names may hold what MLflow's metric names may not.
+    figures = {
+        re.sub(r"[^\w./ -]", "_", name): value for name, value in metrics.items() if np.isfinite(value)
+    }
+    mlflow.log_metrics(figures, step=step)
 
 
 def log_table(table: pd.DataFrame, path: str) -> None:

@@ -15,6 +15,7 @@ Curves = Mapping[str, Mapping[int, float]]  # metric name: value by epoch
 def plot_curves_of_models(models: Mapping[str, Curves]) -> Figure:
     """Plot val (solid) and train (dashed) loss and balanced accuracy over the epochs, a colour a model."""
     figure = Figure(figsize=(WIDTH_INCH, 7), dpi=DPI, layout=build_layout())
+    figure.suptitle(f"Curves of {len(models)} trainings", fontsize=FONT + 2)
     panels = figure.subplots(2, 1, sharex=True)
     for axes, metric, title in zip(
         panels, ("loss", "balanced_accuracy"), ("Loss", "Balanced accuracy"), strict=True
@@ -30,7 +31,7 @@ def plot_curves_of_models(models: Mapping[str, Curves]) -> Figure:
                     line,
                     color=HUES[number % len(HUES)],
                     linewidth=2 if split == "val" else 1.2,
-                    marker="o" if len(points) == 1 else "",
+                    marker="" if len(points) > 1 else "o" if split == "val" else "x",
                     label=name if split == "val" else None,
                 )
         axes.set_ylim(bottom=0)
