@@ -17,6 +17,7 @@ from skin_resnet.data.extract import extract
 from skin_resnet.data.split import SPLITS, Split, split_lesions
 from skin_resnet.data.transform import open_store
 from skin_resnet.errors import UserError
+from skin_resnet.evaluation.passport import format_passport
 from tests.conftest import make_table
 
 SIZE = 64
