@@ -54,8 +54,10 @@ COMMANDS: dict[str, tuple[type[FrozenConfig], Callable[[Any], int | None]]] = {
 def main(arguments: list[str] | None = None) -> NoReturn:
     """Run a command and exit: 0 when done, 2 for a user's mistake, 128 + n after signal n."""
     arguments = sys.argv[1:] if arguments is None else arguments
-    signal.signal(signal.SIGTERM, _interrupt)
-    signal.signal(signal.SIGINT, _interrupt)  # a background job of a shell script begins with it ignored
+    # SIGINT too, which a shell script's background jobs begin with ignored, and a closed terminal's.
+    for name in ("SIGINT", "SIGTERM", "SIGHUP"):
+        if hasattr(signal, name):
+            signal.signal(getattr(signal, name), _interrupt)
     try:
         if not arguments or arguments[0] in {"-h", "--help"}:
             print(_describe_commands())
@@ -76,6 +78,10 @@ def main(arguments: list[str] | None = None) -> NoReturn:
 
 
 def _interrupt(number: int, frame: FrameType | None) -> NoReturn:
+    # Ctrl-C reaches `mlflow run` as well, which then sends SIGTERM: that must not cut the run's ending short.
+    # A second Ctrl-C stops at once.
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
     raise KeyboardInterrupt(number)
 
 

@@ -29,6 +29,7 @@ def compare(config: CompareConfig) -> None:
     """
     with mlflow_run.open_run("comparison") as run_id:
         mlflow_run.log_params(config)
+        mlflow_run.log_versions()
         typed = dict.fromkeys(each.strip() for each in config.runs.split(",") if each.strip())
         run_ids = finished_runs.find_best_runs() if config.runs == "best" else list(typed)
         if len(run_ids) < 2:

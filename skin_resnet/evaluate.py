@@ -36,6 +36,7 @@ def evaluate(config: EvaluateConfig) -> None:
     """
     with mlflow_run.open_run(f"evaluation of {config.model}") as run_id:
         mlflow_run.log_params(config)
+        mlflow_run.log_versions()
         checkpoint = read_checkpoint(find_checkpoint(config.model))
         if "calibration" not in checkpoint:
             raise UserError(

@@ -58,6 +58,8 @@ def train(config: TrainConfig) -> None:
         run_training(config)  # a process that Fabric started: it takes part, and leaves the rest to the first
         return
     with mlflow_run.open_run("training under way") as run_id:
+        mlflow_run.log_params(config)
+        mlflow_run.log_versions()
         result = run_training(config)
         classes_in_val = result.data.select(result.data.split.val).dx.nunique()
         report = describe_training(result.history, result.best.epoch, config, classes_in_val)

@@ -8,7 +8,7 @@ from skin_resnet.data.load import Loader, PixelSource
 
 
 def build(size: int = 23, batch_size: int = 5, **share: int) -> Loader:
-    pixels = np.arange(50, dtype=np.uint8)[:, None, None, None] * np.ones((1, 2, 2, 3), np.uint8)
+    pixels = np.arange(90, dtype=np.uint8)[:, None, None, None] * np.ones((1, 2, 2, 3), np.uint8)
     rows = np.arange(size)[::-1].copy() + 10
     return Loader(
         source=PixelSource(pixels=pixels, device=torch.device("cpu")),
@@ -47,10 +47,22 @@ def test_batches_are_even_and_never_over_size(size: int, batch_size: int) -> Non
     assert max(sizes) - min(sizes) <= 1
 
 
+@pytest.mark.parametrize(
+    ("size", "batch_size", "world_size"), [(65, 2, 1), (23, 4, 2), (7, 2, 1), (11, 6, 3)]
+)
+def test_no_process_gets_a_batch_of_one(size: int, batch_size: int, world_size: int) -> None:
+    for rank in range(world_size):
+        loader = build(size, batch_size, rank=rank, world_size=world_size)
+        assert min(len(batch.targets) for batch in loader.ordered()) >= 2
+
+
 @pytest.mark.parametrize("world_size", [2, 3])
 def test_processes_share_each_batch_without_overlap(world_size: int) -> None:
-    shares = [list(build(rank=rank, world_size=world_size).shuffled(0, 3)) for rank in range(world_size)]
-    whole = list(build().shuffled(0, 3))
+    shares = [
+        list(build(batch_size=8, rank=rank, world_size=world_size).shuffled(0, 3))
+        for rank in range(world_size)
+    ]
+    whole = list(build(batch_size=8).shuffled(0, 3))
     for step, batch in enumerate(whole):
         together = torch.cat([share[step].positions for share in shares])
         assert sorted(together.tolist()) == sorted(batch.positions.tolist())

@@ -274,9 +274,12 @@ def test_a_failed_run_ends_failed_with_the_reason(config: TrainConfig) -> None:
     latest = mlflow.search_runs(output_format="list", max_results=1)[0]
     assert latest.info.status == "FAILED"
     assert "/nowhere.pth" in latest.data.tags["failure"]
+    assert latest.data.tags["mlflow.note.content"].startswith("failed: ")
+    assert latest.data.params["weights"] == "/nowhere.pth"
+    assert "version.torch" in latest.data.tags
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
 def test_an_interrupted_run_ends_killed(config: TrainConfig, store: Path, number: signal.Signals) -> None:
     options = [
         part

@@ -31,7 +31,13 @@ def test_none_leaves_the_network_as_it_is() -> None:
 
 
 @pytest.mark.parametrize(
-    "wrap", [lambda s: s, lambda s: {"model": s}, lambda s: {f"module.{k}": v for k, v in s.items()}]
+    "wrap",
+    [
+        lambda s: s,
+        lambda s: {"network": s, "epoch": 3},
+        lambda s: {"model": s},
+        lambda s: {f"module.{k}": v for k, v in s.items()},
+    ],
 )
 def test_a_file_fills_all_but_a_head_of_another_size(imagenet, tmp_path, wrap) -> None:
     network = build_resnet("resnet50")

@@ -71,8 +71,11 @@ class Loader:
     world_size: int = 1
 
     def __len__(self) -> int:
-        """Count the batches of an epoch."""
-        return -(-len(self.rows) // self.batch_size)
+        """Count the batches of an epoch: as few as the batch size allows, each with two images a process.
+
+        BatchNorm cannot learn from one. With a tiny batch size, some batches are one image over it for that.
+        """
+        return max(1, min(-(-len(self.rows) // self.batch_size), len(self.rows) // (2 * self.world_size)))
 
     def shuffled(self, seed: int, epoch: int) -> Iterator[Batch]:
         """Give every image once, in the order that `seed` and `epoch` fix: for training."""
@@ -83,8 +86,7 @@ class Loader:
         return self._split_up(np.arange(len(self.rows)))
 
     def _split_up(self, order: NDArray[np.int64]) -> Iterator[Batch]:
-        # Batches of almost equal size instead of full ones and a rest: none is dropped, and BatchNorm and the
-        # optimizer never see a step of one or two images.
+        # Batches of almost equal size instead of full ones and a rest: no image is dropped or weighs more.
         for step_positions in np.array_split(order, len(self)):
             positions = step_positions[self.rank :: self.world_size]
             yield Batch(

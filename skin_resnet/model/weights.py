@@ -49,8 +49,8 @@ def load_weights(network: nn.Module, weights: str, arch: str) -> str:
 def read_state_dict(path: Path) -> dict[str, Tensor]:
     """Read a state dict from a file without running any code in it.
 
-    A training checkpoint that holds the state dict under `model` or `state_dict` is opened too, and a
-    `module.` prefix (DataParallel) is taken off.
+    A training checkpoint that holds the state dict under `network`, `model` or `state_dict` is opened too,
+    and a `module.` prefix (DataParallel) is taken off.
 
     Raises:
         UserError: There is no such file, or it is not a state dict of tensors.
@@ -71,7 +71,7 @@ def read_state_dict(path: Path) -> dict[str, Tensor]:
     except (RuntimeError, EOFError, OSError, ValueError, KeyError, SafetensorError) as error:
         reason = (str(error).splitlines() or [type(error).__name__])[0]
         raise UserError(f"cannot read the weights file {str(path)!r}: {reason[:200]}") from None
-    for key in ("model", "state_dict"):
+    for key in ("network", "model", "state_dict"):  # the first is ours
         if isinstance(content, dict) and isinstance(content.get(key), dict):
             content = content[key]
     if not isinstance(content, dict) or not all(isinstance(value, Tensor) for value in content.values()):

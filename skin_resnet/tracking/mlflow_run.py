@@ -65,9 +65,11 @@ def open_run(description: str) -> Iterator[str]:
     try:
         yield run.info.run_id
     except (KeyboardInterrupt, SystemExit):
+        log_note("interrupted")
         mlflow.end_run(RunStatus.to_string(RunStatus.KILLED))
         raise
     except BaseException as error:
+        log_note(f"failed: {error}")
         mlflow.set_tag("failure", f"{type(error).__name__}: {error}"[:5000])
         mlflow.end_run(RunStatus.to_string(RunStatus.FAILED))
         raise
@@ -94,7 +96,7 @@ def log_params(config: FrozenConfig) -> None:
 
 
 def log_setting(data: PreparedData, device: torch.device, precision: str, start: str) -> None:
-    """Log what the run stands on: versions, commit, device, and where the network starts from.
+    """Log what the network runs on and starts from.
 
     Args:
         data: Whose image size `auto` was resolved to, and whose skipped images are listed.
@@ -113,7 +115,6 @@ def log_setting(data: PreparedData, device: torch.device, precision: str, start:
             "precision": precision,
             "image_size": data.store.image_size,
             "start": start,
-            **_read_versions(),
         }
     )
     if data.store.skipped:
@@ -122,16 +123,20 @@ def log_setting(data: PreparedData, device: torch.device, precision: str, start:
 
 
 def log_model_tested(checkpoint: dict[str, Any]) -> None:
-    """Log which network an evaluation tests, and what it stands on."""
+    """Log which network an evaluation tests."""
     mlflow.set_tags(
         {
             "model.run_id": checkpoint["run_id"],
             "model.arch": checkpoint["arch"],
             "model.epoch": checkpoint["epoch"],
             "split.leaks": str(checkpoint["leaks"]).lower(),
-            **_read_versions(),
         }
     )
+
+
+def log_versions() -> None:
+    """Log the versions and the commit of what runs."""
+    mlflow.set_tags(_read_versions())
 
 
 def _read_versions() -> dict[str, str]:
