@@ -52,21 +52,28 @@ COMMANDS: dict[str, tuple[type[FrozenConfig], Callable[[Any], int | None]]] = {
 
 
 def main(arguments: list[str] | None = None) -> NoReturn:
-    """Run a command and exit: 0 when done, 2 for a user's mistake, 128 + n after signal n."""
-    arguments = sys.argv[1:] if arguments is None else arguments
+    """Run a command and exit, as `run_and_exit` does."""
+    run_and_exit(lambda: _run_command(sys.argv[1:] if arguments is None else arguments))
+
+
+def _run_command(arguments: list[str]) -> int | None:
+    if not arguments or arguments[0] in {"-h", "--help"}:
+        print(_describe_commands())
+        return 0
+    config_type, run = find_command(arguments[0])
+    return run(parse_options(config_type, arguments[1:], prog=f"python -m skin_resnet {arguments[0]}"))
+
+
+def run_and_exit(run: Callable[[], int | None]) -> NoReturn:
+    """Run what a user asked for and exit: 0 when done, 2 for a user's mistake, 128 + n after signal n."""
     # SIGINT too, which a shell script's background jobs begin with ignored, and a closed terminal's.
     for name in ("SIGINT", "SIGTERM", "SIGHUP"):
         if hasattr(signal, name):
             signal.signal(getattr(signal, name), _interrupt)
+    logging.basicConfig(level=logging.WARNING, format="%(message)s")
+    logging.getLogger("skin_resnet").setLevel(logging.INFO)
     try:
-        if not arguments or arguments[0] in {"-h", "--help"}:
-            print(_describe_commands())
-            sys.exit(0)
-        config_type, run = find_command(arguments[0])
-        config = parse_options(config_type, arguments[1:], prog=f"python -m skin_resnet {arguments[0]}")
-        logging.basicConfig(level=logging.WARNING, format="%(message)s")
-        logging.getLogger("skin_resnet").setLevel(logging.INFO)
-        code = run(config)
+        code = run()
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(USER_ERROR)

@@ -1,5 +1,6 @@
-"""Writes `MLproject` from the configs: `python -m skin_resnet.mlproject > MLproject`."""
+"""Renders the file `MLproject` from the configs of its entry points."""
 
+from collections.abc import Mapping
 from typing import Any
 
 import yaml
@@ -7,19 +8,22 @@ import yaml
 from skin_resnet.cli import COMMANDS
 from skin_resnet.config import FrozenConfig, format_value
 
-# Entry point: command word. `mlflow run .` without -e runs main.
-ENTRY_POINTS = {"main": "train", **{name: name for name in COMMANDS if name != "train"}}
-_HEADER = "# Made by `make MLproject` from skin_resnet/config.py; a test compares the two.\n"
+# Entry point: what runs it, and its options. `mlflow run .` without -e runs main.
+ENTRY_POINTS: Mapping[str, tuple[str, type[FrozenConfig]]] = {
+    "main" if name == "train" else name: (f"python -m skin_resnet {name}", config_type)
+    for name, (config_type, _) in COMMANDS.items()
+}
+_HEADER = "# Made by `make MLproject` from the configs; a test compares the two.\n"
 
 
-def render_mlproject() -> str:
+def render_mlproject(entry_points: Mapping[str, tuple[str, type[FrozenConfig]]]) -> str:
     """Give the text of the file `MLproject`."""
     project = {
         "name": "skin-resnet",
         "conda_env": "conda.yaml",
         "entry_points": {
-            entry_point: _describe_entry_point(command, COMMANDS[command][0])
-            for entry_point, command in ENTRY_POINTS.items()
+            name: _describe_entry_point(command, config_type)
+            for name, (command, config_type) in entry_points.items()
         },
     }
     body: str = yaml.safe_dump(project, sort_keys=False, width=10_000, default_flow_style=None)
@@ -38,8 +42,4 @@ def _describe_entry_point(command: str, config_type: type[FrozenConfig]) -> dict
                 default if isinstance(default, int | float) else format_value(default)
             )
     options = " ".join(f"--{name} {{{name}}}" for name in parameters)
-    return {"parameters": parameters, "command": f"python -m skin_resnet {command} {options}"}
-
-
-if __name__ == "__main__":
-    print(render_mlproject(), end="")
+    return {"parameters": parameters, "command": f"{command} {options}"}

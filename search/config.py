@@ -1,0 +1,91 @@
+"""The search's own options; every training option comes with them from `TrainConfig`."""
+
+from typing import Any, Literal, Self
+
+from pydantic import Field, model_validator
+
+from skin_resnet.config import TrainConfig
+from skin_resnet.errors import UserError
+
+# What a trial can be judged by, and which way is better.
+DIRECTIONS: dict[str, Literal["maximize", "minimize"]] = {
+    "val_balanced_accuracy": "maximize",
+    "val_macro_auc": "maximize",
+    "val_loss": "minimize",
+    "gap": "minimize",
+}
+
+
+class SearchConfig(TrainConfig):
+    """Search for the recipe that does not overfit; training options pass through to every trial."""
+
+    n_trials: int = Field(
+        30, ge=2, le=100_000, description="Trials in all, the two baselines, pruned and failed ones included."
+    )
+    workers: int = Field(1, ge=1, le=256, description="Processes that train at the same time here.")
+    seeds: int = Field(
+        3,
+        ge=0,
+        le=100,
+        description="Seeds to retrain winner and seed recipe with, before the test; 0: no test.",
+    )
+    study_name: str = Field("search", min_length=1, description="The same name continues the same study.")
+    storage: str = Field(
+        "sqlite:///optuna.db",
+        min_length=1,
+        description="Where the study is kept: sqlite:///FILE, or postgresql+psycopg://... for many machines.",
+    )
+    sampler: Literal["tpe", "gp", "random"] = Field(
+        "tpe", description="Who chooses the next trial; gp learns nothing from pruned ones."
+    )
+    pruner: Literal["median", "hyperband", "halving", "none"] = Field(
+        "median", description="Who stops trials that promise nothing."
+    )
+    objectives: str = Field(
+        "val_balanced_accuracy",
+        description="val_balanced_accuracy, val_macro_auc, val_loss, gap; several, with commas, give a "
+        "Pareto front, and no pruning.",
+    )
+    max_gap: float = Field(
+        0.0, ge=0, le=1, description="Largest generalization gap that a winner may have; 0: any."
+    )
+    fix: str = Field(
+        "none",
+        min_length=1,
+        description="Parts of the space fixed or narrowed: optimizer=sgd,lr=0.001..0.1,augment=light|strong.",
+    )
+    heartbeat_s: int = Field(
+        15, ge=1, le=3600, description="Between signs of life; a trial that misses four is run again."
+    )
+    model_name: str = Field(
+        "skin-resnet", min_length=1, description="The registered model whose champion the winner challenges."
+    )
+
+    @model_validator(mode="after")
+    def _check_search(self) -> Self:
+        for name in self.objective_names:
+            if name not in DIRECTIONS:
+                raise UserError(f"objectives: must be of {', '.join(DIRECTIONS)}, but got {name!r}.")
+        if len(set(self.objective_names)) < len(self.objective_names):
+            raise UserError(f"objectives: must name each one once, but got {self.objectives!r}.")
+        if self.devices != 1:
+            raise UserError(f"devices: must be 1 in a search, but got {self.devices}; use workers.")
+        if not self.storage.startswith(("sqlite:///", "postgresql")):
+            raise UserError(
+                f"storage: must be sqlite:///FILE or postgresql+psycopg://..., but got {self.storage!r}."
+            )
+        return self
+
+    @property
+    def objective_names(self) -> tuple[str, ...]:
+        """What trials are judged by, the most important one first."""
+        return tuple(name.strip() for name in self.objectives.split(","))
+
+    @property
+    def training(self) -> TrainConfig:
+        """The training options, as trial 1 has them; the first objective on val chooses the best epoch."""
+        values: dict[str, Any] = {name: getattr(self, name) for name in TrainConfig.model_fields}
+        on_val = [name for name in self.objective_names if name != "gap"]
+        if on_val:
+            values["best_by"] = on_val[0].removeprefix("val_")
+        return TrainConfig.model_validate(values)

@@ -1,0 +1,138 @@
+"""A trial: a training in a child run, judged by val, stopped early where it promises nothing."""
+
+import gc
+import math
+from collections.abc import Callable
+
+import torch
+from optuna import Trial, TrialPruned
+
+from search.config import SearchConfig
+from search.space import BASELINES, build_space
+from skin_resnet.config import TrainConfig
+from skin_resnet.errors import UserError
+from skin_resnet.evaluation.metrics import EpochResult
+from skin_resnet.tracking import search_runs
+from skin_resnet.train import TrainResult, run_training
+
+Train = Callable[[TrainConfig, Callable[[EpochResult], None]], TrainResult]
+
+
+class Objective:
+    """What Optuna calls with each trial.
+
+    Args:
+        config: The search's.
+        study_id: Marks the child runs.
+        parent_run_id: Whose children they are.
+        check_alive: Called after each epoch; what it raises interrupts the trial, which is then run again.
+        train: Trains a config; another one is for tests.
+    """
+
+    def __init__(
+        self,
+        config: SearchConfig,
+        study_id: str,
+        parent_run_id: str,
+        check_alive: Callable[[], None] = lambda: None,
+        train: Train = run_training,
+    ) -> None:
+        self._config = config
+        self._training = config.training
+        self._space = build_space(config)
+        self._tags = {search_runs.STUDY: study_id}
+        self._parent_run_id = parent_run_id
+        self._check_alive = check_alive
+        self._train = train
+
+    def __call__(self, trial: Trial) -> float | tuple[float, ...]:
+        """Train with what the trial suggests; give its values.
+
+        Raises:
+            TrialPruned: The pruner saw no promise in it.
+        """
+        try:
+            config = self._choose(trial)
+            best = self._train_with_less_memory(trial, config)
+            values = tuple(read_objective(name, best) for name in self._config.objective_names)
+            if not all(map(math.isfinite, values)):
+                raise UserError(f"objectives must be finite, but the best epoch gave {values}.")
+        except TrialPruned:
+            raise
+        except Exception as error:
+            # What has no reason was killed, and is run again.
+            trial.set_user_attr("failure", f"{type(error).__name__}: {error}"[:2000])
+            raise
+        for name in ("train", "val"):
+            for key, value in getattr(best, name).to_dict(name).items():
+                trial.set_user_attr(key, value)
+        trial.set_user_attr("best_epoch", best.epoch)
+        trial.set_user_attr("gap", best.gap)
+        if self._config.max_gap > 0:
+            trial.set_constraint("gap", best.gap - self._config.max_gap)
+        return values if len(values) > 1 else values[0]
+
+    def _choose(self, trial: Trial) -> TrainConfig:
+        changes = self._space.suggest(trial)
+        # A baseline is itself to the last option; what it suggests is its nearest place in the space.
+        baseline = trial.user_attrs.get("baseline")
+        config = self._training.with_changes(**(changes if baseline is None else BASELINES[baseline]))
+        trial.set_user_attr("config", config.model_dump_json())
+        return config
+
+    def _train_with_less_memory(self, trial: Trial, config: TrainConfig) -> EpochResult:
+        """Train; where memory runs out, once more with half the batch, in a child run of its own."""
+        on_epoch = self._build_on_epoch(trial)
+        try:
+            return self._train_in_child(trial, config, on_epoch)
+        except (MemoryError, RuntimeError) as error:
+            if not _is_out_of_memory(error) or config.batch_size < 4:
+                raise
+        # Here and not above: while an exception is handled, its frames keep the network alive.
+        gc.collect()
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
+        smaller = config.with_changes(batch_size=config.batch_size // 2)
+        trial.set_user_attr("config", smaller.model_dump_json())
+        return self._train_in_child(trial, smaller, on_epoch)
+
+    def _train_in_child(
+        self, trial: Trial, config: TrainConfig, on_epoch: Callable[[EpochResult], None]
+    ) -> EpochResult:
+        baseline = trial.user_attrs.get("baseline")
+        name = f"trial {trial.number}" + (f", {baseline}" if baseline else "")
+        tags = {**self._tags, search_runs.TRIAL: str(trial.number)}
+        with search_runs.open_child(self._parent_run_id, name, tags, pruned=TrialPruned) as run_id:
+            trial.set_user_attr("run_id", run_id)
+            return self._train(config, on_epoch).best
+
+    def _build_on_epoch(self, trial: Trial) -> Callable[[EpochResult], None]:
+        names = self._config.objective_names
+        # The baselines are what all else is measured by: they are run to their end.
+        can_be_pruned = len(names) == 1 and names[0] != "gap" and "baseline" not in trial.user_attrs
+        reported: set[int] = set()
+
+        def report(result: EpochResult) -> None:
+            self._check_alive()
+            trial.set_user_attr("epochs", result.epoch)
+            if len(names) > 1 or result.epoch in reported:
+                return
+            value = read_objective(names[0], result)
+            if math.isfinite(value):
+                reported.add(result.epoch)
+                trial.report(value, result.epoch)
+            if can_be_pruned and result.epoch < self._training.epochs and trial.should_prune():
+                raise TrialPruned(f"pruned after epoch {result.epoch} of {self._training.epochs}")
+
+        return report
+
+
+def read_objective(name: str, result: EpochResult) -> float:
+    """Read what an epoch scores by an objective's name."""
+    value: float = result.gap if name == "gap" else getattr(result.val, name.removeprefix("val_"))
+    return value
+
+
+def _is_out_of_memory(error: BaseException) -> bool:
+    # CPU allocators tell it as a plain RuntimeError.
+    return isinstance(error, MemoryError | torch.OutOfMemoryError) or "memory" in str(error).lower()

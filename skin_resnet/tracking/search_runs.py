@@ -1,0 +1,86 @@
+"""What a search records in MLflow: a run a study, a child run a trial, and an end for killed ones."""
+
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+import mlflow
+from mlflow.entities import Metric, Run, RunStatus
+
+STUDY, TRIAL, STATE = "search.study_id", "search.trial", "search.state"
+
+
+def create_store() -> None:
+    """Make the tracking store's tables: several processes that make them at once would fail."""
+    mlflow.MlflowClient().search_experiments(max_results=1)
+
+
+def get_tracking_uri() -> str:
+    """Give where runs are tracked, for another process."""
+    uri: str = mlflow.get_tracking_uri()
+    return uri
+
+
+def set_tracking_uri(uri: str) -> None:
+    """Track where another process does."""
+    mlflow.set_tracking_uri(uri)
+
+
+@contextmanager
+def open_child(
+    parent_run_id: str, name: str, tags: dict[str, str], pruned: type[BaseException] | None = None
+) -> Iterator[str]:
+    """Open a child run and give its id; however the block is left, it ends.
+
+    FINISHED; KILLED where it was interrupted, or left by the exception `pruned`; FAILED, with the reason as a
+    tag, on any other error. The tag `search.state` says which.
+    """
+    experiment_id = mlflow.MlflowClient().get_run(parent_run_id).info.experiment_id
+    run = mlflow.start_run(
+        run_name=name, nested=True, parent_run_id=parent_run_id, experiment_id=experiment_id, tags=tags
+    )
+    try:
+        yield run.info.run_id
+    except (KeyboardInterrupt, SystemExit):
+        _end("KILLED", "KILLED")
+        raise
+    except BaseException as error:
+        if pruned and isinstance(error, pruned):
+            _end("PRUNED", "KILLED")
+        else:
+            mlflow.set_tag("failure", f"{type(error).__name__}: {error}"[:5000])
+            _end("FAIL", "FAILED")
+        raise
+    _end("COMPLETE", "FINISHED")
+
+
+def _end(state: str, status: str) -> None:
+    mlflow.set_tag(STATE, state)
+    mlflow.end_run(status)
+
+
+def close_killed(study_id: str, is_alive: Callable[[str, dict[str, str]], bool]) -> list[str]:
+    """End the runs of a study as KILLED that no process works on any more; give their ids.
+
+    Args:
+        study_id: Runs with this tag are looked at.
+        is_alive: Says of a run that is not ended, by its id and tags, whether a process works on it.
+    """
+    client = mlflow.MlflowClient()
+    runs: list[Run] = mlflow.search_runs(
+        search_all_experiments=True,
+        filter_string=f"attributes.status = 'RUNNING' AND tags.`{STUDY}` = '{study_id}'",
+        output_format="list",
+    )
+    closed = [run.info.run_id for run in runs if not is_alive(run.info.run_id, run.data.tags)]
+    for run_id in closed:
+        client.set_tag(run_id, STATE, "KILLED")
+        client.set_terminated(run_id, RunStatus.to_string(RunStatus.KILLED))
+    return closed
+
+
+def log_progress(run_id: str, figures: dict[str, float], step: int) -> None:
+    """Log figures of a study on its run, whichever run is open."""
+    now = int(1000 * time.time())
+    metrics = [Metric(name, value, now, step) for name, value in figures.items()]
+    mlflow.MlflowClient().log_batch(run_id, metrics=metrics)

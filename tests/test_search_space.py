@@ -1,0 +1,107 @@
+"""The search space: what is tuned, narrowed and fixed, and the baselines that every study holds."""
+
+import optuna
+import pytest
+
+from search.config import SearchConfig
+from search.space import BASELINES, USUAL, Choice, Range, build_space
+from skin_resnet.config import TrainConfig
+from skin_resnet.errors import UserError
+
+
+def suggest(config: SearchConfig, count: int = 30) -> list[dict[str, object]]:
+    study = optuna.create_study(sampler=optuna.samplers.RandomSampler(seed=0))
+    return [build_space(config).suggest(study.ask()) for _ in range(count)]
+
+
+@pytest.mark.parametrize("epochs", [1, 2, 16, 100])
+def test_whatever_is_suggested_can_be_trained(epochs: int) -> None:
+    config = SearchConfig(epochs=epochs)
+    for options in suggest(config):
+        trained = config.training.with_changes(**options)
+        assert set(options) <= set(TrainConfig.model_fields)
+        assert trained.epochs == epochs
+
+
+def test_each_optimizer_has_a_range_of_its_own() -> None:
+    found = suggest(SearchConfig(), 200)
+    for name, usual in USUAL.items():
+        for optimizer, value in usual.items():
+            values = [options[name] for options in found if options["optimizer"] == optimizer]
+            assert max(values) <= 10.001 * value
+            assert max(values) > 2 * value
+
+
+def test_a_space_is_narrowed_and_fixed_from_the_command_line() -> None:
+    fix = "optimizer=sgd, lr=0.001..0.01, augment=light|strong, dropout=0.3, cutmix=0..0.5"
+    for options in suggest(SearchConfig(fix=fix)):
+        assert options["optimizer"] == "sgd"
+        assert 0.001 <= options["lr"] <= 0.01
+        assert options["augment"] in {"light", "strong"}
+        assert options["dropout"] == 0.3
+        assert options["cutmix"] in {0, 0.25, 0.5}
+
+
+@pytest.mark.parametrize(
+    ("fix", "told"),
+    [
+        ("epochs=3", "a name of optimizer, lr, "),
+        ("optimizer", "NAME=VALUE"),
+        ("optimizer=lion", "optimizer: must be 'adam', 'adamw' or 'sgd', but got 'lion'"),
+        ("lr=0..1", "lr: must be greater than 0"),
+        ("lr=1..0.1", "LOW..HIGH"),
+        ("augment=none..strong", "LOW..HIGH"),
+    ],
+)
+def test_a_fix_that_cannot_be_is_refused_in_one_line(fix: str, told: str) -> None:
+    with pytest.raises(UserError, match=r"^[^\n]+$") as error:
+        build_space(SearchConfig(fix=fix))
+    assert told in str(error.value)
+
+
+@pytest.mark.parametrize("fix", ["none", "optimizer=sgd", "augment=light|strong,lr=0.1..0.2"])
+@pytest.mark.parametrize("baseline", BASELINES)
+def test_a_baseline_has_a_place_in_every_space(fix: str, baseline: str) -> None:
+    config = SearchConfig(fix=fix)
+    space = build_space(config)
+    place = space.locate(config.training.with_changes(**BASELINES[baseline]))
+    assert set(place) == set(space.parts)
+    study = optuna.create_study()
+    study.enqueue_trial(place)
+    space.suggest(study.ask())  # Optuna warns, here an error, of a value outside
+    for name, part in space.parts.items():
+        value = place[name]
+        match part:
+            case Choice():
+                assert value in part.values
+            case Range():
+                assert part.low <= value <= part.high
+
+
+def test_the_whole_space_holds_both_baselines_exactly() -> None:
+    config = SearchConfig()
+    for changes in BASELINES.values():
+        wanted = config.training.with_changes(**changes)
+        space = build_space(config)
+        options = space.to_options(space.locate(wanted))
+        assert config.training.with_changes(**{**changes, **options}) == wanted
+
+
+def test_training_options_pass_through_and_the_objective_chooses_the_epoch() -> None:
+    config = SearchConfig(arch="resnet101", epochs=7, objectives="gap,val_loss")
+    assert config.training == TrainConfig(arch="resnet101", epochs=7, best_by="loss")
+
+
+@pytest.mark.parametrize(
+    ("options", "told"),
+    [
+        ({"objectives": "accuracy"}, "must be of val_balanced_accuracy"),
+        ({"objectives": "gap,gap"}, "each one once"),
+        ({"devices": 2}, "use workers"),
+        ({"storage": "mysql://x"}, "sqlite:///FILE"),
+        ({"n_trials": 1}, "n_trials"),
+    ],
+)
+def test_a_search_that_cannot_be_is_refused(options: dict[str, object], told: str) -> None:
+    with pytest.raises(UserError, match=told):
+        SearchConfig(**options)

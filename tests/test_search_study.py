@@ -1,0 +1,310 @@
+"""The study's books, in real storage and a real tracking store: every trial is counted once, and ends.
+
+What trains here is a function that makes epochs up; whole trainings are in test_search_end_to_end.py.
+"""
+
+import itertools
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from types import SimpleNamespace
+
+import mlflow
+import optuna
+import pytest
+import torch
+from mlflow.entities import Run
+from optuna.trial import FrozenTrial, TrialState
+
+from search.config import SearchConfig
+from search.objective import Objective
+from search.space import SEED_RECIPE
+from search.storage import lock, try_lock
+from search.study import build_pruner, build_sampler, close_killed_runs, name_session, open_study, work
+from search.trials import MAX_RETRIES, choose_best, count_done, drop_retried, summarize
+from skin_resnet.config import TrainConfig
+from skin_resnet.errors import UserError
+from skin_resnet.evaluation.metrics import EpochResult, Metrics
+from skin_resnet.training.engine import NonFiniteLossError
+
+State = TrialState
+Train = Callable[[TrainConfig, Callable[[EpochResult], None]], SimpleNamespace]
+
+
+@pytest.fixture(scope="module", autouse=True)
+def experiment(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    folder = tmp_path_factory.mktemp("search")
+    mlflow.set_tracking_uri(f"sqlite:///{folder}/mlflow.db")
+    yield mlflow.create_experiment("search", artifact_location=str(folder / "artifacts"))
+    mlflow.set_tracking_uri(None)
+
+
+@pytest.fixture
+def parent(experiment: str) -> str:
+    with mlflow.start_run(experiment_id=experiment) as run:
+        return run.info.run_id
+
+
+def make_config(tmp_path: Path, **options: object) -> SearchConfig:
+    return SearchConfig(
+        **{
+            "storage": f"sqlite:///{tmp_path}/study.db",
+            "n_trials": 4,
+            "epochs": 3,
+            "sampler": "random",
+            **options,
+        }
+    )
+
+
+def make_epoch(epoch: int, score: float, train_score: float = 0.9) -> EpochResult:
+    train, val = (
+        Metrics(loss=1 - each, accuracy=each, balanced_accuracy=each, macro_auc=each)
+        for each in (train_score, score)
+    )
+    return EpochResult(epoch=epoch, lr=0.1, seconds=1, images_per_s=1, train=train, val=val)
+
+
+def train_well(config: TrainConfig, on_epoch: Callable[[EpochResult], None]) -> SimpleNamespace:
+    """Score better the smaller lr is, and the later the epoch."""
+    results = [make_epoch(epoch, 0.5 - config.lr + epoch / 100) for epoch in range(1, config.epochs + 1)]
+    for result in results:
+        on_epoch(result)
+    return SimpleNamespace(best=results[-1])
+
+
+def run(config: SearchConfig, parent: str, train: Train = train_well) -> list[FrozenTrial]:
+    study, _ = open_study(config)
+    work(config, Objective(config, study.user_attrs["id"], parent, train=train))
+    return study.get_trials()
+
+
+def begin_trial(config: SearchConfig) -> optuna.Trial:
+    open_study(config)
+    return optuna.load_study(study_name=config.study_name, storage=config.storage).ask()  # no heartbeat
+
+
+def read_children(parent: str) -> dict[str, list[Run]]:
+    children: dict[str, list[Run]] = {}
+    for child in mlflow.search_runs(
+        search_all_experiments=True,
+        filter_string=f"tags.`mlflow.parentRunId` = '{parent}'",
+        order_by=["attributes.start_time"],
+        output_format="list",
+    ):
+        children.setdefault(child.data.tags["search.trial"], []).append(child)
+    return children
+
+
+def test_n_trials_is_the_total_also_of_a_resumed_study(tmp_path: Path, parent: str) -> None:
+    config = make_config(tmp_path)
+    assert [trial.state for trial in run(config, parent)] == [State.COMPLETE] * 4
+    assert len(run(config, parent)) == 4
+    trials = run(config.with_changes(n_trials=6), parent)
+    assert [trial.state for trial in trials] == [State.COMPLETE] * 6
+    children = read_children(parent)
+    assert {(run.info.status, run.data.tags["search.state"]) for (run,) in children.values()} == {
+        ("FINISHED", "COMPLETE")
+    }
+    assert {trial.user_attrs["run_id"] for trial in trials} == {r.info.run_id for (r,) in children.values()}
+
+
+def test_trials_0_and_1_are_the_seed_recipe_and_the_options_as_given(tmp_path: Path, parent: str) -> None:
+    config = make_config(tmp_path, lr=3e-4, fix="augment=strong")
+    trials = run(config, parent)
+    configs = [TrainConfig.model_validate_json(trial.user_attrs["config"]) for trial in trials]
+    assert configs[0] == config.training.with_changes(**SEED_RECIPE)
+    assert configs[1] == config.training
+    assert [trial.user_attrs.get("baseline") for trial in trials] == ["seed recipe", "defaults", None, None]
+    assert {each.augment for each in configs[2:]} == {"strong"}
+
+
+@pytest.mark.parametrize("sampler", ["tpe", "gp"])
+def test_a_resumed_study_replays_no_draws(tmp_path: Path, parent: str, sampler: str) -> None:
+    config = make_config(tmp_path, sampler=sampler)
+    run(config, parent)
+    trials = run(config.with_changes(n_trials=6), parent)
+    drawn = [tuple(trial.params.values()) for trial in trials]
+    assert len(set(drawn)) == 6
+    again = run(make_config(tmp_path, study_name="again", sampler=sampler, n_trials=6), parent)
+    assert [trial.params for trial in again] == [trial.params for trial in trials], "same seed, same study"
+
+
+def test_a_pruned_trial_ends_killed_and_baselines_are_never_pruned(tmp_path: Path, parent: str) -> None:
+    numbers = itertools.count()
+
+    def train_ever_worse(config: TrainConfig, on_epoch: Callable[[EpochResult], None]) -> SimpleNamespace:
+        return train_well(config.with_changes(lr=0.01 * (1 + next(numbers))), on_epoch)
+
+    config = make_config(tmp_path, n_trials=7, epochs=6)
+    trials = run(config, parent, train_ever_worse)
+    assert [trial.state for trial in trials] == [State.COMPLETE] * 4 + [State.PRUNED] * 3
+    children = read_children(parent)
+    for trial in trials[4:]:
+        (child,) = children[str(trial.number)]
+        assert (child.info.status, child.data.tags["search.state"]) == ("KILLED", "PRUNED")
+        assert trial.user_attrs["epochs"] == max(trial.intermediate_values) < 6
+    assert summarize(config, trials)["search/trials_pruned"] == 3
+
+
+def test_a_failed_trial_ends_failed_with_its_reason_and_counts(tmp_path: Path, parent: str) -> None:
+    def fail(config: TrainConfig, on_epoch: Callable[[EpochResult], None]) -> SimpleNamespace:
+        raise NonFiniteLossError("the loss must stay finite")
+
+    trials = run(make_config(tmp_path), parent, fail)
+    assert [trial.state for trial in trials] == [State.FAIL] * 4
+    assert "must stay finite" in trials[2].user_attrs["failure"]
+    for (child,) in read_children(parent).values():
+        assert child.info.status == "FAILED"
+        assert "must stay finite" in child.data.tags["failure"]
+
+
+@pytest.mark.parametrize("error", [torch.OutOfMemoryError("CUDA out of memory"), MemoryError()])
+def test_out_of_memory_is_tried_once_more_with_half_the_batch(
+    tmp_path: Path, parent: str, error: Exception
+) -> None:
+    def need_less_than(limit: int) -> Train:
+        def train(config: TrainConfig, on_epoch: Callable[[EpochResult], None]) -> SimpleNamespace:
+            on_epoch(make_epoch(1, 0.3))
+            if config.batch_size >= limit:
+                raise error
+            return train_well(config, on_epoch)
+
+        return train
+
+    trials = run(make_config(tmp_path, n_trials=2, batch_size=32), parent, need_less_than(32))
+    assert [trial.state for trial in trials] == [State.COMPLETE] * 2
+    assert TrainConfig.model_validate_json(trials[0].user_attrs["config"]).batch_size == 16
+    children = read_children(parent)["0"]
+    assert [child.info.status for child in children] == ["FAILED", "FINISHED"]
+    trials = run(make_config(tmp_path, study_name="b", n_trials=2), parent, need_less_than(16))
+    assert [trial.state for trial in trials] == [State.FAIL] * 2
+
+
+def test_an_interrupted_trial_is_run_again_and_counted_once(tmp_path: Path, parent: str) -> None:
+    calls = itertools.count()
+
+    def interrupt_third(config: TrainConfig, on_epoch: Callable[[EpochResult], None]) -> SimpleNamespace:
+        if next(calls) == 2:
+            on_epoch(make_epoch(1, 0.5))
+            raise KeyboardInterrupt
+        return train_well(config, on_epoch)
+
+    config = make_config(tmp_path)
+    with pytest.raises(KeyboardInterrupt):
+        run(config, parent, interrupt_third)
+    assert read_children(parent)["2"][0].info.status == "KILLED"
+    trials = run(config, parent, interrupt_third)
+    assert [trial.state for trial in trials] == [State.COMPLETE] * 2 + [State.FAIL] + [State.COMPLETE] * 2
+    assert trials[3].params == trials[2].params
+    assert count_done(trials) == len(drop_retried(trials)) == 4
+    assert trials[3].system_attrs["failed_trial"] == 2
+
+
+def test_a_trial_that_always_kills_its_process_is_given_up(tmp_path: Path, parent: str) -> None:
+    def die(config: TrainConfig, on_epoch: Callable[[EpochResult], None]) -> SimpleNamespace:
+        if config.optimizer == "adam" and config.grad_clip == 0:  # the seed recipe
+            raise KeyboardInterrupt
+        return train_well(config, on_epoch)
+
+    config = make_config(tmp_path)
+    for _ in range(MAX_RETRIES + 1):
+        with pytest.raises(KeyboardInterrupt):
+            run(config, parent, die)
+    trials = run(config, parent, die)
+    assert count_done(trials) == 4
+    assert [trial.state for trial in drop_retried(trials)].count(State.COMPLETE) == 3
+    assert summarize(config, trials)["search/trials_failed"] == 1
+
+
+def test_a_process_killed_before_its_first_heartbeat_loses_no_trial(tmp_path: Path, parent: str) -> None:
+    config = make_config(tmp_path)
+    begin_trial(config)  # and no more was heard of it
+    trials = run(config, parent)
+    assert trials[0].state == State.FAIL
+    assert [trial.state for trial in drop_retried(trials)] == [State.COMPLETE] * 4
+    assert [t.user_attrs["baseline"] for t in drop_retried(trials) if "baseline" in t.user_attrs] == [
+        "defaults",
+        "seed recipe",
+    ]
+
+
+def test_runs_that_nobody_works_on_are_closed_and_others_are_not(tmp_path: Path, experiment: str) -> None:
+    config = make_config(tmp_path)
+    study, _ = open_study(config)
+    tags = {"search.study_id": study.user_attrs["id"]}
+    client = mlflow.MlflowClient()
+    dead, alive, other = (
+        client.create_run(experiment, tags=each).info.run_id
+        for each in (tags, tags, {"search.study_id": "x"})
+    )
+    dead_trial, alive_trial = (
+        client.create_run(experiment, tags={**tags, "search.trial": str(number)}).info.run_id
+        for number in (0, 1)
+    )
+    for run_id in (dead_trial, alive_trial):
+        begin_trial(config).set_user_attr("run_id", run_id)
+    study.tell(0, state=State.FAIL)
+    with lock(config.storage, name_session(alive)):
+        assert set(close_killed_runs(config, study)) == {dead, dead_trial}
+        assert close_killed_runs(config, study) == []
+    statuses = [
+        client.get_run(run_id).info.status for run_id in (dead, dead_trial, alive, alive_trial, other)
+    ]
+    assert statuses == ["KILLED", "KILLED", "RUNNING", "RUNNING", "RUNNING"]
+
+
+def test_a_lock_is_held_by_one_and_free_afterwards(tmp_path: Path) -> None:
+    url = f"sqlite:///{tmp_path}/study.db"
+    with lock(url, "a"):
+        with try_lock(url, "a") as got, try_lock(url, "b") as got_other:
+            assert (got, got_other) == (False, True)
+    with try_lock(url, "a") as got:
+        assert got
+
+
+def test_a_gap_beyond_the_limit_is_no_winner(tmp_path: Path, parent: str) -> None:
+    def overfit_when_fast(config: TrainConfig, on_epoch: Callable[[EpochResult], None]) -> SimpleNamespace:
+        result = make_epoch(1, 0.7, 0.95) if config.grad_clip == 0 else make_epoch(1, 0.6, 0.65)
+        on_epoch(result)
+        return SimpleNamespace(best=result)
+
+    config = make_config(tmp_path, max_gap=0.1)
+    trials = run(config, parent, overfit_when_fast)
+    assert trials[0].constraints == {"gap": pytest.approx(0.15)}
+    assert trials[1].constraints == {"gap": pytest.approx(-0.05)}
+    assert choose_best(config, trials).number == 1
+    assert open_study(config)[0].best_trial.number == 1, "Optuna agrees"
+    assert choose_best(config.with_changes(max_gap=0), trials).number == 0
+
+
+def test_several_objectives_give_a_pareto_front_that_holds_the_winner(tmp_path: Path, parent: str) -> None:
+    config = make_config(tmp_path, objectives="val_balanced_accuracy,gap", n_trials=6)
+    trials = run(config, parent)
+    assert [trial.state for trial in trials] == [State.COMPLETE] * 6
+    assert choose_best(config, trials).number in {trial.number for trial in open_study(config)[0].best_trials}
+    assert "search/best_gap" in summarize(config, trials)
+
+
+def test_a_study_is_not_continued_with_other_options(tmp_path: Path) -> None:
+    open_study(make_config(tmp_path))
+    open_study(make_config(tmp_path, n_trials=9, workers=2, pruner="none", device="cpu"))
+    with pytest.raises(UserError, match="was begun with arch=resnet50, but got arch=resnet152"):
+        open_study(make_config(tmp_path, arch="resnet152"))
+
+
+@pytest.mark.parametrize("storage", ["sqlite:///{}/nowhere/all.db", "postgresql+psycopg2nd://localhost/x"])
+def test_a_storage_that_does_not_open_is_told_in_one_line(tmp_path: Path, storage: str) -> None:
+    with pytest.raises(UserError, match=r"^storage must be a database that opens[^\n]+$"):
+        open_study(make_config(tmp_path, storage=storage.format(tmp_path)))
+
+
+@pytest.mark.parametrize("pruner", ["median", "hyperband", "halving", "none"])
+def test_every_pruner_is_built_and_lets_a_first_epoch_be(tmp_path: Path, pruner: str) -> None:
+    config = make_config(tmp_path, pruner=pruner, epochs=9)
+    study = optuna.create_study(pruner=build_pruner(config), sampler=build_sampler(config, 0))
+    for score in range(6):
+        trial = study.ask()
+        for step in range(1, 10):
+            trial.report(score, step)
+            assert step > 1 or not trial.should_prune()
+        study.tell(trial, score)
