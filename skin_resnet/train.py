@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import pandas as pd
 import torch
 from lightning_fabric import Fabric
 from tqdm import tqdm
@@ -61,25 +62,39 @@ def train(config: TrainConfig) -> None:
         mlflow_run.log_params(config)
         mlflow_run.log_versions()
         result = run_training(config)
-        classes_in_val = result.data.select(result.data.split.val).dx.nunique()
-        report = describe_training(result.history, result.best.epoch, config, classes_in_val)
-        if result.data.passport.leaks:
-            report = f"{LEAK_BANNER}\n\n{report}"
-        mlflow_run.log_text(report, "report.md")
-        print(f"\n{report}\n")
+        text = report(config, result)
+        print(f"\n{text}\n")
         page = _test(config, result) if config.test == "at_end" else ""
         print(page)
         # The UI shows the first lines only: the test comes first there.
-        mlflow_run.log_note(f"{page}\n\n{report}".strip())
+        mlflow_run.log_note(f"{page}\n\n{text}".strip())
         mlflow_run.log_model(result.checkpoint, result.data.classes)
     print(f"\n{mlflow_run.describe_location(run_id)}")
 
 
+def report(config: TrainConfig, result: TrainResult) -> str:
+    """Tell a training in words, on the open run."""
+    classes_in_val = result.data.select(result.data.split.val).dx.nunique()
+    text = describe_training(result.history, result.best.epoch, config, classes_in_val)
+    if result.data.passport.leaks:
+        text = f"{LEAK_BANNER}\n\n{text}"
+    mlflow_run.log_text(text, "report.md")
+    return text
+
+
+def break_seal(config: TrainConfig, data: PreparedData) -> tuple[pd.DataFrame, str]:
+    """Open the test split, once, on the open run: the one place that does.
+
+    Returns:
+        The rows of the test images with their diagnoses, and a warning where others have opened it before.
+    """
+    warning = record_opening(data.split.hash)
+    return open_test(config, data), warning
+
+
 def _test(config: TrainConfig, result: TrainResult) -> str:
-    """Open the test split, once: the one place in a training that does."""
-    warning = record_opening(result.data.split.hash)
+    table, warning = break_seal(config, result.data)
     checkpoint = read_checkpoint(result.checkpoint)
-    table = open_test(config, result.data)
     page = assess_and_log(checkpoint, table, result.data.store, config, "test")
     return f"{warning}\n\n{page}" if warning else page
 

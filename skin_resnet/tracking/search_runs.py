@@ -8,6 +8,7 @@ import mlflow
 from mlflow.entities import Metric, Run, RunStatus
 
 STUDY, TRIAL, STATE = "search.study_id", "search.trial", "search.state"
+CHAMPION = "champion"  # the alias of a registered model's best version
 
 
 def create_store() -> None:
@@ -84,3 +85,54 @@ def log_progress(run_id: str, figures: dict[str, float], step: int) -> None:
     now = int(1000 * time.time())
     metrics = [Metric(name, value, now, step) for name, value in figures.items()]
     mlflow.MlflowClient().log_batch(run_id, metrics=metrics)
+
+
+@contextmanager
+def reopen_child(run_id: str) -> Iterator[None]:
+    """Open a finished child run again, to log what came to be known later."""
+    with mlflow.start_run(run_id=run_id, nested=True):
+        yield
+
+
+def register_model(model_uri: str, name: str, val: float, split_hash: str) -> str:
+    """Register a model as a version, `champion` where it beats the present one on val; tell in a sentence.
+
+    Args:
+        model_uri: From `log_model`.
+        name: The registered model's.
+        val: Its balanced accuracy on val.
+        split_hash: Whose val: figures of different ones cannot be compared.
+    """
+    tags = {"val/balanced_accuracy": repr(val), "split.hash": split_hash}
+    version = mlflow.register_model(model_uri, name, tags=tags).version
+    client = mlflow.MlflowClient()
+    try:
+        champion = client.get_model_version_by_alias(name, CHAMPION)
+    except mlflow.MlflowException:
+        champion = None  # the first of its name
+    told = f"Registered as {name}, version {version}"
+    if champion is not None:
+        present = float(champion.tags.get("val/balanced_accuracy", "inf"))
+        if champion.tags.get("split.hash") != split_hash:
+            return f"{told}; version {champion.version} stays champion: it was measured on another val."
+        if val <= present:
+            return (
+                f"{told}; version {champion.version} stays champion, with {present:.3f} on val to {val:.3f}."
+            )
+    client.set_registered_model_alias(name, CHAMPION, version)
+    return f"{told}, the champion: models:/{name}@{CHAMPION}."
+
+
+def read_curves(run_id: str) -> dict[str, dict[int, float]]:
+    """Read balanced accuracy on train and val over the epochs of a training."""
+    client = mlflow.MlflowClient()
+    return {
+        name: {point.step: point.value for point in client.get_metric_history(run_id, name)}
+        for name in ("train/balanced_accuracy", "val/balanced_accuracy")
+    }
+
+
+def read_metrics(run_id: str) -> dict[str, float]:
+    """Read the last value of each metric of a run."""
+    metrics: dict[str, float] = mlflow.MlflowClient().get_run(run_id).data.metrics
+    return metrics

@@ -1,0 +1,141 @@
+"""The winner: retrained beside the seed recipe, tested once with it, registered where it is better on val."""
+
+import os
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from types import SimpleNamespace
+
+import mlflow
+import pytest
+from mlflow.entities import Run
+from test_search_study import make_epoch, run
+
+from search.config import SearchConfig
+from search.run import search
+from search.space import SEED_RECIPE
+from skin_resnet.config import TrainConfig
+from skin_resnet.data.prepare import prepare_data
+from skin_resnet.evaluation.metrics import EpochResult
+from skin_resnet.tracking.search_runs import register_model
+
+pytestmark = pytest.mark.slow
+
+
+def make_up(config: TrainConfig, on_epoch: Callable[[EpochResult], None]) -> SimpleNamespace:
+    """Let the defaults win, without training."""
+    result = make_epoch(1, 0.4 if config.grad_clip == 0 else 0.8 if config.augment == "light" else 0.6)
+    on_epoch(result)
+    mlflow.log_metric("best/gap", result.gap)
+    return SimpleNamespace(best=result)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    folder, before = tmp_path_factory.mktemp("winner"), Path.cwd()
+    os.chdir(folder)
+    mlflow.set_tracking_uri(f"sqlite:///{folder}/mlflow.db")
+    yield folder
+    mlflow.set_tracking_uri(None)
+    os.chdir(before)
+
+
+@pytest.fixture(scope="module")
+def config(folder: Path, class_folders: Path) -> SearchConfig:
+    """A study that is over, and whose trial 1 won."""
+    config = SearchConfig(
+        data=str(class_folders), image_size=32, epochs=1, batch_size=8, device="cpu", augment="light",
+        n_trials=3, seeds=2, cache_dir=folder / "cache", checkpoint_dir=folder / "checkpoints",
+        fix="augment=none|standard",
+    )  # fmt: skip
+    with mlflow.start_run() as parent:
+        run(config, parent.info.run_id, make_up)
+    return config
+
+
+@pytest.fixture(scope="module")
+def parent(config: SearchConfig) -> Run:
+    search(config)
+    return find_searches()[0]
+
+
+def find_searches() -> list[Run]:
+    """Give the searches' runs, the latest first."""
+    runs: list[Run] = mlflow.search_runs(
+        filter_string="params.n_trials = '3'", order_by=["attributes.start_time DESC"], output_format="list"
+    )
+    return runs
+
+
+def find_children(parent: Run) -> list[Run]:
+    runs: list[Run] = mlflow.search_runs(
+        filter_string=f"tags.`mlflow.parentRunId` = '{parent.info.run_id}'", output_format="list"
+    )
+    return runs
+
+
+def test_winner_and_seed_recipe_are_retrained_with_every_seed_and_tested(
+    parent: Run, config: SearchConfig
+) -> None:
+    children = {(r.data.tags["search.recipe"], int(r.data.params["seed"])): r for r in find_children(parent)}
+    assert set(children) == {(recipe, seed) for recipe in ("seed recipe", "winner") for seed in (0, 1)}
+    for (recipe, seed), child in children.items():
+        wanted = config.training.with_changes(**(SEED_RECIPE if recipe == "seed recipe" else {}), seed=seed)
+        assert child.data.params == wanted.to_params()
+        assert child.info.status == "FINISHED"
+        assert 0 <= child.data.metrics["test/balanced_accuracy"] <= 1
+
+
+def test_test_is_opened_once_by_the_search(parent: Run, config: SearchConfig) -> None:
+    assert parent.data.tags["test.times_opened"] == "1"
+    assert parent.data.tags["test.opened"] == prepare_data(config.training).split.hash
+    assert "test.opened_before" not in parent.data.tags
+    assert not [run for run in find_children(parent) if "test.opened" in run.data.tags]
+
+
+def test_page_figures_and_command_are_on_the_run(parent: Run) -> None:
+    note = parent.data.tags["mlflow.note.content"]
+    for part in (
+        "winner minus seed recipe",
+        "Best-of-N optimism",
+        "3 trials",
+        "--augment=light",
+        "Registered",
+    ):
+        assert part in note
+    client = mlflow.MlflowClient()
+    names = {item.path for item in client.list_artifacts(parent.info.run_id, "figures")}
+    wanted = {"history", "epochs", "slices", "parallel_coordinates", "recipes"}
+    assert names == {f"figures/{name}.png" for name in wanted}
+    assert "retrain.sh" in {item.path for item in client.list_artifacts(parent.info.run_id)}
+
+
+def test_the_winners_best_model_on_val_is_the_champion(parent: Run) -> None:
+    champion = mlflow.MlflowClient().get_model_version_by_alias("skin-resnet", "champion")
+    winners = [r for r in find_children(parent) if r.data.tags["search.recipe"] == "winner"]
+    best = max(run.data.metrics["best/val_balanced_accuracy"] for run in winners)
+    assert float(champion.tags["val/balanced_accuracy"]) == best
+
+
+def test_the_same_command_again_opens_no_test_and_trains_nothing(parent: Run, config: SearchConfig) -> None:
+    search(config)
+    again = find_searches()[0]
+    assert again.info.run_id != parent.info.run_id
+    assert "test was not opened again" in again.data.tags["mlflow.note.content"]
+    assert "test.opened" not in again.data.tags
+    assert find_children(again) == []
+
+
+@pytest.mark.parametrize(
+    ("val", "split_hash", "told"),
+    [
+        (0.5, "a", "the champion"),
+        (0.5, "a", "version 1 stays champion, with 0.500 on val to 0.500"),
+        (0.9, "b", "measured on another val"),
+        (0.6, "a", "the champion"),
+    ],
+)
+def test_only_a_better_model_on_the_same_val_becomes_champion(
+    parent: Run, val: float, split_hash: str, told: str
+) -> None:
+    uri = mlflow.MlflowClient().get_model_version_by_alias("skin-resnet", "champion").source
+    assert told in register_model(uri, "another", val, split_hash)
