@@ -14,7 +14,7 @@ from optuna.trial import FrozenTrial, TrialState
 
 from search.config import DIRECTIONS, SearchConfig
 from search.space import Choice, Part, Range, Space, build_space
-from search.trials import drop_retried
+from search.trials import drop_retried, find_front
 from search.verdict import Verdict
 from search.winner import SEED, WINNER, Retrained, compute_mean
 from skin_resnet.evaluation.comparison import format_difference
@@ -92,7 +92,9 @@ def compute_importances(study: Study) -> dict[str, float]:
 
 def find_edges(space: Space, trial: FrozenTrial) -> list[str]:
     """Tell of each range on whose edge a trial sits, where better may lie beyond; 0 has no beyond."""
-    told = []
+    told: list[str] = []
+    if "baseline" in trial.user_attrs:
+        return told  # no sampler put it there
     for name, part in space.parts.items():
         if not isinstance(part, Range) or name not in trial.params:
             continue
@@ -115,14 +117,14 @@ def describe_trials(config: SearchConfig, trials: Sequence[FrozenTrial], best: F
     pruned = [trial for trial in kept if trial.state == TrialState.PRUNED]
     saved = sum(config.epochs - trial.user_attrs.get("epochs", 0) for trial in pruned)
     run = sum(trial.user_attrs.get("epochs", 0) for trial in kept)
-    named = zip(config.objective_names, best.values, strict=True)
-    value = ", ".join(f"{name.replace('_', ' ')} {value:.3f}" for name, value in named)
     lines = [
         f"- {len(kept)} trials: {states['COMPLETE']} finished, {states['PRUNED']} pruned, {states['FAIL']} "
         f"failed; {len(trials) - len(kept)} killed and run again.",
-        f"- Best: trial {best.number} ({best.user_attrs.get('baseline', config.sampler)}), {value}, "
-        f"gap {best.user_attrs['gap']:+.3f}, epoch {best.user_attrs['best_epoch']}.",
+        f"- Best: trial {best.number} ({best.user_attrs.get('baseline', config.sampler)}), "
+        f"{_spell_values(config, best)}, generalization gap {best.user_attrs['gap']:+.3f}, "
+        f"epoch {best.user_attrs['best_epoch']}.",
         f"- {run} epochs were run of {config.epochs * len(kept)} asked for; pruning saved {saved}.",
+        *_describe_front(config, kept),
         *(f"- **{told}**" for told in find_edges(build_space(config), best)),
     ]
     if config.max_gap > 0 and best.user_attrs["gap"] > config.max_gap:
@@ -131,6 +133,19 @@ def describe_trials(config: SearchConfig, trials: Sequence[FrozenTrial], best: F
     reasons = Counter(trial.user_attrs.get("failure", "killed again and again") for trial in failed)
     lines += [f"- Failed {count} times: {reason.splitlines()[0]}" for reason, count in reasons.most_common(3)]
     return "\n".join(lines)
+
+
+def _spell_values(config: SearchConfig, trial: FrozenTrial) -> str:
+    named = zip(config.objective_names, trial.values, strict=True)
+    return ", ".join(f"{name.replace('_', ' ')} {value:.3f}" for name, value in named)
+
+
+def _describe_front(config: SearchConfig, trials: Sequence[FrozenTrial]) -> list[str]:
+    """List the trials that no other one is better than in every way, where there are several objectives."""
+    if len(config.objective_names) == 1:
+        return []
+    front = find_front(config, trials)
+    return [f"- On the Pareto front: trial {each.number}, {_spell_values(config, each)}." for each in front]
 
 
 def describe_verdict(retrained: list[Retrained], verdict: Verdict | None, best: FrozenTrial) -> str:

@@ -56,14 +56,38 @@ def choose_best(config: SearchConfig, trials: Iterable[FrozenTrial]) -> FrozenTr
 
     Of several objectives the first decides, so the choice lies on the Pareto front.
     """
-
-    def rank(trial: FrozenTrial) -> tuple[float, ...]:
-        excess = max(0.0, trial.user_attrs.get("gap", 0.0) - config.max_gap) if config.max_gap > 0 else 0.0
-        named = zip(config.objective_names, trial.values, strict=True)
-        return (excess, *(-value if DIRECTIONS[name] == "maximize" else value for name, value in named))
-
     complete = [trial for trial in trials if trial.state == TrialState.COMPLETE]
-    return min(complete, key=rank, default=None)
+    return min(
+        complete, key=lambda trial: (_get_excess(config, trial), *_get_costs(config, trial)), default=None
+    )
+
+
+def find_front(config: SearchConfig, trials: Sequence[FrozenTrial]) -> list[FrozenTrial]:
+    """Give the finished trials within `max_gap` that no other one dominates, by the first objective."""
+    costs = {
+        trial.number: _get_costs(config, trial)
+        for trial in trials
+        if trial.state == TrialState.COMPLETE and _get_excess(config, trial) == 0
+    }
+
+    def is_dominated(own: tuple[float, ...]) -> bool:
+        return any(
+            other != own and all(o <= s for o, s in zip(other, own, strict=True)) for other in costs.values()
+        )
+
+    front = [trial for trial in trials if trial.number in costs and not is_dominated(costs[trial.number])]
+    return sorted(front, key=lambda trial: costs[trial.number])
+
+
+def _get_excess(config: SearchConfig, trial: FrozenTrial) -> float:
+    """Give by how much a trial's gap exceeds the limit."""
+    return max(0.0, trial.user_attrs["gap"] - config.max_gap) if config.max_gap > 0 else 0.0
+
+
+def _get_costs(config: SearchConfig, trial: FrozenTrial) -> tuple[float, ...]:
+    """Give a trial's values, turned so that less is better."""
+    named = zip(config.objective_names, trial.values, strict=True)
+    return tuple(-value if DIRECTIONS[name] == "maximize" else value for name, value in named)
 
 
 def find_baseline(trials: Sequence[FrozenTrial], name: str) -> FrozenTrial | None:

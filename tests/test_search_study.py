@@ -20,7 +20,7 @@ from search.objective import Objective
 from search.space import SEED_RECIPE
 from search.storage import lock, try_lock
 from search.study import build_pruner, build_sampler, close_killed_runs, name_session, open_study, work
-from search.trials import MAX_RETRIES, choose_best, count_done, drop_retried, summarize
+from search.trials import MAX_RETRIES, choose_best, count_done, drop_retried, find_front, summarize
 from skin_resnet.config import TrainConfig
 from skin_resnet.errors import UserError
 from skin_resnet.evaluation.metrics import EpochResult, Metrics
@@ -278,10 +278,21 @@ def test_a_gap_beyond_the_limit_is_no_winner(tmp_path: Path, parent: str) -> Non
 
 
 def test_several_objectives_give_a_pareto_front_that_holds_the_winner(tmp_path: Path, parent: str) -> None:
+    numbers = itertools.count()
+    scores = [(0.5, 0.9), (0.6, 0.9), (0.55, 0.6), (0.5, 0.5), (0.45, 0.5), (0.6, 0.95)]
+
+    def trade_off(config: TrainConfig, on_epoch: Callable[[EpochResult], None]) -> SimpleNamespace:
+        result = make_epoch(1, *scores[next(numbers)])
+        on_epoch(result)
+        return SimpleNamespace(best=result)
+
     config = make_config(tmp_path, objectives="val_balanced_accuracy,gap", n_trials=6)
-    trials = run(config, parent)
+    trials = run(config, parent, trade_off)
     assert [trial.state for trial in trials] == [State.COMPLETE] * 6
-    assert choose_best(config, trials).number in {trial.number for trial in open_study(config)[0].best_trials}
+    front = [trial.number for trial in find_front(config, trials)]
+    assert set(front) == {trial.number for trial in open_study(config)[0].best_trials}, "Optuna agrees"
+    assert front == [1, 2, 3]
+    assert choose_best(config, trials).number == 1
     assert "search/best_gap" in summarize(config, trials)
 
 
