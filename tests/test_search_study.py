@@ -118,7 +118,7 @@ def test_trials_0_and_1_are_the_seed_recipe_and_the_options_as_given(tmp_path: P
     assert {each.augment for each in configs[2:]} == {"strong"}
 
 
-@pytest.mark.parametrize("sampler", ["tpe", "gp"])
+@pytest.mark.parametrize("sampler", ["random", "tpe", "gp"])
 def test_a_resumed_study_replays_no_draws(tmp_path: Path, parent: str, sampler: str) -> None:
     config = make_config(tmp_path, sampler=sampler)
     run(config, parent)
