@@ -61,6 +61,12 @@ class TrainConfig(FrozenConfig):
     test_fraction: Fraction = Field(
         0.15, description="Share of the images whose lesions give the final test."
     )
+    train_fraction: float = Field(
+        1.0,
+        gt=0,
+        le=1,
+        description="Share of the training lesions to learn from, of each class; val and test stay whole.",
+    )
     split: str = Field(
         "own",
         min_length=1,

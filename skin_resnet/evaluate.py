@@ -52,9 +52,12 @@ def evaluate(config: EvaluateConfig) -> None:
         table = table[table.image_id.isin(store.image_ids)].reset_index(drop=True)
         split = Split(**{name: tuple(ids) for name, ids in checkpoint["split"].items()})
         unseen = drop_seen(_match_classes(table, tuple(checkpoint["classes"])), split)
+        if is_same:  # what was in no split is not of the test either
+            unseen = unseen[unseen.image_id.isin(split.test)].reset_index(drop=True)
         left_out = len(table) - len(unseen)
         print(f"model    {config.model}: {checkpoint['arch']}, epoch {checkpoint['epoch']}")
-        print(f"data     {data}: {len(unseen)} images; {left_out} left out, whose lesions it learnt from")
+        reason = "which are not of its test split" if is_same else "whose lesions it learnt from"
+        print(f"data     {data}: {len(unseen)} images; {left_out} left out, {reason}")
         pages = []
         if set(split.test) & set(unseen.image_id):
             pages.append(record_opening(split.hash, of=checkpoint["run_id"]))

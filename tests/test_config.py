@@ -14,6 +14,7 @@ OUT_OF_BOUNDS = {
     "val_fraction": [0, 0.5, -1],
     "test_fraction": [0, 0.5],
     "split": "",
+    "train_fraction": [0, 1.1],
     "allow_leaks": "maybe",
     "coverage": [0, 1, 1.5],
     "split_seed": [-1, 2**32],

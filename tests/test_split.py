@@ -3,7 +3,15 @@
 import pandas as pd
 import pytest
 
-from skin_resnet.data.split import SPLITS, Split, count_classes, drop_seen, join_lesions, split_lesions
+from skin_resnet.data.split import (
+    SPLITS,
+    Split,
+    count_classes,
+    drop_seen,
+    join_lesions,
+    split_lesions,
+    thin_train,
+)
 from skin_resnet.errors import UserError
 from tests.conftest import make_table
 
@@ -90,3 +98,17 @@ def test_class_counts_add_up() -> None:
     counts = count_classes(table, split(table))
     assert list(counts.columns) == list(SPLITS)
     assert counts.sum(axis=1).to_dict() == table.dx.value_counts().to_dict()
+
+
+def test_a_share_of_train_keeps_every_class_and_whole_lesions_and_leaves_val_and_test_alone() -> None:
+    table = make_table(lesions_per_class=40)
+    whole = split(table)
+    half, tenth = (thin_train(table, whole, fraction, 0) for fraction in (0.5, 0.1))
+    for thinned, fraction in ((half, 0.5), (tenth, 0.1)):
+        assert (thinned.val, thinned.test) == (whole.val, whole.test)
+        lesions = table[table.image_id.isin(thinned.train)].groupby("dx", observed=False).lesion_id.nunique()
+        of_all = table[table.image_id.isin(whole.train)].groupby("dx", observed=False).lesion_id.nunique()
+        assert ((lesions - fraction * of_all).abs() <= 0.5).all()
+        kept = set(table.lesion_id[table.image_id.isin(thinned.train)])
+        assert set(thinned.train) == set(whole.train) & set(table.image_id[table.lesion_id.isin(kept)])
+    assert set(tenth.train) < set(half.train)

@@ -161,7 +161,7 @@ def test_evaluate_gives_the_same_scores_and_counts_the_opening(run: Run, config:
         assert again.data.tags["test.times_opened"] == str(2 + number)
         assert latest.data.tags["test.opened_before"] == str(1 + number)
     out = capsys.readouterr().out
-    assert "left out, whose lesions it learnt from" in out
+    assert "left out, which are not of its test split" in out
     assert "This test was opened before, by 2 runs of this experiment." in out
 
 

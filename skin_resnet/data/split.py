@@ -1,7 +1,7 @@
 """Train, val and test by lesion: two photos of one lesion never end up on two sides."""
 
 import hashlib
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib import resources
 
 import numpy as np
@@ -83,6 +83,21 @@ def _fill_sides(sizes: "pd.Series[int]", test_fraction: float, val_fraction: flo
             sides[group] = name
             filled += sizes[group]
     return sides
+
+
+def thin_train(table: pd.DataFrame, split: Split, fraction: float, seed: int) -> Split:
+    """Keep a share of the training lesions of each class, one at least; val and test stay as they are.
+
+    The lesions of a smaller share are among those of a larger one.
+    """
+    rows = table[table.image_id.isin(split.train)]
+    lesions = join_lesions(rows)
+    kept: set[str] = set()
+    for _, groups in lesions.groupby(rows.target):
+        order = sorted(set(groups), key=lambda group: hashlib.sha256(f"{seed}:{group}".encode()).digest())
+        # From the other end than val and test were filled, which have taken the first.
+        kept.update(order[-max(1, round(fraction * len(order))) :])
+    return replace(split, train=tuple(sorted(rows.image_id[lesions.isin(kept)])))
 
 
 def join_lesions(table: pd.DataFrame) -> "pd.Series[str]":
