@@ -20,7 +20,8 @@ from skin_resnet.errors import UserError
 from skin_resnet.evaluate import evaluate
 from skin_resnet.evaluation.assessment import LEAK_BANNER
 from skin_resnet.evaluation.metrics import EpochResult
-from skin_resnet.train import run_training, train
+from skin_resnet.run_training import run_training
+from skin_resnet.train import train
 from skin_resnet.training.checkpoint import read_checkpoint
 
 ROOT = Path(__file__).parent.parent
