@@ -14,7 +14,6 @@ from skin_resnet import interrupts
 from skin_resnet.config import TrainConfig
 from skin_resnet.data.load import Loader
 from skin_resnet.data.prepare import PreparedData, prepare_data
-from skin_resnet.errors import UserError
 from skin_resnet.evaluate import assess_and_log, predict_checkpoint
 from skin_resnet.evaluation.assessment import calibrate
 from skin_resnet.evaluation.metrics import EpochResult
@@ -63,7 +62,8 @@ def run_training(
         What the training left; the checkpoint of the best epoch is on disk.
 
     Raises:
-        UserError: Something the user gave cannot be used, or the loss became non-finite.
+        UserError: Something the user gave cannot be used.
+        NonFiniteLossError: The loss became non-finite; the message names the images of the batch.
     """
     data = prepare_data(config)  # before other processes start, which then find the store built
     fabric = build_fabric(config.device, config.precision, config.devices)
@@ -73,7 +73,7 @@ def run_training(
         training.run(on_epoch)
     except NonFiniteLossError as error:
         ids = [data.split.train[position] for position in error.positions]
-        raise UserError(f"{error} The batch: {', '.join(ids)}.") from None
+        raise NonFiniteLossError(f"{error} Its batch: {', '.join(ids)}.", error.positions) from None
     finally:
         # The other processes wait for this one in the middle of a step, and would do so for half an hour.
         if sys.exc_info()[0]:

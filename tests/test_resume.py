@@ -152,23 +152,20 @@ def test_nothing_is_left_on_disk_but_the_best_network(unbroken: Training) -> Non
     assert [path.name for path in folder.iterdir()] == ["best.pt"]
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
 def test_a_signal_saves_at_the_next_batch_and_tells_how_to_go_on(
-    training: Training, unbroken: Training, number: signal.Signals
+    training: Training, unbroken: Training
 ) -> None:
     process = training.start(checkpoint_minutes=1000)
     training.wait_for(process, lambda: "epoch 1/" in training.log.read_text())
     time.sleep(0.3)  # into the next epoch
-    process.send_signal(number)
-    assert process.wait(60) == 128 + number
+    process.send_signal(signal.SIGTERM)
+    assert process.wait(60) == 128 + signal.SIGTERM
     (run,) = training.read_runs()
     assert run.info.status == "KILLED"
     log = training.log.read_text()
     assert f"go on with it: python -m skin_resnet train --resume {run.info.run_id}" in log
-    assert log.splitlines()[-1] == f"interrupted by {number.name}"
+    assert log.splitlines()[-1] == "interrupted by SIGTERM"
     assert "Traceback" not in log
-    if number != signal.SIGTERM:
-        return
     # What is not given is the run's own.
     assert training.start(resume=run.info.run_id, checkpoint_minutes=1000).wait(300) == 0
     (run,) = training.read_runs()

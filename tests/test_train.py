@@ -1,5 +1,6 @@
 """A whole training on small pictures, with a real tracking store: what the run shows is what was done."""
 
+import itertools
 import json
 import os
 import subprocess
@@ -7,6 +8,7 @@ import sys
 from pathlib import Path
 
 import mlflow
+import numpy as np
 import pandas as pd
 import pytest
 import torch
@@ -21,7 +23,9 @@ from skin_resnet.evaluation.assessment import LEAK_BANNER
 from skin_resnet.evaluation.metrics import EpochResult
 from skin_resnet.run_training import run_training
 from skin_resnet.train import train
+from skin_resnet.training import engine
 from skin_resnet.training.checkpoint import read_checkpoint
+from skin_resnet.training.engine import NonFiniteLossError
 
 ROOT = Path(__file__).parent.parent
 
@@ -277,6 +281,31 @@ def test_a_failed_run_ends_failed_with_the_reason(config: TrainConfig) -> None:
     assert latest.data.tags["mlflow.note.content"].startswith("failed: ")
     assert latest.data.params["weights"] == "/nowhere.pth"
     assert "version.torch" in latest.data.tags
+
+
+def test_a_loss_that_is_not_finite_names_the_images_of_its_batch(config, monkeypatch) -> None:
+    compute_loss, calls = engine.compute_loss, itertools.count(1)
+    monkeypatch.setattr(
+        engine, "compute_loss", lambda *args: compute_loss(*args) * (torch.nan if next(calls) == 3 else 1)
+    )
+    with pytest.raises(NonFiniteLossError, match="became nan in epoch 1") as told:
+        train(config)
+    named = str(told.value).split("Its batch: ")[1].rstrip(".").split(", ")
+    data = prepare_data(config)
+    order = np.random.default_rng((config.seed, 0)).permutation(len(data.split.train))
+    batches = np.array_split(order, -(-len(order) // config.batch_size))
+    assert named == [data.split.train[position] for position in batches[2]]
+    assert mlflow.search_runs(output_format="list")[0].info.status == "FAILED"
+
+
+@pytest.mark.parametrize("error", [torch.OutOfMemoryError("CUDA out of memory"), MemoryError()])
+def test_a_full_memory_names_what_to_try(config: TrainConfig, monkeypatch, error: Exception) -> None:
+    def fill_memory(*args: object) -> None:
+        raise error
+
+    monkeypatch.setattr(engine, "compute_loss", fill_memory)
+    with pytest.raises(UserError, match="batch_size=8 and image_size=32 do not; try batch_size=4"):
+        train(config)
 
 
 def test_no_run_is_left_running(run: Run) -> None:

@@ -1,7 +1,7 @@
 """The training loop: `fit` yields one result per epoch, and knows neither MLflow nor Optuna."""
 
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 
 import numpy as np
 import torch
@@ -29,7 +29,7 @@ class NonFiniteLossError(UserError):
         positions: Where in the training split the images of that batch stand.
     """
 
-    def __init__(self, message: str, positions: list[int]) -> None:
+    def __init__(self, message: str, positions: Sequence[int] = ()) -> None:
         super().__init__(message)
         self.positions = positions
 
