@@ -1,6 +1,7 @@
 """The command `train`: from a data set to a tracked, tested network."""
 
 import os
+import shlex
 from contextlib import ExitStack
 
 import pandas as pd
@@ -19,8 +20,6 @@ from skin_resnet.training.checkpoint import read_checkpoint
 from skin_resnet.training.run_folder import RunFolder, release_abandoned
 from skin_resnet.training.state import is_out_of_memory
 
-_COMMAND = "python -m skin_resnet train"
-
 
 def train(config: TrainConfig) -> None:
     """Train in an MLflow run of its own, score the best epoch on test, and print where all of it is.
@@ -33,7 +32,7 @@ def train(config: TrainConfig) -> None:
         kept, config = read_kept(stopped, config) if stopped else (None, config)
         run_training(config, kept=kept)
         return
-    how_to_start = "mlflow run . -P resume=" if mlflow_run.is_project_run() else f"{_COMMAND} --resume "
+    is_project_run = mlflow_run.is_project_run()  # asked now: to open the run takes the sign of it away
     release_abandoned(config.checkpoint_dir.expanduser(), mlflow_run.close_abandoned)
     with ExitStack() as stack:
         kept = None
@@ -50,10 +49,22 @@ def train(config: TrainConfig) -> None:
             _train_and_test(config, kept)
         except BaseException:
             if kept.folder.last.exists():
-                print(f"\ngo on with it: {how_to_start}{run_id}")
+                print(f"\ngo on with it: {_write_resume(config, run_id, is_project_run=is_project_run)}")
             raise
     kept.folder.finish()
     print(f"\n{mlflow_run.describe_location(run_id)}")
+
+
+def _write_resume(config: TrainConfig, run_id: str, *, is_project_run: bool) -> str:
+    """Write the command that goes on with a run; all else that it needs is in the run's state."""
+    options = {"resume": run_id}
+    if config.checkpoint_dir != TrainConfig.model_fields["checkpoint_dir"].default:
+        options["checkpoint_dir"] = str(config.checkpoint_dir)
+    if is_project_run:
+        typed = [part for name, value in options.items() for part in ("-P", f"{name}={value}")]
+        return f"{shlex.join(['mlflow', 'run', '.', *typed])} (and --env-manager as before)"
+    typed = [part for name, value in options.items() for part in (f"--{name}", value)]
+    return shlex.join(["python", "-m", "skin_resnet", "train", *typed])
 
 
 def _train_and_test(config: TrainConfig, kept: Kept) -> None:

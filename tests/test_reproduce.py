@@ -1,5 +1,6 @@
 """A training that is run again is the same to the last bit, and where it is not, one is told where."""
 
+import os
 import random
 from collections.abc import Iterator
 from pathlib import Path
@@ -24,13 +25,15 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def config(data: Path) -> Iterator[TrainConfig]:
     folder = data.parent
     mlflow.set_tracking_uri(f"sqlite:///{folder}/mlflow.db")
-    mlflow.set_experiment(experiment_id=mlflow.create_experiment("first", (folder / "artifacts").as_uri()))
+    # Not set_experiment, which would hold for the tests of other modules too.
+    os.environ["MLFLOW_EXPERIMENT_ID"] = mlflow.create_experiment("first", (folder / "artifacts").as_uri())
     config = TrainConfig(
         data=str(data), image_size=32, epochs=2, batch_size=8, augment="strong", mixup=0.2, dropout=0.2,
         ema_decay=0.9, train_fraction=0.8, seed=3, device="cpu", test="never", cache_dir=folder / "cache",
         checkpoint_dir=folder / "checkpoints",
     )  # fmt: skip
     yield config
+    del os.environ["MLFLOW_EXPERIMENT_ID"]
     mlflow.set_tracking_uri(None)
 
 

@@ -163,7 +163,8 @@ def test_a_signal_saves_at_the_next_batch_and_tells_how_to_go_on(
     (run,) = training.read_runs()
     assert run.info.status == "KILLED"
     log = training.log.read_text()
-    assert f"go on with it: python -m skin_resnet train --resume {run.info.run_id}" in log
+    told = f"go on with it: python -m skin_resnet train --resume {run.info.run_id} --checkpoint_dir "
+    assert told in log
     assert log.splitlines()[-1] == "interrupted by SIGTERM"
     assert "Traceback" not in log
     # What is not given is the run's own.
