@@ -63,7 +63,7 @@ def test_two_searches_at_once_share_a_study_and_count_its_trials_once(
     storage: str, tmp_path: Path, class_folders: Path
 ) -> None:
     options = {
-        "data": class_folders, "image_size": 32, "epochs": 2, "batch_size": 8, "device": "cpu",
+        "data": class_folders, "image_size": 32, "epochs": 1, "batch_size": 8, "device": "cpu",
         "heartbeat_s": 2, "n_trials": 5, "seeds": 0, "storage": storage, "cache_dir": tmp_path / "cache",
         "checkpoint_dir": tmp_path / "checkpoints",
     }  # fmt: skip
@@ -85,7 +85,7 @@ def test_two_searches_at_once_share_a_study_and_count_its_trials_once(
     ]
     try:
         for machine in machines:
-            _, error = machine.communicate(timeout=300)
+            _, error = machine.communicate(timeout=600)
             assert machine.returncode == 0, error.decode()
     finally:
         for machine in machines:
