@@ -18,6 +18,7 @@ from skin_resnet.data.prepare import prepare_data
 from skin_resnet.data.transform import normalize
 from skin_resnet.model.resnet import build_resnet
 from skin_resnet.tracking import mlflow_run
+from skin_resnet.tracking.epoch_log import EpochLog
 from skin_resnet.training.checkpoint import save_checkpoint
 from skin_resnet.training.engine import fit, seed_step, to_float
 from skin_resnet.training.state import build_fabric, build_state
@@ -57,8 +58,8 @@ def main() -> None:
     feeding_s = measure(feed)
     with tempfile.TemporaryDirectory() as folder:
         mlflow.set_tracking_uri(f"sqlite:///{folder}/mlflow.db")
-        with mlflow_run.open_run("benchmark"):
-            tracking_s = measure(lambda: mlflow_run.log_epoch(results[-1]), times=20)
+        with mlflow_run.open_run("benchmark") as run_id:
+            tracking_s = measure(lambda: EpochLog(run_id).write(results[-1]), times=20)
         saving_s = measure(
             lambda: save_checkpoint(Path(folder) / "best.pt", {"n": state.network.state_dict()})
         )

@@ -19,8 +19,9 @@ from skin_resnet.data.prepare import prepare_data
 from skin_resnet.data.split import join_lesions
 from skin_resnet.evaluate import assess_and_log
 from skin_resnet.evaluation.metrics import Predictions
+from skin_resnet.run_training import run_training
 from skin_resnet.tracking import finished_runs, mlflow_run, search_runs
-from skin_resnet.train import break_seal, report, run_training
+from skin_resnet.train import break_seal, report
 from skin_resnet.training.checkpoint import read_checkpoint
 
 SEED, WINNER = "seed recipe", "winner"

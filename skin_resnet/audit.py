@@ -11,7 +11,7 @@ from skin_resnet.data.split import split_lesions
 from skin_resnet.data.transform import open_store
 from skin_resnet.errors import UserError
 from skin_resnet.evaluation.passport import format_passport
-from skin_resnet.tracking import mlflow_run
+from skin_resnet.tracking import log_setting, mlflow_run
 
 LEAKS = 1  # the command's exit code for a split that does
 
@@ -42,7 +42,7 @@ def audit(config: AuditConfig) -> int:
     if mlflow_run.is_project_run():
         with mlflow_run.open_run("leak audit"):
             mlflow_run.log_params(config)
-            mlflow_run.log_passport(passport.to_dict(), page)
+            log_setting.log_passport(passport.to_dict(), page)
             mlflow_run.log_note(page)
             if passport.leaks:
                 mlflow_run.set_tags(

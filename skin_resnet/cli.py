@@ -6,12 +6,19 @@ import logging
 import signal
 import sys
 from collections.abc import Callable
-from types import FrameType
 from typing import Any, NoReturn
 
 import tyro
 
-from skin_resnet.config import AuditConfig, CompareConfig, EvaluateConfig, FrozenConfig, TrainConfig
+from skin_resnet import interrupts
+from skin_resnet.config import (
+    AuditConfig,
+    CompareConfig,
+    EvaluateConfig,
+    FrozenConfig,
+    ReproduceConfig,
+    TrainConfig,
+)
 from skin_resnet.errors import UserError
 
 USER_ERROR = 2  # what shells and argparse use for a wrong call
@@ -42,12 +49,19 @@ def _run_compare(config: CompareConfig) -> None:
     compare(config)
 
 
+def _run_reproduce(config: ReproduceConfig) -> int:
+    from skin_resnet.reproduce import reproduce
+
+    return reproduce(config)
+
+
 # Command word: its options, and what it does. `MLproject`'s entry points are made from this table too.
 COMMANDS: dict[str, tuple[type[FrozenConfig], Callable[[Any], int | None]]] = {
     "train": (TrainConfig, _run_train),
     "evaluate": (EvaluateConfig, _run_evaluate),
     "compare": (CompareConfig, _run_compare),
     "audit": (AuditConfig, _run_audit),
+    "reproduce": (ReproduceConfig, _run_reproduce),
 }
 
 
@@ -60,20 +74,21 @@ def _run_command(arguments: list[str]) -> int | None:
     if not arguments or arguments[0] in {"-h", "--help"}:
         print(_describe_commands())
         return 0
-    config_type, run = find_command(arguments[0])
-    return run(parse_options(config_type, arguments[1:], prog=f"python -m skin_resnet {arguments[0]}"))
+    command, *options = arguments
+    config_type, run = find_command(command)
+    if options and not options[0].startswith("-"):
+        # What a command is about may stand without its name: `reproduce RUN_ID`, `evaluate RUN_ID`.
+        options.insert(0, f"--{next(iter(config_type.model_fields))}")
+    return run(parse_options(config_type, options, prog=f"python -m skin_resnet {command}"))
 
 
 def run_and_exit(run: Callable[[], int | None]) -> NoReturn:
     """Run what a user asked for and exit: 0 when done, 2 for a user's mistake, 128 + n after signal n."""
-    # SIGINT too, which a shell script's background jobs begin with ignored, and a closed terminal's.
-    for name in ("SIGINT", "SIGTERM", "SIGHUP"):
-        if hasattr(signal, name):
-            signal.signal(getattr(signal, name), _interrupt)
     logging.basicConfig(level=logging.WARNING, format="%(message)s")
     logging.getLogger("skin_resnet").setLevel(logging.INFO)
     try:
-        code = run()
+        with interrupts.handled():
+            code = run()
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(USER_ERROR)
@@ -82,14 +97,6 @@ def run_and_exit(run: Callable[[], int | None]) -> NoReturn:
         print(f"interrupted by {signal.Signals(number).name}", file=sys.stderr)
         sys.exit(128 + number)
     sys.exit(code or 0)
-
-
-def _interrupt(number: int, frame: FrameType | None) -> NoReturn:
-    # Ctrl-C reaches `mlflow run` as well, which then sends SIGTERM: that must not cut the run's ending short.
-    # A second Ctrl-C stops at once.
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)
-    signal.signal(signal.SIGINT, signal.SIG_DFL)
-    raise KeyboardInterrupt(number)
 
 
 def find_command(name: str) -> tuple[type[FrozenConfig], Callable[[Any], int | None]]:

@@ -17,7 +17,7 @@ from skin_resnet.evaluation.formatting import format_score, format_table, spell_
 from skin_resnet.evaluation.metrics import HEADLINES, Predictions, compute_intervals, compute_metrics
 from skin_resnet.evaluation.plots.comparison import plot_curves_of_models, plot_differences
 from skin_resnet.model.resnet import STAGE_DEPTHS, build_resnet
-from skin_resnet.tracking import finished_runs, mlflow_run
+from skin_resnet.tracking import finished_runs, log_setting, mlflow_run
 from skin_resnet.tracking.finished_runs import FinishedRun
 
 
@@ -29,7 +29,7 @@ def compare(config: CompareConfig) -> None:
     """
     with mlflow_run.open_run("comparison") as run_id:
         mlflow_run.log_params(config)
-        mlflow_run.log_versions()
+        log_setting.log_versions()
         typed = dict.fromkeys(each.strip() for each in config.runs.split(",") if each.strip())
         run_ids = finished_runs.find_best_runs() if config.runs == "best" else list(typed)
         if len(run_ids) < 2:

@@ -149,6 +149,18 @@ class TrainConfig(FrozenConfig):
     checkpoint_dir: Path = Field(
         Path("checkpoints"), description="Where runs keep their checkpoints, by run id."
     )
+    checkpoint_minutes: float = Field(
+        10.0,
+        gt=0,
+        le=10_000,
+        description="Between checkpoints within an epoch; there is one at the end of each anyway.",
+    )
+    resume: str = Field(
+        "none",
+        min_length=1,
+        description="Go on with a stopped run, in the same run: its id; or auto, the latest one stopped that "
+        "was given these options, and a new run where there is none.",
+    )
 
     @model_validator(mode="after")
     def _check_together(self) -> Self:
@@ -225,6 +237,14 @@ class AuditConfig(FrozenConfig):
     split_seed: int = _like_train("split_seed")
     on_bad_image: OnBadImage = _like_train("on_bad_image")
     cache_dir: Path = _like_train("cache_dir")
+
+
+class ReproduceConfig(FrozenConfig):
+    """Train again what a run trained, and compare the two to the last bit; exit 1 where they differ."""
+
+    run: str = Field(min_length=1, description="The run's id.")
+    cache_dir: Path = _like_train("cache_dir")
+    checkpoint_dir: Path = _like_train("checkpoint_dir")
 
 
 def format_value(value: object) -> str:

@@ -18,7 +18,7 @@ from skin_resnet.evaluation.assessment import Assessment, Calibration, assess, f
 from skin_resnet.evaluation.explain import choose_examples, compute_gradcam
 from skin_resnet.evaluation.metrics import Predictions
 from skin_resnet.model.resnet import ResNet, build_resnet
-from skin_resnet.tracking import finished_runs, log_assessment, mlflow_run
+from skin_resnet.tracking import finished_runs, log_assessment, log_setting, mlflow_run
 from skin_resnet.tracking.openings import record_opening
 from skin_resnet.training.checkpoint import read_checkpoint
 from skin_resnet.training.engine import predict, to_float
@@ -36,13 +36,13 @@ def evaluate(config: EvaluateConfig) -> None:
     """
     with mlflow_run.open_run(f"evaluation of {config.model}") as run_id:
         mlflow_run.log_params(config)
-        mlflow_run.log_versions()
+        log_setting.log_versions()
         checkpoint = read_checkpoint(find_checkpoint(config.model))
         if "calibration" not in checkpoint:
             raise UserError(
                 f"model must be a finished training, but {config.model!r} is none; let it end, or resume."
             )
-        mlflow_run.log_model_tested(checkpoint)
+        log_setting.log_model_tested(checkpoint)
         trained_with = TrainConfig.model_validate(checkpoint["config"])
         is_same = config.data == "same"
         data = trained_with.data if is_same else config.data

@@ -11,6 +11,9 @@ from PIL import Image
 from skin_resnet.labels import HAM10000_CLASSES
 
 os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
+# Before torch is imported, and for the processes that tests start: on pictures this small a second thread gains
+# nothing, and on a busy machine two that wait for each other take twenty times as long.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 
 def make_table(lesions_per_class: int = 12, classes: tuple[str, ...] = HAM10000_CLASSES) -> pd.DataFrame:

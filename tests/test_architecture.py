@@ -8,10 +8,22 @@ import pytest
 
 ROOT = Path(__file__).parent.parent
 FILES = sorted(file for package in ("skin_resnet", "search") for file in (ROOT / package).rglob("*.py"))
-COMMANDS = {"train", "evaluate", "compare", "audit", "cli", "mlproject", "__main__"}
+COMMANDS = {
+    "train",
+    "evaluate",
+    "compare",
+    "audit",
+    "cli",
+    "mlproject",
+    "__main__",
+    "resume",
+    "run_training",
+    "terminal",
+    "reproduce",
+}
 # A module may import from its own layer and those before it.
 LAYERS = [
-    {"errors", "labels", "config"},
+    {"errors", "labels", "config", "interrupts"},
     {"data", "model"},
     {"evaluation"},
     {"training"},

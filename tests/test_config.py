@@ -44,6 +44,8 @@ OUT_OF_BOUNDS = {
     "device": "tpu",
     "devices": [0, 65],
     "precision": "fp8",
+    "checkpoint_minutes": [0, 10_001],
+    "resume": "",
 }
 CASES = [
     (name, value)

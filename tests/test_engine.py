@@ -1,6 +1,7 @@
 """The loop: it learns, resumes to the bit, repeats itself under a seed, and stops where the loss breaks."""
 
 import copy
+import itertools
 from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any
@@ -43,7 +44,7 @@ def build(**options: Any) -> tuple[TrainingState, Loader, Loader]:
 
 
 def strip_times(results: Iterator[EpochResult] | list[EpochResult]) -> list[EpochResult]:
-    return [replace(result, seconds=0, images_per_s=0) for result in results]
+    return [replace(result, seconds=0, images_per_s=0, timestamp_ms=0) for result in results]
 
 
 VARIANTS = [
@@ -67,6 +68,30 @@ def test_a_seed_gives_the_same_training_again_and_another_seed_another(options: 
     first, again = strip_times(fit(*build(**options))), strip_times(fit(*build(**options)))
     assert first == again
     assert strip_times(fit(*build(**options, seed=1))) != first
+
+
+@pytest.mark.parametrize("options", VARIANTS)
+def test_a_training_stopped_within_an_epoch_goes_on_to_the_bit(options: dict[str, Any]) -> None:
+    whole, train, val = build(**options)
+    expected = strip_times(fit(whole, train, val))
+    for stop_after in (2, 2 * len(train) + len(val) + 1):  # in train, and in the second epoch's val
+        stopped, train, val = build(**options)
+        calls = itertools.count(1)
+
+        def stop(calls: Iterator[int] = calls, last: int = stop_after) -> None:
+            if next(calls) == last:
+                raise KeyboardInterrupt
+
+        results: list[EpochResult] = []
+        with pytest.raises(KeyboardInterrupt):
+            results.extend(fit(stopped, train, val, on_batch=stop))
+        saved = copy.deepcopy(stopped.state_dict())
+        torch.manual_seed(12345)  # whatever the new process has drawn before
+        resumed, train, val = build(**options)
+        resumed.load_state_dict(saved)
+        assert strip_times([*results, *fit(resumed, train, val)]) == expected, stop_after
+        for name, value in whole.scored_network.state_dict().items():
+            assert torch.equal(value, resumed.scored_network.state_dict()[name]), name
 
 
 @pytest.mark.parametrize("options", VARIANTS)
@@ -133,8 +158,10 @@ def test_a_loss_that_breaks_stops_the_training_and_says_where() -> None:
     state.schedule.set_lr = lambda step: None  # type: ignore[assignment, method-assign]
     for group in state.optimizer.param_groups:
         group["lr"] = 1e30
-    with pytest.raises(NonFiniteLossError, match=r"it became (nan|inf) in epoch 1, batch \d"):
+    with pytest.raises(NonFiniteLossError, match=r"it became (nan|inf) in epoch 1") as told:
         list(fit(state, train, val))
+    batch = next(itertools.islice(train.shuffled(0, 0), state.step, None))
+    assert told.value.positions == batch.positions.tolist()
 
 
 def test_clipping_bounds_the_step() -> None:

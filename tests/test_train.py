@@ -2,7 +2,6 @@
 
 import json
 import os
-import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -20,7 +19,8 @@ from skin_resnet.errors import UserError
 from skin_resnet.evaluate import evaluate
 from skin_resnet.evaluation.assessment import LEAK_BANNER
 from skin_resnet.evaluation.metrics import EpochResult
-from skin_resnet.train import run_training, train
+from skin_resnet.run_training import run_training
+from skin_resnet.train import train
 from skin_resnet.training.checkpoint import read_checkpoint
 
 ROOT = Path(__file__).parent.parent
@@ -277,31 +277,6 @@ def test_a_failed_run_ends_failed_with_the_reason(config: TrainConfig) -> None:
     assert latest.data.tags["mlflow.note.content"].startswith("failed: ")
     assert latest.data.params["weights"] == "/nowhere.pth"
     assert "version.torch" in latest.data.tags
-
-
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
-def test_an_interrupted_run_ends_killed(config: TrainConfig, store: Path, number: signal.Signals) -> None:
-    options = [
-        part
-        for item in config.with_changes(epochs=1000).to_params().items()
-        for part in (f"--{item[0]}", item[1])
-    ]
-    with subprocess.Popen(
-        [sys.executable, "-u", "-m", "skin_resnet", "train", *options],
-        env={**os.environ, "PYTHONPATH": str(ROOT), "MLFLOW_TRACKING_URI": f"sqlite:///{store}/mlflow.db"},
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-    ) as process:
-        for line in process.stdout:
-            if line.startswith("epoch 2/"):
-                process.send_signal(number)
-                break
-        rest, _ = process.communicate(timeout=60)
-    assert process.returncode == 128 + number, rest
-    assert rest.splitlines()[-1] == f"interrupted by {number.name}"
-    assert "Traceback" not in rest
-    assert mlflow.search_runs(output_format="list", max_results=1)[0].info.status == "KILLED"
 
 
 def test_no_run_is_left_running(run: Run) -> None:

@@ -77,17 +77,21 @@ class Loader:
         """
         return max(1, min(-(-len(self.rows) // self.batch_size), len(self.rows) // (2 * self.world_size)))
 
-    def shuffled(self, seed: int, epoch: int) -> Iterator[Batch]:
-        """Give every image once, in the order that `seed` and `epoch` fix: for training."""
-        return self._split_up(np.random.default_rng((seed, epoch)).permutation(len(self.rows)))
+    def shuffled(self, seed: int, epoch: int, first_step: int = 0) -> Iterator[Batch]:
+        """Give every image once, in the order that `seed` and `epoch` fix: for training.
+
+        From batch `first_step` on, where the ones before have been learnt from already.
+        """
+        order = np.random.default_rng((seed, epoch)).permutation(len(self.rows))
+        return self._split_up(order, first_step)
 
     def ordered(self) -> Iterator[Batch]:
         """Give every image once, in the split's order: for val and test."""
         return self._split_up(np.arange(len(self.rows)))
 
-    def _split_up(self, order: NDArray[np.int64]) -> Iterator[Batch]:
+    def _split_up(self, order: NDArray[np.int64], first_step: int = 0) -> Iterator[Batch]:
         # Batches of almost equal size instead of full ones and a rest: no image is dropped or weighs more.
-        for step_positions in np.array_split(order, len(self)):
+        for step_positions in np.array_split(order, len(self))[first_step:]:
             positions = step_positions[self.rank :: self.world_size]
             yield Batch(
                 pixels=self.source.gather(self.rows[positions]),

@@ -70,6 +70,8 @@ class EpochResult:
         images_per_s: Training images per second, val excluded.
         train: Measured over the epoch, on augmented images, while the network learnt.
         val: Measured at its end.
+        timestamp_ms: When it ended, in milliseconds since 1970. Logged again with the same one, a metric is
+            the same one to MLflow.
     """
 
     epoch: int
@@ -78,6 +80,13 @@ class EpochResult:
     images_per_s: float
     train: Metrics
     val: Metrics
+    timestamp_ms: int = 0
+
+    @classmethod
+    def from_dict(cls, fields: dict[str, Any]) -> "EpochResult":
+        """Read back what `dataclasses.asdict` gave."""
+        parts = {name: Metrics(**fields[name]) for name in ("train", "val")}
+        return cls(**{**fields, **parts})
 
     @property
     def gap(self) -> float:

@@ -1,5 +1,6 @@
 """What finished runs left in MLflow: checkpoints, histories, predictions."""
 
+import shlex
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -28,6 +29,54 @@ class FinishedRun:
     metrics: dict[str, float]
     history: dict[str, dict[int, float]]
     predictions: pd.DataFrame
+
+
+@dataclass(frozen=True, kw_only=True)
+class RecordedTraining:
+    """What is on record of a finished training that it takes to run it again.
+
+    Attributes:
+        params: As text, as they would be typed.
+        split: The split's CSV.
+        history: Values by metric name and epoch.
+    """
+
+    params: dict[str, str]
+    tags: dict[str, str]
+    split: Path
+    history: dict[str, dict[int, float]]
+
+
+def read_training(run_id: str, folder: Path) -> RecordedTraining:
+    """Read what it takes to run a finished training again.
+
+    Args:
+        run_id: The training's.
+        folder: Where its split is put.
+
+    Raises:
+        UserError: There is no such run, or it is no finished training.
+    """
+    client = mlflow.MlflowClient()
+    try:
+        run = client.get_run(run_id)
+        if "best/epoch" not in run.data.metrics:
+            raise OSError("it is no finished training")
+        split = client.download_artifacts(run_id, "data/split.csv", str(folder))
+    except (mlflow.MlflowException, OSError) as error:
+        raise UserError(
+            f"run must be the id of a finished training, but {run_id!r} is none in "
+            f"{mlflow.get_tracking_uri()} ({str(error).splitlines()[0]})."
+        ) from None
+    names = ["lr", *(name for name in run.data.metrics if name.startswith(("train/", "val/")))]
+    of_epochs = {name: client.get_metric_history(run_id, name) for name in names}
+    return RecordedTraining(
+        # `mlflow run` logs what is quoted for a shell with its quotes.
+        params={name: " ".join(shlex.split(text)) for name, text in run.data.params.items()},
+        tags=run.data.tags,
+        split=Path(split),
+        history={name: {p.step: p.value for p in points} for name, points in of_epochs.items()},
+    )
 
 
 def download_checkpoint(model: str) -> Path:

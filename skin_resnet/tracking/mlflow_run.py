@@ -1,13 +1,11 @@
 """The only module that talks to MLflow: what a run records, and how it ends."""
 
+import contextlib
 import importlib.metadata
 import logging
 import os
-import platform
 import re
-import subprocess
 import tempfile
-import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -16,64 +14,110 @@ from typing import Any
 import mlflow
 import numpy as np
 import pandas as pd
-import torch
-from mlflow.data.pandas_dataset import from_pandas
+import requests
 from mlflow.entities import RunStatus
 from numpy.typing import NDArray
 
 import skin_resnet
 from skin_resnet.config import FrozenConfig
-from skin_resnet.data.prepare import PreparedData
-from skin_resnet.data.split import SPLITS
 from skin_resnet.errors import UserError
-from skin_resnet.evaluation.metrics import EpochResult
 from skin_resnet.tracking import packaged_model
 
-_VERSIONS = (
-    "torch",
-    "torchvision",
-    "mlflow",
-    "lightning-fabric",
-    "numpy",
-    "pandas",
-    "pillow",
-    "scikit-learn",
-)
+_logger = logging.getLogger(__name__)
+
+# How an absent server or a failing database shows itself.
+OUTAGES = (mlflow.MlflowException, requests.RequestException)
 
 
 @contextmanager
-def open_run(description: str) -> Iterator[str]:
-    """Open the run that `mlflow run` has begun, or a new one, and give its id.
+def open_run(description: str, run_id: str | None = None, parent_run_id: str | None = None) -> Iterator[str]:
+    """Open the run that `mlflow run` has begun, or a new one, or an old one again, and give its id.
 
     However the block is left, the run ends: FINISHED; KILLED where it was interrupted; FAILED, with the
     reason as a tag, on any error.
 
+    Args:
+        description: Shown while it is open.
+        run_id: An old run to go on with. The one that `mlflow run` has begun then only points to it.
+        parent_run_id: The run that this one belongs under.
+
     Raises:
-        UserError: The tracking store cannot be used.
+        UserError: The tracking store cannot be used, from the start or no more.
     """
     # Tables being made, the monitor starting and files being copied are no news to whoever trains.
     logging.getLogger("mlflow").setLevel(logging.WARNING)
     os.environ.setdefault("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false")
+    # MLflow's own seven retries would hold a training for minutes at each epoch, and a mistyped address, too.
+    os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "2")
     try:
-        run = mlflow.start_run(description=description, log_system_metrics=True)
-    except mlflow.MlflowException as error:
-        reason = str(error).splitlines()[0]
+        if run_id:
+            _point_to(run_id)
+        experiment_id = None if is_project_run() else _find_experiment(parent_run_id)
+        run = mlflow.start_run(
+            run_id, experiment_id=experiment_id, description=description, log_system_metrics=True
+        )
+        if parent_run_id:
+            mlflow.set_tag("mlflow.parentRunId", parent_run_id)
+    except OUTAGES as error:
         raise UserError(
-            f"the run must be tracked, but {mlflow.get_tracking_uri()} does not answer ({reason}); "
-            "check MLFLOW_TRACKING_URI."
+            f"the run must be tracked, but {mlflow.get_tracking_uri()} does not "
+            f"{'have it' if run_id else 'answer'} ({_tell_briefly(error)}); check MLFLOW_TRACKING_URI."
         ) from None
     try:
         yield run.info.run_id
-    except (KeyboardInterrupt, SystemExit):
-        log_note("interrupted")
-        mlflow.end_run(RunStatus.to_string(RunStatus.KILLED))
-        raise
+        mlflow.end_run()
+    except OUTAGES as error:
+        _end_badly(error)
+        raise UserError(
+            f"the run must be tracked, but {mlflow.get_tracking_uri()} answers no more "
+            f"({_tell_briefly(error)}); what was trained is kept: resume the run once it does."
+        ) from None
     except BaseException as error:
-        log_note(f"failed: {error}")
-        mlflow.set_tag("failure", f"{type(error).__name__}: {error}"[:5000])
-        mlflow.end_run(RunStatus.to_string(RunStatus.FAILED))
+        _end_badly(error)
         raise
-    mlflow.end_run()
+
+
+def _find_experiment(run_id: str | None) -> str | None:
+    return mlflow.MlflowClient().get_run(run_id).info.experiment_id if run_id else None
+
+
+def _point_to(run_id: str) -> None:
+    """Let the run that `mlflow run` has begun say that an old one goes on."""
+    begun = os.environ.get("MLFLOW_RUN_ID")
+    if begun and begun != run_id:
+        del os.environ["MLFLOW_RUN_ID"]
+        client = mlflow.MlflowClient()
+        client.set_tag(begun, "resumes", run_id)
+        client.set_tag(begun, "mlflow.note.content", f"Goes on with run {run_id}, where all of it is.")
+
+
+def _tell_briefly(error: BaseException) -> str:
+    return " ".join(str(error).split())[:300]
+
+
+def _end_badly(error: BaseException) -> None:
+    """End the open run as interrupted or failed, as far as the tracking store can be told."""
+    is_killed = isinstance(error, KeyboardInterrupt | SystemExit)
+    try:
+        log_note("interrupted" if is_killed else f"failed: {error}")
+        if not is_killed:
+            mlflow.set_tag("failure", f"{type(error).__name__}: {error}"[:5000])
+    except OUTAGES:
+        _logger.warning("the tracking store does not answer: the run's end is told at the next start")
+    with contextlib.suppress(*OUTAGES):
+        mlflow.end_run(RunStatus.to_string(RunStatus.KILLED if is_killed else RunStatus.FAILED))
+
+
+def close_abandoned(run_id: str) -> bool:
+    """End a run as KILLED whose process died before it could; say whether it is ended now."""
+    client = mlflow.MlflowClient()
+    try:
+        if client.get_run(run_id).info.status == RunStatus.to_string(RunStatus.RUNNING):
+            client.set_tag(run_id, "mlflow.note.content", "killed")
+            client.set_terminated(run_id, RunStatus.to_string(RunStatus.KILLED))
+    except OUTAGES:
+        return False  # it is in another store, or this one is away
+    return True
 
 
 def is_project_run() -> bool:
@@ -95,137 +139,19 @@ def log_params(config: FrozenConfig) -> None:
     mlflow.log_params({name: text for name, text in config.to_params().items() if name not in known})
 
 
-def log_setting(data: PreparedData, device: torch.device, precision: str, start: str) -> None:
-    """Log what the network runs on and starts from.
-
-    Args:
-        data: Whose image size `auto` was resolved to, and whose skipped images are listed.
-        device: That the network trains on.
-        precision: Fabric's name of it.
-        start: What `load_weights` said.
-    """
-    name = (
-        torch.cuda.get_device_name(device)
-        if device.type == "cuda"
-        else platform.processor() or platform.machine()
-    )
-    mlflow.set_tags(
-        {
-            "device": f"{device.type} ({name})",
-            "precision": precision,
-            "image_size": data.store.image_size,
-            "start": start,
-        }
-    )
-    if data.store.skipped:
-        mlflow.set_tag("skipped_images", len(data.store.skipped))
-        mlflow.log_dict(data.store.skipped, "data/skipped_images.json")
-
-
-def log_model_tested(checkpoint: dict[str, Any]) -> None:
-    """Log which network an evaluation tests."""
-    mlflow.set_tags(
-        {
-            "model.run_id": checkpoint["run_id"],
-            "model.arch": checkpoint["arch"],
-            "model.epoch": checkpoint["epoch"],
-            "split.leaks": str(checkpoint["leaks"]).lower(),
-        }
-    )
-
-
-def log_versions() -> None:
-    """Log the versions and the commit of what runs."""
-    mlflow.set_tags(_read_versions())
-
-
-def _read_versions() -> dict[str, str]:
-    return {
-        **_read_commit(),
-        **{f"version.{package}": importlib.metadata.version(package) for package in _VERSIONS},
-        "version.python": platform.python_version(),
-    }
-
-
-def _read_commit() -> dict[str, str]:
-    """Give the commit of the code that runs, and whether it was changed since; empty outside a checkout."""
-    folder = Path(skin_resnet.__file__).parent
-
-    def ask_git(*arguments: str) -> str:
-        return subprocess.run(
-            ["git", "-C", str(folder), *arguments], capture_output=True, text=True, check=True
-        ).stdout.strip()
-
-    try:
-        return {
-            "git.commit": ask_git("rev-parse", "HEAD"),
-            "git.dirty": str(bool(ask_git("status", "--porcelain", "--", str(folder)))).lower(),
-        }
-    except (OSError, subprocess.CalledProcessError):
-        return {}
-
-
-def log_data(data: PreparedData, source: str) -> None:
-    """Log the data set, the split as a CSV, and the split's hash and class counts."""
-    frame = data.split.to_frame()
-    mlflow.log_text(frame.to_csv(index=False), "data/split.csv")
-    mlflow.log_text(data.passport.class_counts.to_csv(), "data/class_counts.csv")
-    mlflow.set_tags(
-        {
-            "split.hash": data.split.hash,
-            **{f"split.{name}": f"{len(getattr(data.split, name))} images" for name in SPLITS},
-        }
-    )
-    columns = ["image_id", "lesion_id", "dx", "age", "sex", "localization"]
-    for name in SPLITS:
-        is_sealed = name == "test"
-        rows = data.select(getattr(data.split, name))[columns].astype({"dx": str})
-        rows = rows.drop(columns="dx") if is_sealed else rows
-        with warnings.catch_warnings():
-            warnings.simplefilter(
-                "ignore"
-            )  # about integer columns, and about which of two source classes it takes
-            dataset = from_pandas(
-                rows, source=source, name=Path(source).name, targets=None if is_sealed else "dx"
-            )
-        mlflow.log_input(dataset, context=name)
-
-
-def log_epoch(result: EpochResult) -> None:
-    """Log an epoch's figures in one call, at the step of its number."""
-    mlflow.log_metrics(
-        {
-            **result.train.to_dict("train"),
-            **result.val.to_dict("val"),
-            "val/gap": result.gap,
-            "lr": result.lr,
-            "speed/epoch_s": result.seconds,
-            "speed/images_per_s": result.images_per_s,
-        },
-        step=result.epoch,
-    )
-
-
-def log_best(result: EpochResult) -> None:
-    """Log the best epoch's figures by a name of their own, which run tables can be sorted by."""
-    figures = {name.replace("val/", "best/val_"): value for name, value in result.val.to_dict("val").items()}
-    mlflow.log_metrics({"best/epoch": result.epoch, "best/gap": result.gap, **figures})
-
-
-def log_passport(passport: dict[str, Any], page: str) -> None:
-    """Log what the splits share; a leaking split is a tag on the run."""
-    mlflow.log_dict(passport, "data/leak_passport.json")
-    mlflow.log_text(page, "data/leak_passport.md")
-    mlflow.set_tag("split.leaks", str(passport["leaks"]).lower())
-
-
 def log_metrics(metrics: dict[str, float], step: int | None = None) -> None:
-    """Log figures in one call, without those that are not finite."""
+    """Log figures in one call, without those that are not finite, or that the run shows already.
+
+    A run that goes on after it was killed at its end comes to the same figures again.
+    """
+    run = mlflow.active_run()
+    assert run is not None, "figures are logged on an open run"
+    known = mlflow.MlflowClient().get_run(run.info.run_id).data.metrics
     # A data set's own class names may hold what MLflow's metric names may not.
     figures = {
         re.sub(r"[^\w./ -]", "_", name): value for name, value in metrics.items() if np.isfinite(value)
     }
-    mlflow.log_metrics(figures, step=step)
+    mlflow.log_metrics({name: v for name, v in figures.items() if known.get(name) != v}, step=step)
 
 
 def log_table(table: pd.DataFrame, path: str) -> None:
@@ -251,6 +177,12 @@ def log_image(image: NDArray[np.uint8], key: str, step: int) -> None:
 def set_tags(tags: dict[str, Any]) -> None:
     """Set tags on the open run."""
     mlflow.set_tags(tags)
+
+
+def read_tags(run_id: str) -> dict[str, str]:
+    """Read a run's tags."""
+    tags: dict[str, str] = mlflow.MlflowClient().get_run(run_id).data.tags
+    return tags
 
 
 def log_note(text: str) -> None:

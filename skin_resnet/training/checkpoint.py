@@ -1,6 +1,7 @@
 """Checkpoints: written whole or not at all, read without running code."""
 
 import contextlib
+import hashlib
 import os
 import pickle
 import warnings
@@ -8,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from skin_resnet.errors import UserError
 
@@ -37,6 +39,14 @@ def save_checkpoint(path: Path, content: dict[str, Any]) -> None:
     finally:
         with contextlib.suppress(OSError):
             temporary.unlink()
+
+
+def hash_network(network: dict[str, Tensor]) -> str:
+    """Name a network's weights: equal if and only if each bit of each is."""
+    digest = hashlib.sha256()
+    for name in sorted(network):
+        digest.update(name.encode() + network[name].detach().cpu().contiguous().numpy().tobytes())
+    return digest.hexdigest()
 
 
 def _sync_folder(folder: Path) -> None:

@@ -22,50 +22,71 @@ Progress = Callable[[Iterable[Batch], int], Iterable[Batch]]
 
 
 class NonFiniteLossError(UserError):
-    """The loss became NaN or infinite: training stops, since nothing after it can be trusted."""
+    """The loss became NaN or infinite: training stops, since nothing after it can be trusted.
+
+    Args:
+        message: For the user.
+        positions: Where in the training split the images of that batch stand.
+    """
+
+    def __init__(self, message: str, positions: list[int]) -> None:
+        super().__init__(message)
+        self.positions = positions
 
 
 def fit(
-    state: TrainingState, train: Loader, val: Loader, progress: Progress = lambda batches, epoch: batches
+    state: TrainingState,
+    train: Loader,
+    val: Loader,
+    progress: Progress = lambda batches, epoch: batches,
+    on_batch: Callable[[], None] = lambda: None,
 ) -> Iterator[EpochResult]:
-    """Train from `state.epoch` to `config.epochs`, and yield what each epoch gave.
+    """Train from `state.epoch` and `state.step` to `config.epochs`, and yield what each epoch gave.
 
-    The state is whole at each yield: it may be saved there, and the caller may stop there.
+    The state is whole at each yield and whenever `on_batch` is called, which is after every batch of train
+    and val: it may be saved there, and the caller may stop there.
 
     Raises:
         NonFiniteLossError: The loss became NaN or infinite.
     """
     while state.epoch < state.config.epochs:
-        start = time.perf_counter()
-        trained = _train_epoch(state, train, progress)
+        start, before_s = time.perf_counter(), state.epoch_s
+
+        def keep_time(start: float = start, before_s: float = before_s) -> None:
+            state.epoch_s = before_s + time.perf_counter() - start
+            on_batch()
+
+        images = len(train.rows) * (len(train) - state.step) / len(train)
+        trained = _train_epoch(state, train, progress, keep_time)
         train_s = time.perf_counter() - start
-        scored = predict(state.scored_network, val, state.fabric)
+        scored = predict(state.scored_network, val, state.fabric, on_batch=keep_time)
         train_metrics, val_metrics = _measure(trained), _measure((scored, val.targets))
-        state.schedule.end_epoch(val_metrics.loss)
-        state.epoch += 1
+        state.end_epoch(val_metrics.loss)
         yield EpochResult(
             epoch=state.epoch,
             lr=state.optimizer.param_groups[0]["lr"],
-            seconds=time.perf_counter() - start,
-            images_per_s=len(train.rows) / train_s,
+            seconds=before_s + time.perf_counter() - start,
+            images_per_s=images / train_s,
             train=train_metrics,
             val=val_metrics,
+            timestamp_ms=int(1000 * time.time()),
         )
 
 
 def _train_epoch(
-    state: TrainingState, train: Loader, progress: Progress
+    state: TrainingState, train: Loader, progress: Progress, on_batch: Callable[[], None]
 ) -> tuple[NDArray[np.float64], Tensor]:
     """Run an epoch's steps; give what the network said (N, K) and was to say (N,) of its training images."""
     state.model.train()
     fabric, config = state.fabric, state.config
     num_classes = len(state.class_weights)
-    # A first column for the target: MixUp's stronger one, where images are mixed.
-    seen = torch.zeros(len(train.rows), 1 + num_classes, device=fabric.device)
-    losses: list[Tensor] = []
-    # Asking a GPU for a loss makes it wait, so there it is asked rarely.
-    check_every = 1 if fabric.device.type == "cpu" else 50
-    for step, batch in enumerate(progress(train.shuffled(config.seed, state.epoch), state.epoch + 1)):
+    if state.seen is None:
+        # A first column for the target: MixUp's stronger one, where images are mixed.
+        state.seen = torch.zeros(len(train.rows), 1 + num_classes, device=fabric.device)
+    seen = state.seen
+    watch = _LossWatch(state.epoch + 1, config.lr, fabric.device)
+    batches = train.shuffled(config.seed, state.epoch, state.step)
+    for step, batch in enumerate(progress(batches, state.epoch + 1), start=state.step):
         generator = seed_step(config.seed, state.epoch, step, fabric.global_rank)
         state.schedule.set_lr(state.epoch * len(train) + step)
         images = augment(to_float(batch.pixels), RECIPES[config.augment], generator)
@@ -82,9 +103,9 @@ def _train_epoch(
         state.update_ema(state.epoch * len(train) + step)
         seen[batch.positions, 0] = targets.argmax(dim=1).to(seen.dtype)
         seen[batch.positions, 1:] = logits.detach().float().softmax(dim=1)
-        losses.append(loss.detach())
-        if step % check_every == check_every - 1 or step == len(train) - 1:
-            _check_finite(losses, state.epoch + 1, config.lr)
+        watch.note(loss, batch, is_last=step == len(train) - 1)
+        state.step = step + 1
+        on_batch()
     if fabric.world_size > 1:
         seen = _sum_over_ranks(seen, fabric)
         _average_buffers(state.network, fabric)
@@ -103,18 +124,38 @@ def to_float(pixels: Tensor) -> Tensor:
     return pixels.permute(0, 3, 1, 2).float().div_(255)
 
 
-def _check_finite(losses: list[Tensor], epoch: int, lr: float) -> None:
-    finite = torch.stack(losses).isfinite()
-    if not finite.all():
-        step = int(finite.long().argmin())
-        raise NonFiniteLossError(
-            f"the loss must stay finite, but it became {losses[step].item()} in epoch {epoch}, "
-            f"batch {step + 1}; try an lr below {lr:g}, a longer warm-up, or precision=fp32."
-        )
+class _LossWatch:
+    """Stops an epoch whose loss is no longer finite, and knows the batch it happened in."""
+
+    def __init__(self, epoch: int, lr: float, device: torch.device) -> None:
+        self._epoch, self._lr = epoch, lr
+        # Asking a GPU for a loss makes it wait, so there it is asked rarely.
+        self._check_every = 1 if device.type == "cpu" else 50
+        self._losses: list[tuple[Tensor, Tensor]] = []
+
+    def note(self, loss: Tensor, batch: Batch, *, is_last: bool) -> None:
+        self._losses.append((loss.detach(), batch.positions))
+        if len(self._losses) < self._check_every and not is_last:
+            return
+        finite = torch.stack([loss for loss, _ in self._losses]).isfinite()
+        if not finite.all():
+            loss, positions = self._losses[int(finite.long().argmin())]
+            raise NonFiniteLossError(
+                f"the loss must stay finite, but it became {loss.item()} in epoch {self._epoch}; try an lr "
+                f"below {self._lr:g}, a longer warm-up, or precision=fp32.",
+                positions.tolist(),
+            )
+        self._losses.clear()
 
 
 @torch.no_grad()
-def predict(network: nn.Module, loader: Loader, fabric: Fabric, views: int = 1) -> NDArray[np.float64]:
+def predict(
+    network: nn.Module,
+    loader: Loader,
+    fabric: Fabric,
+    views: int = 1,
+    on_batch: Callable[[], None] = lambda: None,
+) -> NDArray[np.float64]:
     """Give the class probabilities float64 (N, K) of all images of a loader, in its order, on every rank.
 
     With 8 views, those of an image turned by each right angle, mirrored and not, are averaged.
@@ -130,6 +171,7 @@ def predict(network: nn.Module, loader: Loader, fabric: Fabric, views: int = 1) 
             if probabilities is None:
                 probabilities = torch.zeros(len(loader.rows), logits.shape[1], device=fabric.device)
             probabilities[batch.positions] += logits.float().softmax(dim=1) / views
+        on_batch()
     assert probabilities is not None, "a loader has at least one batch"
     return _to_probabilities(
         _sum_over_ranks(probabilities, fabric) if loader.world_size > 1 else probabilities

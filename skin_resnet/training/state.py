@@ -24,6 +24,10 @@ class TrainingState:
         model: The network as Fabric wraps it for precision and several devices: used for training steps.
         ema: The moving average of the network's weights, or None.
         epoch: Epochs finished.
+        step: Steps made in the epoch under way.
+        seen: What the network said of the training images of the epoch under way, float32 (N, 1 + K): first
+            the target, then the probabilities; None between epochs.
+        epoch_s: Seconds that the epoch under way had taken when the state was saved.
     """
 
     config: TrainConfig
@@ -35,6 +39,9 @@ class TrainingState:
     ema: nn.Module | None
     class_weights: Tensor
     epoch: int = 0
+    step: int = 0
+    seen: Tensor | None = None
+    epoch_s: float = 0.0
 
     @property
     def scored_network(self) -> nn.Module:
@@ -55,6 +62,11 @@ class TrainingState:
         floats = [name for name, value in averages.items() if value.is_floating_point()]
         torch._foreach_lerp_([averages[n] for n in floats], [current[n] for n in floats], 1 - decay)
 
+    def end_epoch(self, val_loss: float) -> None:
+        """Move on to the next epoch."""
+        self.schedule.end_epoch(val_loss)
+        self.epoch, self.step, self.seen, self.epoch_s = self.epoch + 1, 0, None, 0.0
+
     def state_dict(self) -> dict[str, Any]:
         """Give everything that a later process needs to go on exactly here.
 
@@ -66,6 +78,9 @@ class TrainingState:
             "optimizer": self.optimizer.state_dict(),
             "schedule": self.schedule.state_dict(),
             "epoch": self.epoch,
+            "step": self.step,
+            "seen": self.seen,
+            "epoch_s": self.epoch_s,
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -75,7 +90,8 @@ class TrainingState:
             self.ema.load_state_dict(state["ema"])
         self.optimizer.load_state_dict(state["optimizer"])
         self.schedule.load_state_dict(state["schedule"])
-        self.epoch = state["epoch"]
+        self.epoch, self.step, self.epoch_s = state["epoch"], state["step"], state["epoch_s"]
+        self.seen = None if state["seen"] is None else state["seen"].to(self.fabric.device)
 
 
 def build_fabric(device: str, precision: str, devices: int) -> Fabric:
@@ -107,6 +123,12 @@ def build_fabric(device: str, precision: str, devices: int) -> Fabric:
         strategy="ddp" if devices > 1 else "auto",
         precision="bf16-mixed" if bf16 else "32-true",
     )
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Say whether an error is that of a full memory, the GPU's or the machine's."""
+    # CPU allocators tell it as a plain RuntimeError.
+    return isinstance(error, MemoryError | torch.OutOfMemoryError) or "allocate memory" in str(error).lower()
 
 
 def build_state(

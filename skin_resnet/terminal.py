@@ -1,0 +1,63 @@
+"""What a training says on the terminal: a head, a bar while an epoch runs, a line when it is over."""
+
+import sys
+from collections.abc import Iterable, Iterator
+
+from lightning_fabric import Fabric
+from tqdm import tqdm
+
+from skin_resnet.config import TrainConfig
+from skin_resnet.data.extract import has_lesion_ids
+from skin_resnet.data.load import Batch, Loader
+from skin_resnet.data.prepare import PreparedData
+from skin_resnet.data.split import SPLITS
+from skin_resnet.evaluation.metrics import EpochResult
+from skin_resnet.training.engine import Progress
+from skin_resnet.training.state import TrainingState
+
+
+def describe_start(config: TrainConfig, data: PreparedData, fabric: Fabric, start: str) -> str:
+    """Tell what is about to be trained, and on what."""
+    sizes = ", ".join(f"{len(getattr(data.split, name))} {name}" for name in SPLITS)
+    skipped = f", {len(data.store.skipped)} skipped" if data.store.skipped else ""
+    known = has_lesion_ids(data.table)
+    lesions = f"{data.table.lesion_id.nunique()} lesions" if known else "no known lesions"
+    return (
+        f"data     {config.data}: {len(data.table)} images, {lesions}{skipped}, {data.store.image_size} px\n"
+        f"split    {sizes} ({data.split.hash})\n"
+        f"network  {config.arch}, {start}\n"
+        f"training {config.epochs} epochs on {fabric.world_size} x {fabric.device.type}, "
+        f"{config.optimizer} lr {config.lr:g}, augment {config.augment}"
+    )
+
+
+def describe_epoch(result: EpochResult, config: TrainConfig, *, is_best: bool) -> str:
+    """Tell an epoch in one line that begins with `epoch N/M`."""
+    train, val = result.train, result.val
+    return (
+        f"epoch {result.epoch}/{config.epochs}  "
+        f"train loss {train.loss:.3f} bal.acc {train.balanced_accuracy:.3f} | "
+        f"val loss {val.loss:.3f} acc {val.accuracy:.3f} bal.acc {val.balanced_accuracy:.3f} "
+        f"auc {val.macro_auc:.3f} | lr {result.lr:.2g} | {result.images_per_s:.0f} img/s | "
+        f"{result.seconds:.1f} s"
+        f"{'  *best' if is_best else ''}"
+    )
+
+
+def show_progress(state: TrainingState, loader: Loader) -> Progress:
+    """Give what shows a bar with images per second and time to go on a terminal, and nothing in a log."""
+
+    def show(batches: Iterable[Batch], epoch: int) -> Iterator[Batch]:
+        with tqdm(
+            desc=f"epoch {epoch}/{state.config.epochs}",
+            total=len(loader.rows),
+            initial=len(loader.rows) * state.step // len(loader),
+            unit=" img",
+            leave=False,
+            disable=not (state.fabric.is_global_zero and sys.stderr.isatty()),
+        ) as bar:
+            for batch in batches:
+                yield batch
+                bar.update(len(batch.targets) * state.fabric.world_size)
+
+    return show

@@ -1,0 +1,186 @@
+"""A tracking server that is not there, goes away or comes back: no epoch is lost, and none is there twice."""
+
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+import urllib.request
+from collections.abc import Iterator
+from contextlib import suppress
+from pathlib import Path
+
+import mlflow
+import pytest
+
+from skin_resnet.errors import UserError
+from skin_resnet.evaluation.metrics import EpochResult, Metrics
+from skin_resnet.tracking import epoch_log
+from skin_resnet.tracking.epoch_log import EpochLog, to_figures
+from skin_resnet.tracking.mlflow_run import open_run
+
+ROOT = Path(__file__).parent.parent
+
+
+def find_free_port() -> int:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        return int(free.getsockname()[1])
+
+
+def build_epoch(number: int) -> EpochResult:
+    metrics = Metrics(loss=1 / number, accuracy=0.1 * number, balanced_accuracy=0.5, macro_auc=0.5)
+    return EpochResult(
+        epoch=number, lr=0.1, seconds=1, images_per_s=1, train=metrics, val=metrics,
+        timestamp_ms=1_700_000_000_000 - number,  # a clock may be set back
+    )  # fmt: skip
+
+
+@pytest.fixture
+def store(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
+    monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
+    uri = f"sqlite:///{tmp_path}/mlflow.db"
+    mlflow.set_tracking_uri(uri)
+    yield uri
+    mlflow.set_tracking_uri(None)
+
+
+def read_values(uri: str, run_id: str) -> dict[str, list[tuple[int, float]]]:
+    client = mlflow.MlflowClient(uri)
+    names = to_figures(build_epoch(1))
+    points = {name: client.get_metric_history(run_id, name) for name in names}
+    return {name: sorted((point.step, point.value) for point in points[name]) for name in names}
+
+
+def test_what_a_store_does_not_take_is_written_once_it_is_back(store: str, capsys) -> None:
+    run_id = mlflow.MlflowClient(store).create_run("0").info.run_id
+    log = EpochLog(run_id)
+    log.write(build_epoch(1))
+    mlflow.set_tracking_uri(f"http://127.0.0.1:{find_free_port()}")
+    log.write(build_epoch(2))
+    log.write(build_epoch(3))
+    mlflow.set_tracking_uri(store)
+    log.write(build_epoch(4))
+    # The next process has the history of the checkpoint, and does not know what was written.
+    EpochLog(run_id, map(build_epoch, (1, 2, 3, 4))).finish()
+    values = read_values(store, run_id)
+    for name in values:
+        assert values[name] == [(number, to_figures(build_epoch(number))[name]) for number in (1, 2, 3, 4)], (
+            name
+        )
+    told = capsys.readouterr().out.splitlines()
+    assert len(told) == 2, "one line when it goes, one when it is back"
+    assert "tracking is away" in told[0]
+    assert "tracking is back" in told[1]
+
+
+def test_a_store_that_stays_away_ends_the_run_in_one_line(store: str, monkeypatch) -> None:
+    monkeypatch.setattr(epoch_log, "_WAIT_S", 0)
+    monkeypatch.setattr(epoch_log, "_RETRY_S", 0)
+    away = f"http://127.0.0.1:{find_free_port()}"
+
+    def go_on_while_it_goes_away() -> None:
+        with open_run("a run") as run_id:
+            mlflow.set_tracking_uri(away)
+            EpochLog(run_id, [build_epoch(1)]).finish()
+
+    with pytest.raises(UserError, match=f"{away} answers no more .*resume the run") as told:
+        go_on_while_it_goes_away()
+    assert "\n" not in str(told.value)
+
+
+def test_a_server_that_is_down_at_the_start_is_one_line_and_exit_code_2(
+    class_folders: Path, tmp_path
+) -> None:
+    done = subprocess.run(
+        [sys.executable, "-m", "skin_resnet", "train", "--data", str(class_folders),
+         "--checkpoint_dir", str(tmp_path / "checkpoints"), "--cache_dir", str(tmp_path / "cache")],
+        env={**os.environ, "PYTHONPATH": str(ROOT), "MLFLOW_TRACKING_URI": f"http://127.0.0.1:{find_free_port()}"},
+        capture_output=True, text=True, timeout=120, check=False, cwd=tmp_path,
+    )  # fmt: skip
+    assert done.returncode == 2
+    (line,) = done.stderr.strip().splitlines()
+    assert line.startswith("error: the run must be tracked, but http://127.0.0.1:")
+    assert list(tmp_path.iterdir()) == []
+
+
+class Server:
+    """A real `mlflow server` that can be stopped and started again."""
+
+    def __init__(self, folder: Path) -> None:
+        self._port = find_free_port()
+        self.uri = f"http://127.0.0.1:{self._port}"
+        self._folder = folder
+        self._process: subprocess.Popen[bytes] | None = None
+
+    def start(self) -> None:
+        with (self._folder / "server.log").open("ab") as log:
+            self._process = subprocess.Popen(
+                [sys.executable, "-m", "mlflow", "server", "--port", str(self._port), "--workers", "1",
+                 "--backend-store-uri", f"sqlite:///{self._folder}/mlflow.db",
+                 "--artifacts-destination", str(self._folder / "artifacts")],
+                env={**os.environ, "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"},
+                cwd=self._folder, stdout=log, stderr=log, start_new_session=True,
+            )  # fmt: skip
+        deadline = time.monotonic() + 180
+        while time.monotonic() < deadline:
+            with suppress(OSError), urllib.request.urlopen(f"{self.uri}/health"):
+                return
+            assert self._process.poll() is None, (self._folder / "server.log").read_text()
+            time.sleep(0.3)
+        raise AssertionError((self._folder / "server.log").read_text())
+
+    def stop(self) -> None:
+        if self._process:
+            os.killpg(self._process.pid, signal.SIGKILL)
+            self._process.wait()
+        self._process = None
+
+
+@pytest.fixture
+def server(tmp_path: Path) -> Iterator[Server]:
+    server = Server(tmp_path)
+    server.start()
+    yield server
+    server.stop()
+
+
+@pytest.mark.slow
+def test_a_training_goes_on_while_its_server_is_away(server: Server, class_folders: Path, tmp_path) -> None:
+    options = {
+        "data": class_folders, "image_size": 32, "epochs": 60, "batch_size": 8, "device": "cpu",
+        "test": "never", "checkpoint_dir": tmp_path / "checkpoints", "cache_dir": tmp_path / "cache",
+    }  # fmt: skip
+    log = tmp_path / "log.txt"
+    with log.open("wb") as file:
+        process = subprocess.Popen(
+            [sys.executable, "-u", "-m", "skin_resnet", "train", *(f"--{k}={v}" for k, v in options.items())],
+            env={**os.environ, "PYTHONPATH": str(ROOT), "MLFLOW_TRACKING_URI": server.uri},
+            stdout=file, stderr=subprocess.STDOUT, cwd=tmp_path,
+        )  # fmt: skip
+
+    def wait_for(text: str) -> None:
+        deadline = time.monotonic() + 180
+        while text not in log.read_text():
+            assert process.poll() is None, log.read_text()
+            assert time.monotonic() < deadline, log.read_text()
+            time.sleep(0.1)
+
+    try:
+        wait_for("epoch 2/60")
+        server.stop()
+        wait_for("tracking is away")
+        epochs = log.read_text().count("\nepoch ")
+        wait_for(f"epoch {epochs + 1}/60")
+        server.start()
+        wait_for("tracking is back")
+        assert process.wait(300) == 0, log.read_text()
+    finally:
+        process.kill()
+    client = mlflow.MlflowClient(server.uri)
+    (run,) = client.search_runs(["0"])
+    assert run.info.status == "FINISHED"
+    for name in ("train/loss", "val/balanced_accuracy", "lr"):
+        points = client.get_metric_history(run.info.run_id, name)
+        assert sorted(point.step for point in points) == list(range(1, 61)), name

@@ -1,0 +1,264 @@
+"""Runs that are killed, at any moment, go on to the very weights and metrics of one that never was."""
+
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import mlflow
+import pytest
+import torch
+from mlflow.entities import Run
+
+from skin_resnet.config import TrainConfig
+from skin_resnet.errors import UserError
+from skin_resnet.train import train
+from skin_resnet.training.checkpoint import read_checkpoint, save_checkpoint
+
+ROOT = Path(__file__).parent.parent
+EPOCHS = 10
+
+
+class Training:
+    """A training in a process of its own, with a store and folders of its own."""
+
+    def __init__(self, folder: Path, data: Path, **options: object) -> None:
+        folder.mkdir(exist_ok=True)
+        self.folder = folder
+        self.options = {
+            "data": data, "image_size": 32, "epochs": EPOCHS, "batch_size": 8, "ema_decay": 0.9,
+            "dropout": 0.2, "device": "cpu", "checkpoint_minutes": 0.01, "cache_dir": folder / "cache",
+            "checkpoint_dir": folder / "checkpoints", **options,
+        }  # fmt: skip
+        self.uri = f"sqlite:///{folder}/mlflow.db"
+        self.log = folder / "log.txt"
+
+    def start(self, **more: object) -> subprocess.Popen[bytes]:
+        options = [f"--{name}={value}" for name, value in {**self.options, **more}.items()]
+        environment = {**os.environ, "PYTHONPATH": str(ROOT), "MLFLOW_TRACKING_URI": self.uri}
+        with self.log.open("ab") as log:
+            return subprocess.Popen(
+                [sys.executable, "-u", "-m", "skin_resnet", "train", *options],
+                cwd=self.folder, env=environment, stdout=log, stderr=subprocess.STDOUT,
+            )  # fmt: skip
+
+    def wait_for(self, process: subprocess.Popen[bytes], condition: Callable[[], bool]) -> None:
+        deadline = time.monotonic() + 120
+        while process.poll() is None and not condition():
+            assert time.monotonic() < deadline, self.log.read_text()
+            time.sleep(0.002)
+
+    def read_runs(self) -> list[Run]:
+        client = mlflow.MlflowClient(self.uri)
+        return client.search_runs([each.experiment_id for each in client.search_experiments()])
+
+    def read_history(self, run: Run) -> dict[str, list[tuple[int, float]]]:
+        """Every value of every metric but those that a clock gives."""
+        client = mlflow.MlflowClient(self.uri)
+        return {
+            name: sorted(
+                (point.step, point.value) for point in client.get_metric_history(run.info.run_id, name)
+            )
+            for name in run.data.metrics
+            if not name.startswith(("speed/", "system/"))
+        }
+
+
+@pytest.fixture(scope="module")
+def unbroken(tmp_path_factory: pytest.TempPathFactory, class_folders: Path) -> Training:
+    training = Training(tmp_path_factory.mktemp("unbroken"), class_folders)
+    assert training.start().wait(300) == 0, training.log.read_text()
+    return training
+
+
+@pytest.fixture
+def training(tmp_path: Path, class_folders: Path) -> Iterator[Training]:
+    started: list[subprocess.Popen[bytes]] = []
+    training = Training(tmp_path / "broken", class_folders)
+    start = training.start
+
+    def start_and_remember(**more: object) -> subprocess.Popen[bytes]:
+        started.append(start(**more))
+        return started[-1]
+
+    training.start = start_and_remember  # type: ignore[method-assign]
+    yield training
+    for process in started:
+        if process.poll() is None:
+            process.kill()
+
+
+def kill_at(training: Training, moment: str, rng: random.Random) -> None:
+    """Start or go on, and kill the process at a kind of moment."""
+    process = training.start(resume="auto")
+    begun = training.log.stat().st_size
+
+    def has_begun() -> bool:
+        return (
+            b"\nepoch " in training.log.read_bytes()[begun:]
+            or b"resumed" in training.log.read_bytes()[begun:]
+        )
+
+    training.wait_for(process, has_begun)
+    if moment == "writing a checkpoint":
+        training.wait_for(process, lambda: any(training.folder.glob("checkpoints/*/.*.tmp")))
+    elif moment == "writing to MLflow":
+        training.wait_for(process, lambda: (training.folder / "mlflow.db-journal").exists())
+    else:
+        time.sleep(rng.uniform(0, 2))
+    process.kill()
+    assert process.wait(30) == -signal.SIGKILL, "it got to its end before: more epochs are needed"
+
+
+MOMENTS = ("any", "writing a checkpoint", "writing to MLflow")
+
+
+def check_kills(training: Training, unbroken: Training, kills: int) -> None:
+    rng = random.Random(kills)
+    for number in range(kills):
+        kill_at(training, MOMENTS[number % len(MOMENTS)], rng)
+        assert len(training.read_runs()) == 1, "all go on in one run"
+    last = training.start(resume="auto")
+    assert last.wait(300) == 0, training.log.read_text()
+    first_run, run = unbroken.read_runs()[0], training.read_runs()[0]
+    assert run.info.status == "FINISHED"
+    assert run.data.tags["best.sha256"] == first_run.data.tags["best.sha256"]
+    assert training.read_history(run) == unbroken.read_history(first_run)
+    assert "Traceback" not in training.log.read_text()
+
+
+def test_a_run_killed_again_and_again_is_the_unbroken_one_to_the_bit(
+    training: Training, unbroken: Training
+) -> None:
+    check_kills(training, unbroken, kills=3)
+
+
+@pytest.mark.slow
+def test_a_run_killed_twenty_one_times_is_the_unbroken_one_to_the_bit(
+    training: Training, class_folders: Path, tmp_path: Path
+) -> None:
+    training.options["epochs"] = 40
+    unbroken = Training(tmp_path / "unbroken", class_folders, epochs=40)
+    assert unbroken.start().wait(300) == 0
+    check_kills(training, unbroken, kills=21)
+
+
+def test_nothing_is_left_on_disk_but_the_best_network(unbroken: Training) -> None:
+    (folder,) = (unbroken.folder / "checkpoints").iterdir()
+    assert [path.name for path in folder.iterdir()] == ["best.pt"]
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
+def test_a_signal_saves_at_the_next_batch_and_tells_how_to_go_on(
+    training: Training, unbroken: Training, number: signal.Signals
+) -> None:
+    process = training.start(checkpoint_minutes=1000)
+    training.wait_for(process, lambda: "epoch 1/" in training.log.read_text())
+    time.sleep(0.3)  # into the next epoch
+    process.send_signal(number)
+    assert process.wait(60) == 128 + number
+    (run,) = training.read_runs()
+    assert run.info.status == "KILLED"
+    log = training.log.read_text()
+    assert f"go on with it: python -m skin_resnet train --resume {run.info.run_id}" in log
+    assert log.splitlines()[-1] == f"interrupted by {number.name}"
+    assert "Traceback" not in log
+    if number != signal.SIGTERM:
+        return
+    # What is not given is the run's own.
+    assert training.start(resume=run.info.run_id, checkpoint_minutes=1000).wait(300) == 0
+    (run,) = training.read_runs()
+    assert run.data.tags["best.sha256"] == unbroken.read_runs()[0].data.tags["best.sha256"]
+
+
+def test_the_next_start_closes_a_run_whose_process_was_killed(training: Training) -> None:
+    process = training.start(epochs=1000)
+    training.wait_for(process, lambda: "epoch 1/" in training.log.read_text())
+    process.kill()
+    process.wait(30)
+    assert training.read_runs()[0].info.status == "RUNNING"
+    assert training.start(epochs=1, test="never").wait(300) == 0
+    assert sorted(run.info.status for run in training.read_runs()) == ["FINISHED", "KILLED"]
+
+
+@pytest.fixture
+def config(tmp_path: Path, class_folders: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[TrainConfig]:
+    monkeypatch.chdir(tmp_path)
+    mlflow.set_tracking_uri(f"sqlite:///{tmp_path}/mlflow.db")
+    yield TrainConfig(
+        data=str(class_folders), image_size=32, epochs=2, batch_size=32, device="cpu", test="never",
+        cache_dir=tmp_path / "cache", checkpoint_dir=tmp_path / "checkpoints",
+    )  # fmt: skip
+    mlflow.set_tracking_uri(None)
+
+
+@pytest.fixture
+def stopped(config: TrainConfig, monkeypatch: pytest.MonkeyPatch) -> str:
+    """A run that was interrupted after its first epoch."""
+
+    def stop(*arguments: object) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr("skin_resnet.run_training.EpochLog.write", stop)
+        with pytest.raises(KeyboardInterrupt):
+            train(config)
+    return str(mlflow.search_runs(output_format="list")[0].info.run_id)
+
+
+def test_what_a_run_cannot_go_on_with_is_refused(stopped: str, config: TrainConfig) -> None:
+    folder = config.checkpoint_dir / stopped
+    for changes, rule in (
+        ({"resume": "0" * 32}, "has no last.pt"),
+        ({"lr": 0.1}, "lr=0.0005 and got 0.1"),
+        ({"split_seed": 1}, "split_seed=0 and got 1"),
+    ):
+        with pytest.raises(UserError, match=rule):
+            train(config.with_changes(**{"resume": stopped, **changes}))
+    state = read_checkpoint(folder / "last.pt")
+    del state["format"]
+    save_checkpoint(folder / "last.pt", {**state, "data": "other"})
+    with pytest.raises(UserError, match="needs the data that the run was trained on"):
+        train(config.with_changes(resume=stopped))
+    (folder / "last.pt").write_bytes((folder / "last.pt").read_bytes()[:1000])
+    with pytest.raises(UserError, match="broken"):
+        train(config.with_changes(resume=stopped))
+
+
+def test_auto_begins_anew_where_no_run_was_given_these_options(stopped: str, config: TrainConfig) -> None:
+    train(config.with_changes(resume="auto", epochs=1))
+    train(config.with_changes(resume="auto"))
+    runs = {run.info.run_id: run for run in mlflow.search_runs(output_format="list")}
+    assert len(runs) == 2, "the second one went on with the run that was stopped"
+    assert {run.info.status for run in runs.values()} == {"FINISHED"}
+    assert runs[stopped].data.metrics["best/epoch"] in {1, 2}
+    with pytest.raises(UserError, match="it has finished"):
+        train(config.with_changes(resume=stopped))
+
+
+def test_a_run_that_another_process_is_at_is_left_alone(stopped: str, config: TrainConfig) -> None:
+    script = (
+        "import sys, pathlib, time; from skin_resnet.training.run_folder import RunFolder\n"
+        "with RunFolder(pathlib.Path(sys.argv[1])).hold(): print('held', flush=True); time.sleep(60)"
+    )
+    command = [sys.executable, "-c", script, str(config.checkpoint_dir / stopped)]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    with subprocess.Popen(command, env=environment, stdout=subprocess.PIPE) as other:
+        try:
+            assert other.stdout is not None
+            assert other.stdout.readline() == b"held\n"
+            with pytest.raises(UserError, match="another one is at"):
+                train(config.with_changes(resume=stopped))
+        finally:
+            other.kill()
+    assert mlflow.get_run(stopped).info.status == "KILLED"
+
+
+def test_a_state_holds_nothing_that_a_safe_reader_refuses(stopped: str, config: TrainConfig) -> None:
+    state = torch.load(config.checkpoint_dir / stopped / "last.pt", weights_only=True)
+    assert len(state["history"]) == 1
+    assert {"network", "ema", "optimizer", "schedule", "epoch", "step", "seen"} <= set(state["state"])
