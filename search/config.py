@@ -82,6 +82,11 @@ class SearchConfig(TrainConfig):
             raise UserError(f"objectives: must name each one once, but got {self.objectives!r}.")
         if self.devices != 1:
             raise UserError(f"devices: must be 1 in a search, but got {self.devices}; use workers.")
+        if self.resume != "none":
+            raise UserError(
+                f"resume: must be none in a search, but got {self.resume!r}; a search given again with the "
+                "same study_name goes on by itself."
+            )
         # In memory, each process would have a study of its own.
         if not self.storage.startswith(("sqlite:///", "postgresql")) or self.storage in _IN_MEMORY:
             raise UserError(

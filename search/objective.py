@@ -14,6 +14,7 @@ from skin_resnet.errors import UserError
 from skin_resnet.evaluation.metrics import EpochResult
 from skin_resnet.run_training import TrainResult, run_training
 from skin_resnet.tracking import search_runs
+from skin_resnet.training.state import is_out_of_memory
 
 Train = Callable[[TrainConfig, Callable[[EpochResult], None]], TrainResult]
 
@@ -86,7 +87,7 @@ class Objective:
         try:
             return self._train_in_child(trial, config, on_epoch)
         except (MemoryError, RuntimeError) as error:
-            if not _is_out_of_memory(error) or config.batch_size < 4:
+            if not is_out_of_memory(error) or config.batch_size < 4:
                 raise
         # Here and not above: while an exception is handled, its frames keep the network alive.
         gc.collect()
@@ -131,8 +132,3 @@ def read_objective(name: str, result: EpochResult) -> float:
     """Read what an epoch scores by an objective's name."""
     value: float = result.gap if name == "gap" else getattr(result.val, name.removeprefix("val_"))
     return value
-
-
-def _is_out_of_memory(error: BaseException) -> bool:
-    # CPU allocators tell it as a plain RuntimeError.
-    return isinstance(error, MemoryError | torch.OutOfMemoryError) or "memory" in str(error).lower()

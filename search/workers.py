@@ -5,7 +5,6 @@ import os
 import signal
 import time
 from multiprocessing.process import BaseProcess
-from types import FrameType
 
 import torch
 from optuna import Study
@@ -14,12 +13,12 @@ from search.config import SearchConfig
 from search.objective import Objective
 from search.study import work
 from search.trials import MAX_RETRIES, count_done, summarize
+from skin_resnet import interrupts
 from skin_resnet.tracking import search_runs
 
 _POLL_S = 1.0
-_END_S = 10.0  # to end a trial's run in MLflow after an interrupt
+_END_S = 30.0  # to end a trial's run in MLflow after an interrupt
 _SIGNALS = {signal.SIGINT, signal.SIGTERM, signal.SIGHUP}
-_INTERRUPTS = 3  # before a worker is killed: it may drop one, see Interrupt
 
 
 def run_workers(config: SearchConfig, study: Study, parent_run_id: str) -> None:
@@ -38,6 +37,7 @@ def run_workers(config: SearchConfig, study: Study, parent_run_id: str) -> None:
             _start(config, study, parent_run_id, processes)
         while any(process.is_alive() or (_was_killed(process) and restarts) for process in processes):
             time.sleep(_POLL_S)
+            interrupts.check()  # Python may have dropped what the signal raised
             trials = study.get_trials(deepcopy=False)
             if count_done(trials) != logged:
                 logged, restarts = count_done(trials), most
@@ -81,59 +81,31 @@ def _start(config: SearchConfig, study: Study, parent_run_id: str, processes: li
 def _work(config: SearchConfig, study_id: str, parent_run_id: str, tracking_uri: str, parent: int) -> None:
     """Do what a worker process is there for."""
     os.environ.pop("MLFLOW_RUN_ID", None)  # or it would open the search's run as its own
-    interrupt = Interrupt()
-    for number in _SIGNALS:
-        signal.signal(number, interrupt)
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches all; the parent decides, and ends us
     search_runs.set_tracking_uri(tracking_uri)
     if config.workers > 1 and "OMP_NUM_THREADS" not in os.environ:
         torch.set_num_threads(max(1, (os.cpu_count() or 1) // config.workers))
 
     def check_alive() -> None:
-        interrupt.check()
+        interrupts.check()
         if os.getppid() != parent:
             raise KeyboardInterrupt(signal.SIGTERM)  # the search was killed: so was this trial
 
     objective = Objective(config, study_id, parent_run_id, check_alive)
     try:
-        signal.pthread_sigmask(signal.SIG_UNBLOCK, _SIGNALS)
-        work(config, objective, check_alive)
+        with interrupts.handled():
+            # Ctrl-C reaches all; the parent decides, and ends us.
+            signal.signal(signal.SIGINT, signal.SIG_IGN)
+            signal.pthread_sigmask(signal.SIG_UNBLOCK, _SIGNALS)
+            work(config, objective, check_alive)
     except KeyboardInterrupt:
         raise SystemExit(128 + signal.SIGTERM) from None
 
 
-class Interrupt:
-    """Handles a signal by raising KeyboardInterrupt, and keeps it in mind.
-
-    Python drops what is raised while it runs a `__del__` or a callback ("Exception ignored in ..."), and
-    goes on. So `check` raises it again, at a place where nothing drops it. More signals do not disturb the
-    ending of a run; but none is ignored for good, or a process that dropped the first could not be ended.
-    """
-
-    def __init__(self) -> None:
-        self._since: float | None = None
-
-    def __call__(self, number: int, frame: FrameType | None) -> None:
-        """Raise, unless a signal came just before."""
-        now = time.monotonic()
-        if self._since is not None and now - self._since < _END_S:
-            return
-        self._since = now
-        raise KeyboardInterrupt(number)
-
-    def check(self) -> None:
-        """Raise if a signal came."""
-        if self._since is not None:
-            raise KeyboardInterrupt(signal.SIGTERM)
-
-
 def _end(processes: list[BaseProcess]) -> None:
-    for _ in range(_INTERRUPTS):
-        for process in processes:
-            process.terminate()
-        deadline = time.monotonic() + _END_S + 1
-        for process in processes:
-            process.join(max(0.1, deadline - time.monotonic()))
     for process in processes:
+        process.terminate()
+    deadline = time.monotonic() + _END_S
+    for process in processes:
+        process.join(max(0.1, deadline - time.monotonic()))
         process.kill()
         process.join()

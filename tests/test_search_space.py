@@ -115,6 +115,7 @@ def test_a_run_shows_no_password(storage: str, shown: str) -> None:
         ({"objectives": "accuracy"}, "must be of val_balanced_accuracy"),
         ({"objectives": "gap,gap"}, "each one once"),
         ({"devices": 2}, "use workers"),
+        ({"resume": "auto"}, "goes on by itself"),
         ({"storage": "mysql://x"}, "sqlite:///FILE"),
         ({"storage": "sqlite:///:memory:"}, "sqlite:///FILE"),
         ({"best_by": "loss"}, "best_by: must be what objectives names first, .* give objectives=val_loss"),

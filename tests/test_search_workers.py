@@ -2,15 +2,15 @@
 
 import os
 import signal
-from collections.abc import Iterator
-from types import SimpleNamespace
+from collections.abc import Callable, Iterator
+from pathlib import Path
 
+import mlflow
 import optuna
 import pytest
 
 from search import workers
 from search.config import SearchConfig
-from search.workers import Interrupt
 
 
 class Dying:
@@ -21,36 +21,34 @@ class Dying:
 
 
 @pytest.fixture
-def interrupt() -> Iterator[Interrupt]:
-    interrupt, before = Interrupt(), signal.getsignal(signal.SIGTERM)
-    signal.signal(signal.SIGTERM, interrupt)
-    yield interrupt
-    signal.signal(signal.SIGTERM, before)
-
-
-def test_a_signal_interrupts_at_once(interrupt: Interrupt) -> None:
-    interrupt.check()
-    with pytest.raises(KeyboardInterrupt):
-        os.kill(os.getpid(), signal.SIGTERM)
+def config(tmp_path: Path) -> Iterator[SearchConfig]:
+    """For a worker in this very process."""
+    uri = mlflow.get_tracking_uri()
+    yield SearchConfig(storage=f"sqlite:///{tmp_path}/study.db")
+    mlflow.set_tracking_uri(uri)
 
 
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
-def test_a_signal_that_python_dropped_interrupts_at_the_next_check(interrupt: Interrupt) -> None:
-    Dying()
-    with pytest.raises(KeyboardInterrupt):
-        interrupt.check()
-
-
-def test_more_signals_leave_the_ending_alone_but_are_not_ignored_for_good(
-    interrupt: Interrupt, monkeypatch: pytest.MonkeyPatch
+def test_a_signal_that_python_dropped_ends_a_worker_at_its_next_trial(
+    config: SearchConfig, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    with pytest.raises(KeyboardInterrupt):
-        os.kill(os.getpid(), signal.SIGTERM)
-    os.kill(os.getpid(), signal.SIGTERM)  # raises nothing
-    now = workers.time.monotonic()
-    monkeypatch.setattr(workers, "time", SimpleNamespace(monotonic=lambda: now + 60))
-    with pytest.raises(KeyboardInterrupt):
-        os.kill(os.getpid(), signal.SIGTERM)
+    def work(config: SearchConfig, objective: object, check_alive: Callable[[], None]) -> None:
+        check_alive()
+        Dying()
+        check_alive()
+        pytest.fail("the worker went on")
+
+    monkeypatch.setattr(workers, "work", work)
+    with pytest.raises(SystemExit) as ended:
+        workers._work(config, "study", "run", mlflow.get_tracking_uri(), os.getppid())
+    assert ended.value.code == 128 + signal.SIGTERM
+
+
+def test_a_worker_ends_when_its_search_is_gone(config: SearchConfig, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(workers, "work", lambda config, objective, check_alive: check_alive())
+    workers._work(config, "study", "run", mlflow.get_tracking_uri(), os.getppid())
+    with pytest.raises(SystemExit):
+        workers._work(config, "study", "run", mlflow.get_tracking_uri(), os.getppid() + 1)
 
 
 class StubProcess:
