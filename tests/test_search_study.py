@@ -25,7 +25,6 @@ from search.trials import MAX_RETRIES, choose_best, count_done, drop_retried, fi
 from skin_resnet.config import TrainConfig
 from skin_resnet.errors import UserError
 from skin_resnet.evaluation.metrics import EpochResult, Metrics
-from skin_resnet.training.engine import NonFiniteLossError
 
 State = TrialState
 Train = Callable[[TrainConfig, Callable[[EpochResult], None]], SimpleNamespace]
@@ -149,7 +148,7 @@ def test_a_pruned_trial_ends_killed_and_baselines_are_never_pruned(tmp_path: Pat
 
 def test_a_failed_trial_ends_failed_with_its_reason_and_counts(tmp_path: Path, parent: str) -> None:
     def fail(config: TrainConfig, on_epoch: Callable[[EpochResult], None]) -> SimpleNamespace:
-        raise NonFiniteLossError("the loss must stay finite")
+        raise UserError("the loss must stay finite")
 
     trials = run(make_config(tmp_path), parent, fail)
     assert [trial.state for trial in trials] == [State.FAIL] * 4
