@@ -70,7 +70,7 @@ class Search:
             return []  # not begun yet
 
     def wait_for(self, condition: Callable[[list[FrozenTrial]], bool]) -> list[FrozenTrial]:
-        deadline = time.monotonic() + 120
+        deadline = time.monotonic() + 300  # a busy machine
         while not condition(trials := self.read_trials()):
             assert time.monotonic() < deadline, self.log.read_text()
             time.sleep(0.3)
