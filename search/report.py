@@ -14,7 +14,7 @@ from optuna.trial import FrozenTrial, TrialState
 
 from search.config import DIRECTIONS, SearchConfig
 from search.space import Choice, Part, Range, Space, build_space
-from search.trials import drop_retried, find_front
+from search.trials import drop_retried, find_front, is_within_gap
 from search.verdict import Verdict
 from search.winner import SEED, WINNER, Retrained, compute_mean
 from skin_resnet.evaluation.comparison import format_difference
@@ -38,7 +38,7 @@ def log_figures(config: SearchConfig, study: Study, best: FrozenTrial) -> None:
     }
     if best.params:
         figures["slices"] = plots.plot_slices(points, scales, objective)
-        figures["parallel_coordinates"] = plots.plot_parallel(points, scales, maximize=maximize)
+        figures["parallel_coordinates"] = plots.plot_parallel(points, scales, best.number, maximize=maximize)
     importances = compute_importances(study)
     if importances:
         finished = sum(point.state == "COMPLETE" for point in points)
@@ -56,8 +56,10 @@ def _get_scale(part: Part) -> str | tuple[str, ...]:
 def log_curves(runs: dict[str, str]) -> None:
     """Log the curves of seed recipe and winner side by side, from their runs by recipe."""
     curves = {name: search_runs.read_curves(run_id) for name, run_id in runs.items()}
-    gaps = {name: search_runs.read_metrics(run_id)["best/gap"] for name, run_id in runs.items()}
-    mlflow_run.log_figure(plots.plot_recipes(curves, gaps), "figures/recipes.png")
+    metrics = {name: search_runs.read_metrics(run_id) for name, run_id in runs.items()}
+    best = {name: (int(each["best/epoch"]), each["best/gap"]) for name, each in metrics.items()}
+    images = search_runs.read_tag(next(iter(runs.values())), "split.val")
+    mlflow_run.log_figure(plots.plot_recipes(curves, best, images), "figures/recipes.png")
 
 
 def to_point(config: SearchConfig, trial: FrozenTrial) -> plots.Point:
@@ -74,6 +76,7 @@ def to_point(config: SearchConfig, trial: FrozenTrial) -> plots.Point:
         params=trial.params,
         epochs=trial.user_attrs.get("epochs", 0),
         label=trial.user_attrs.get("baseline", ""),
+        may_win=trial.state == TrialState.COMPLETE and is_within_gap(config, trial),
     )
 
 
@@ -117,12 +120,12 @@ def describe_trials(config: SearchConfig, trials: Sequence[FrozenTrial], best: F
     pruned = [trial for trial in kept if trial.state == TrialState.PRUNED]
     saved = sum(config.epochs - trial.user_attrs.get("epochs", 0) for trial in pruned)
     run = sum(trial.user_attrs.get("epochs", 0) for trial in kept)
+    gap = "" if "gap" in config.objective_names else f"gap {best.user_attrs['gap']:+.3f}, "
     lines = [
         f"- {len(kept)} trials: {states['COMPLETE']} finished, {states['PRUNED']} pruned, {states['FAIL']} "
         f"failed; {len(trials) - len(kept)} killed and run again.",
         f"- Best: trial {best.number} ({best.user_attrs.get('baseline', config.sampler)}), "
-        f"{_spell_values(config, best)}, generalization gap {best.user_attrs['gap']:+.3f}, "
-        f"epoch {best.user_attrs['best_epoch']}.",
+        f"{_spell_values(config, best)}, {gap}epoch {best.user_attrs['best_epoch']}.",
         f"- {run} epochs were run of {config.epochs * len(kept)} asked for; pruning saved {saved}.",
         *_describe_front(config, kept),
         *(f"- **{told}**" for told in find_edges(build_space(config), best)),
@@ -131,7 +134,7 @@ def describe_trials(config: SearchConfig, trials: Sequence[FrozenTrial], best: F
         lines.append(f"- **No trial kept its gap within {config.max_gap:g}; this one is the nearest.**")
     failed = [trial for trial in kept if trial.state == TrialState.FAIL]
     reasons = Counter(trial.user_attrs.get("failure", "killed again and again") for trial in failed)
-    lines += [f"- Failed {count} times: {reason.splitlines()[0]}" for reason, count in reasons.most_common(3)]
+    lines += [f"- Failed {count} x: {reason.splitlines()[0]}" for reason, count in reasons.most_common(3)]
     return "\n".join(lines)
 
 
@@ -162,7 +165,7 @@ def describe_verdict(retrained: list[Retrained], verdict: Verdict | None, best: 
     mean = compute_mean(retrained, winner, "val")
     in_study = best.user_attrs["val/balanced_accuracy"]
     lines = [
-        f"Means over {seeds} seeds; balanced accuracy on val, and its gap to train.",
+        f"Means over {seeds} seed{'s' * (seeds > 1)}; balanced accuracy on val, and its gap to train.",
         "",
         format_table(header, rows),
         "",

@@ -6,7 +6,7 @@ from search import report, winner
 from search.config import SearchConfig
 from search.storage import lock, try_lock
 from search.study import close_killed_runs, name_session, open_study
-from search.trials import choose_best, drop_retried, find_baseline, summarize
+from search.trials import choose_best, count_done, drop_retried, find_baseline, summarize
 from search.workers import run_workers
 from skin_resnet.data.prepare import prepare_data
 from skin_resnet.errors import UserError
@@ -19,25 +19,35 @@ def search(config: SearchConfig) -> None:
     Raises:
         UserError: Something the user gave cannot be used; the run ends FAILED.
     """
-    # Before there are workers: they would all make the same tables and decode the same pictures.
-    search_runs.create_store()
-    prepare_data(config.training)
-    study, _ = open_study(config)
-    with mlflow_run.open_run("search under way") as run_id, lock(config.storage, name_session(run_id)):
-        mlflow_run.set_tags({search_runs.STUDY: study.user_attrs["id"], "search.study": config.study_name})
+    # The run first: it makes the store's tables, once for all workers, and holds what may fail from here on.
+    with mlflow_run.open_run("search under way") as run_id:
         mlflow_run.log_params(config)
-        close_killed_runs(config, study)
-        run_workers(config, study, run_id)
-        close_killed_runs(config, study)
-        trials = study.get_trials(deepcopy=False)
-        search_runs.log_progress(run_id, summarize(config, trials), len(drop_retried(trials)))
-        # Of several searches on one study, the first to come here retrains, tests and reports.
-        with try_lock(config.storage, f"winner-{study.user_attrs['id']}") as is_first:
-            note = _conclude(config, study, run_id) if is_first else "Another search is at the winner."
+        study, _ = open_study(config)
+        with lock(config.storage, name_session(run_id)):
+            mlflow_run.set_tags(
+                {search_runs.STUDY: study.user_attrs["id"], "search.study": config.study_name}
+            )
+            note = _search(config, study, run_id)
         print(f"\n{note}")
         mlflow_run.log_text(note, "report.md")
         mlflow_run.log_note(note)
     print(f"\n{mlflow_run.describe_location(run_id)}")
+
+
+def _search(config: SearchConfig, study: Study, run_id: str) -> str:
+    """Run the trials, then choose a winner; give the page."""
+    closed = close_killed_runs(config, study)
+    done = count_done(study.get_trials(deepcopy=False))
+    print(f"study {config.study_name}: {done} of {config.n_trials} trials are done", end="")
+    print(f"; {len(closed)} runs of killed processes were closed" if closed else "", flush=True)
+    prepare_data(config.training)  # before there are workers: they would all decode the same pictures
+    run_workers(config, study, run_id)
+    close_killed_runs(config, study)
+    trials = study.get_trials(deepcopy=False)
+    search_runs.log_progress(run_id, summarize(config, trials), len(drop_retried(trials)))
+    # Of several searches on one study, the first to come here retrains, tests and reports.
+    with try_lock(config.storage, f"winner-{study.user_attrs['id']}") as is_first:
+        return _conclude(config, study, run_id) if is_first else "Another search is at the winner."
 
 
 def _conclude(config: SearchConfig, study: Study, run_id: str) -> str:

@@ -1,6 +1,7 @@
 """What is tuned, within which bounds, and the two recipes that every study begins with."""
 
 import dataclasses
+import difflib
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -98,9 +99,12 @@ class Space:
         options = {name: value for name, value in params.items() if not name.endswith(FACTOR)}
         for name, usual in USUAL.items():
             if name + FACTOR in params:
-                # Six digits read well on a run, and say more than anyone can tell apart.
-                options[name] = float(f"{params[name + FACTOR] * usual[params['optimizer']]:.6g}")
-        return options
+                options[name] = params[name + FACTOR] * usual[params["optimizer"]]
+        # Six digits read well on a run, and say more than anyone can tell apart.
+        return {
+            name: float(f"{value:.6g}") if isinstance(value, float) else value
+            for name, value in options.items()
+        }
 
     def locate(self, config: TrainConfig) -> dict[str, Any]:
         """Give the place of a config in the space; the nearest one, where a part of it lies outside."""
@@ -126,13 +130,8 @@ def build_space(config: SearchConfig) -> Space:
         UserError: `fix` names something that is not tuned, or gives it a value it cannot have.
     """
     parts, fixed = build_parts(config.epochs), dict[str, Any]()
-    for entry in [] if config.fix == "none" else config.fix.split(","):
-        name, _, text = (piece.strip() for piece in entry.partition("="))
-        key = name if name in parts else name + FACTOR
-        if key not in parts or not text:
-            tuned = ", ".join(part.removesuffix(FACTOR) for part in parts)
-            raise UserError(f"fix: must be NAME=VALUE with a name of {tuned}, but got {entry!r}.")
-        part = _narrow(config.training, name, text, parts.pop(key))
+    for name, text in _read_fix(config.fix, [part.removesuffix(FACTOR) for part in parts]).items():
+        part = _narrow(config.training, name, text, parts.pop(name if name in parts else name + FACTOR))
         if isinstance(part, Choice) and len(part.values) == 1:
             fixed[name] = part.values[0]
         else:
@@ -142,21 +141,43 @@ def build_space(config: SearchConfig) -> Space:
     return Space(parts=parts, fixed=fixed)
 
 
+def _read_fix(fix: str, tuned: list[str]) -> dict[str, str]:
+    """Read `NAME=TEXT,...`; give the texts by name."""
+    texts: dict[str, str] = {}
+    for entry in [] if fix == "none" else fix.split(","):
+        name, _, text = (piece.strip() for piece in entry.partition("="))
+        if name not in tuned:
+            near = difflib.get_close_matches(name, tuned, 1)
+            hint = f"; did you mean {near[0]}?" if near else "."
+            names = ", ".join(tuned)
+            raise UserError(f"fix: must be NAME=VALUE with a name of {names}, but got {entry!r}{hint}")
+        if not text:
+            raise UserError(f"fix: must be NAME=VALUE, VALUE|VALUE or LOW..HIGH, but got {entry!r}.")
+        if name in texts:
+            raise UserError(f"fix: must name each part once, but got {name} twice; write {name}=VALUE|VALUE.")
+        texts[name] = text
+    return texts
+
+
 def _narrow(training: TrainConfig, name: str, text: str, part: Part) -> Part:
     """Read `value`, `value|value` or `low..high`, each checked as the option's value."""
-    pieces = text.split("..") if ".." in text else text.split("|")
-    values = [_read_value(training, name, piece.strip()) for piece in pieces]
     if ".." not in text:
+        values = [_read_value(training, name, piece.strip()) for piece in text.split("|")]
         return Choice(values=tuple(dict.fromkeys(values)))
-    if len(values) != 2 or isinstance(part, Choice) or values[0] >= values[1]:
-        raise UserError(f"fix: {name} must be LOW..HIGH of a number, VALUE or VALUE|VALUE, but got {text!r}.")
+    if isinstance(part, Choice):
+        choices = ", ".join(map(str, part.values))
+        raise UserError(f"fix: {name} must be VALUE or VALUE|VALUE of {choices}, but got {text!r}.")
+    values = [_read_value(training, name, piece.strip()) for piece in text.split("..")]
+    if len(values) != 2 or values[0] >= values[1]:
+        raise UserError(f"fix: {name} must be LOW..HIGH with LOW below HIGH, but got {text!r}.")
     low, high = values
-    if part.log and low <= 0:
-        raise UserError(f"fix: {name} must lie above 0, but got {text!r}.")
     steps = (high - low) / (part.step or math.inf)
     step = part.step if part.step and math.isclose(steps, round(steps)) else None
     return dataclasses.replace(part, low=low, high=high, step=step)
 
 
 def _read_value(training: TrainConfig, name: str, text: str) -> Any:
-    return getattr(training.with_changes(**{name: text}), name)
+    try:
+        return getattr(training.with_changes(**{name: text}), name)
+    except UserError as error:
+        raise UserError(f"fix: {error}") from None

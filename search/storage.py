@@ -14,6 +14,7 @@ from sqlalchemy.engine import make_url
 from sqlalchemy.exc import SQLAlchemyError
 from sqlalchemy.pool import NullPool
 
+from search.config import hide_password
 from skin_resnet.errors import UserError
 
 GRACE = 4  # heartbeats that a trial may miss before it counts as killed
@@ -40,7 +41,8 @@ def open_storage(url: str, heartbeat_s: int) -> RDBStorage:
             )
     except (OSError, ImportError, RuntimeError, StorageInternalError, SQLAlchemyError) as error:
         reason = str(error).splitlines()[0]
-        raise UserError(f"storage must be a database that opens, but {url!r} does not ({reason}).") from None
+        name = hide_password(url)
+        raise UserError(f"storage must be a database that opens, but {name!r} does not ({reason}).") from None
 
 
 @contextlib.contextmanager

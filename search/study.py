@@ -27,7 +27,7 @@ CLAIM = "claim"  # the lock that is held while a trial is chosen
 # Options that a resumed study may be given anew: they change where and how much is trained, not what.
 _MAY_CHANGE = {
     "n_trials", "workers", "seeds", "storage", "sampler", "pruner", "heartbeat_s", "model_name", "test",
-    "device", "precision", "checkpoint_dir", "cache_dir",
+    "device", "precision", "checkpoint_dir", "checkpoint_minutes", "cache_dir",
 }  # fmt: skip
 
 

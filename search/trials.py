@@ -67,7 +67,7 @@ def find_front(config: SearchConfig, trials: Sequence[FrozenTrial]) -> list[Froz
     costs = {
         trial.number: _get_costs(config, trial)
         for trial in trials
-        if trial.state == TrialState.COMPLETE and _get_excess(config, trial) == 0
+        if trial.state == TrialState.COMPLETE and is_within_gap(config, trial)
     }
 
     def is_dominated(own: tuple[float, ...]) -> bool:
@@ -77,6 +77,11 @@ def find_front(config: SearchConfig, trials: Sequence[FrozenTrial]) -> list[Froz
 
     front = [trial for trial in trials if trial.number in costs and not is_dominated(costs[trial.number])]
     return sorted(front, key=lambda trial: costs[trial.number])
+
+
+def is_within_gap(config: SearchConfig, trial: FrozenTrial) -> bool:
+    """Say whether a finished trial keeps to `max_gap`."""
+    return _get_excess(config, trial) == 0
 
 
 def _get_excess(config: SearchConfig, trial: FrozenTrial) -> float:

@@ -63,10 +63,13 @@ def choose_recipes(
 def retrain(
     config: SearchConfig, study: Study, recipes: dict[str, TrainConfig], parent_run_id: str
 ) -> list[Retrained]:
-    """Train each recipe with `config.seeds` seeds, in child runs; what a killed search finished is kept."""
+    """Train each recipe with `config.seeds` seeds, in child runs; what a killed search finished is kept.
+
+    None is the seed of the trials: with that one, the winner would only repeat what made it the winner.
+    """
     return [
         _retrain_once(study, recipe, each.with_changes(seed=each.seed + number), parent_run_id)
-        for number in range(config.seeds)
+        for number in range(1, config.seeds + 1)
         for recipe, each in recipes.items()
     ]
 

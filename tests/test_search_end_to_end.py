@@ -1,5 +1,6 @@
 """Whole searches by the command line: two workers, kills, Ctrl-C, and the same command again."""
 
+import contextlib
 import os
 import signal
 import subprocess
@@ -37,16 +38,28 @@ class Search:
         self.command = [sys.executable, "-m", "search"] + [f"--{k}={v}" for k, v in options.items()]
         self.folder = folder
         self.log = folder / "log.txt"
+        self.started: list[subprocess.Popen[bytes]] = []
 
     def start(self) -> subprocess.Popen[bytes]:
         environment = {**os.environ, "MLFLOW_TRACKING_URI": self.tracking_uri, "PYTHONPATH": str(ROOT)}
         with self.log.open("ab") as log:
-            return subprocess.Popen(
-                self.command, cwd=self.folder, env=environment, stdout=log, stderr=subprocess.STDOUT
-            )
+            # A group of its own, as a terminal's command is: Ctrl-C goes to all of it.
+            process = subprocess.Popen(
+                self.command, cwd=self.folder, env=environment, stdout=log, stderr=subprocess.STDOUT,
+                start_new_session=True,
+            )  # fmt: skip
+        self.started.append(process)
+        return process
 
     def finish(self) -> None:
         assert self.start().wait(300) == 0, self.log.read_text()
+
+    def kill(self) -> None:
+        """Let no process outlive a test, however it failed."""
+        for process in self.started:
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)
+            process.wait(30)
 
     def read_trials(self) -> list[FrozenTrial]:
         if not (self.folder / "optuna.db").exists():
@@ -57,7 +70,7 @@ class Search:
             return []  # not begun yet
 
     def wait_for(self, condition: Callable[[list[FrozenTrial]], bool]) -> list[FrozenTrial]:
-        deadline = time.monotonic() + 120
+        deadline = time.monotonic() + 300  # a busy machine
         while not condition(trials := self.read_trials()):
             assert time.monotonic() < deadline, self.log.read_text()
             time.sleep(0.3)
@@ -104,20 +117,21 @@ def is_training(trials: list[FrozenTrial]) -> bool:
 
 
 @pytest.fixture
-def killed() -> Iterator[list[subprocess.Popen[bytes]]]:
-    started: list[subprocess.Popen[bytes]] = []
-    yield started
-    for search in started:
-        if search.poll() is None:
-            search.kill()
+def make_search(tmp_path: Path, class_folders: Path) -> Iterator[Callable[..., Search]]:
+    made: list[Search] = []
+
+    def make(**options: object) -> Search:
+        made.append(Search(tmp_path, class_folders, **options))
+        return made[-1]
+
+    yield make
+    for search in made:
+        search.kill()
 
 
-def test_kill_a_worker_then_everything_then_the_same_command(
-    tmp_path: Path, class_folders: Path, killed: list[subprocess.Popen[bytes]]
-) -> None:
-    search = Search(tmp_path, class_folders, workers=2)
+def test_kill_a_worker_then_everything_then_the_same_command(make_search: Callable[..., Search]) -> None:
+    search = make_search(workers=2)
     first = search.start()
-    killed.append(first)
     search.wait_for(is_training)
     find_workers(first)[0].kill()
     over = count_done(search.read_trials())
@@ -136,22 +150,20 @@ def test_kill_a_worker_then_everything_then_the_same_command(
 
 
 def test_workers_end_with_their_search_and_ctrl_c_ends_all_cleanly(
-    tmp_path: Path, class_folders: Path, killed: list[subprocess.Popen[bytes]]
+    make_search: Callable[..., Search],
 ) -> None:
-    search = Search(tmp_path, class_folders, n_trials=3)
+    search = make_search(n_trials=3)
     first = search.start()
-    killed.append(first)
     search.wait_for(is_training)
     workers = find_workers(first)
     first.kill()
     _, alive = psutil.wait_procs(workers, timeout=60)
     assert not alive
     second = search.start()
-    killed.append(second)
     trials = search.read_trials()
     search.wait_for(lambda now: len(now) > len(trials) and is_training(now))
     workers = find_workers(second)
-    second.send_signal(signal.SIGINT)
+    os.killpg(second.pid, signal.SIGINT)
     assert second.wait(60) == 128 + signal.SIGINT
     _, alive = psutil.wait_procs(workers, timeout=1)
     assert not alive

@@ -1,7 +1,9 @@
 """Many machines: two workers on a study that a real PostgreSQL server keeps."""
 
+import contextlib
 import os
 import shutil
+import signal
 import socket
 import subprocess
 import sys
@@ -17,15 +19,17 @@ from search.trials import count_done
 
 ROOT = Path(__file__).parent.parent
 pytest.importorskip("psycopg")
-needs_server = pytest.mark.skipif(
-    not shutil.which("initdb") or not shutil.which("pg_ctl"), reason="PostgreSQL is not installed"
-)
+# Debian puts what a server needs beside PATH, in a folder a version.
+FOLDERS = [os.environ["PATH"], *sorted(map(str, Path("/usr/lib/postgresql").glob("*/bin")), reverse=True)]
+PROGRAMS = {name: shutil.which(name, path=os.pathsep.join(FOLDERS)) for name in ("initdb", "pg_ctl")}
+needs_server = pytest.mark.skipif(not all(PROGRAMS.values()), reason="PostgreSQL is not installed")
 
 
-def as_server_user(*command: str, cwd: Path) -> None:
+def as_server_user(program: str, *options: str, cwd: Path) -> None:
     # PostgreSQL refuses to run as root.
     user = {"user": "postgres"} if os.geteuid() == 0 else {}
-    subprocess.run(command, cwd=cwd, check=True, stdout=subprocess.DEVNULL, **user)
+    command = [PROGRAMS[program], *options]
+    subprocess.run(command, cwd=cwd, check=True, stdout=subprocess.DEVNULL, timeout=120, **user)
 
 
 @pytest.fixture(scope="module")
@@ -59,7 +63,7 @@ def test_two_searches_at_once_share_a_study_and_count_its_trials_once(
     storage: str, tmp_path: Path, class_folders: Path
 ) -> None:
     options = {
-        "data": class_folders, "image_size": 32, "epochs": 2, "batch_size": 8, "device": "cpu",
+        "data": class_folders, "image_size": 32, "epochs": 1, "batch_size": 8, "device": "cpu",
         "heartbeat_s": 2, "n_trials": 5, "seeds": 0, "storage": storage, "cache_dir": tmp_path / "cache",
         "checkpoint_dir": tmp_path / "checkpoints",
     }  # fmt: skip
@@ -70,13 +74,23 @@ def test_two_searches_at_once_share_a_study_and_count_its_trials_once(
     environment["MLFLOW_TRACKING_URI"] = uri
     machines = [
         subprocess.Popen(
-            command, cwd=tmp_path, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE
+            command,
+            cwd=tmp_path,
+            env=environment,
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.PIPE,
+            start_new_session=True,
         )
         for _ in range(2)
     ]
-    for machine in machines:
-        _, error = machine.communicate(timeout=300)
-        assert machine.returncode == 0, error.decode()
+    try:
+        for machine in machines:
+            _, error = machine.communicate(timeout=600)
+            assert machine.returncode == 0, error.decode()
+    finally:
+        for machine in machines:
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(machine.pid, signal.SIGKILL)
     database = optuna.storages.RDBStorage(storage)
     trials = optuna.load_study(study_name="search", storage=database).get_trials()
     database.remove_session()

@@ -1,5 +1,6 @@
 """What a search says it found: the verdict on test, edges of ranges, what pruning saved, the figures."""
 
+import dataclasses
 import shlex
 from datetime import datetime
 from pathlib import Path
@@ -115,7 +116,7 @@ def test_trials_are_counted_and_what_pruning_saved_is_told() -> None:
     page = report.describe_trials(CONFIG, trials, trials[2])
     assert "6 trials: 3 finished, 2 pruned, 1 failed; 0 killed and run again" in page
     assert "30 epochs were run of 48 asked for; pruning saved 12" in page
-    assert "Failed 1 times: NonFiniteLossError" in page
+    assert "Failed 1 x: NonFiniteLossError" in page
 
 
 def test_a_winner_on_the_edge_of_a_range_is_warned_of_unless_nothing_lies_beyond() -> None:
@@ -152,6 +153,29 @@ def test_what_the_best_trials_share_is_the_most_important(direction: str, decide
     assert max(importances, key=lambda name: importances[name]) == decides
 
 
+def test_a_choice_is_drawn_at_its_own_name_also_where_no_trial_made_the_last_one() -> None:
+    points = [report.to_point(CONFIG, make_trial(number)) for number in range(9)]
+    points = [dataclasses.replace(p, params={**p.params, "augment": "standard"}) for p in points]
+    scales = {name: report._get_scale(part) for name, part in build_space(CONFIG).parts.items()}
+    (axes,) = plots.plot_parallel(points, scales, 3, maximize=True).axes
+    column = [label.get_text() for label in axes.get_xticklabels()].index("augment")
+    height = {
+        text.get_text(): text.get_position()[1] for text in axes.texts if text.get_position()[0] == column
+    }
+    assert {line.get_ydata()[column] for line in axes.lines} == {height["standard"]}
+    assert [line.get_linewidth() > 2 for line in axes.lines].index(True) == 3, "the winner, not the best"
+
+
+def test_what_may_not_win_is_no_best_so_far() -> None:
+    config = CONFIG.with_changes(max_gap=0.1)
+    trials = [make_trial(0, gap=0.05), make_trial(1, gap=0.2)]
+    points = [report.to_point(config, trial) for trial in trials]
+    figure = plots.plot_history(points, "val_balanced_accuracy", maximize=True)
+    (line,) = figure.axes[0].lines
+    assert set(line.get_ydata()) == {0.4}
+    assert "finished, gap too large" in [text.get_text() for text in figure.legends[0].get_texts()]
+
+
 @pytest.mark.filterwarnings("ignore:PedAnova")
 def test_every_figure_is_drawn(tmp_path: Path) -> None:
     states = [TrialState.COMPLETE] * 9 + [TrialState.PRUNED] * 3 + [TrialState.FAIL]
@@ -169,9 +193,11 @@ def test_every_figure_is_drawn(tmp_path: Path) -> None:
         "history": plots.plot_history(points, "val_balanced_accuracy", maximize=True),
         "importances": plots.plot_importances(importances, 9),
         "slices": plots.plot_slices(points, scales, "val_balanced_accuracy"),
-        "parallel": plots.plot_parallel(points, scales, maximize=True),
+        "parallel": plots.plot_parallel(points, scales, 8, maximize=True),
         "epochs": plots.plot_epochs(points, 8),
-        "recipes": plots.plot_recipes({SEED: curves, WINNER: curves}, {SEED: 0.3, WINNER: 0.1}),
+        "recipes": plots.plot_recipes(
+            {SEED: curves, WINNER: curves}, {SEED: (2, 0.3), WINNER: (1, 0.1)}, "9 images"
+        ),
     }
     for name, figure in figures.items():
         figure.savefig(tmp_path / f"{name}.png")

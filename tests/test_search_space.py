@@ -5,7 +5,7 @@ import pytest
 
 from search.config import SearchConfig
 from search.space import BASELINES, USUAL, Choice, Range, build_space
-from skin_resnet.config import TrainConfig
+from skin_resnet.config import TrainConfig, format_value
 from skin_resnet.errors import UserError
 
 
@@ -19,6 +19,7 @@ def test_whatever_is_suggested_can_be_trained(epochs: int) -> None:
     config = SearchConfig(epochs=epochs)
     for options in suggest(config):
         trained = config.training.with_changes(**options)
+        assert all(len(format_value(value)) <= 11 for value in options.values()), "reads well on a run"
         assert set(options) <= set(TrainConfig.model_fields)
         assert trained.epochs == epochs
 
@@ -46,15 +47,19 @@ def test_a_space_is_narrowed_and_fixed_from_the_command_line() -> None:
     ("fix", "told"),
     [
         ("epochs=3", "a name of optimizer, lr, "),
-        ("optimizer", "NAME=VALUE"),
+        ("optimizer", "fix: must be NAME=VALUE, VALUE|VALUE or LOW..HIGH, but got 'optimizer'."),
+        ("optimiser=sgd", "but got 'optimiser=sgd'; did you mean optimizer?"),
+        ("lr_factor=1..2", "a name of optimizer, lr, "),
+        ("augment=light,augment=strong", "must name each part once, but got augment twice"),
         ("optimizer=lion", "optimizer: must be 'adam', 'adamw' or 'sgd', but got 'lion'"),
         ("lr=0..1", "lr: must be greater than 0"),
         ("lr=1..0.1", "LOW..HIGH"),
-        ("augment=none..strong", "LOW..HIGH"),
+        ("lr=1..2..3", "LOW..HIGH"),
+        ("augment=none..strong", "VALUE or VALUE|VALUE of none, light, standard, strong, but got"),
     ],
 )
 def test_a_fix_that_cannot_be_is_refused_in_one_line(fix: str, told: str) -> None:
-    with pytest.raises(UserError, match=r"^[^\n]+$") as error:
+    with pytest.raises(UserError, match=r"^fix: [^\n]+$") as error:
         build_space(SearchConfig(fix=fix))
     assert told in str(error.value)
 
@@ -93,12 +98,27 @@ def test_training_options_pass_through_and_the_objective_chooses_the_epoch() -> 
 
 
 @pytest.mark.parametrize(
+    ("storage", "shown"),
+    [
+        ("postgresql+psycopg://me:s3c:ret@host:5432/db", "postgresql+psycopg://me:***@host:5432/db"),
+        ("postgresql+psycopg://me@host:5432/db", "postgresql+psycopg://me@host:5432/db"),
+        ("sqlite:////a/b:c@d.db", "sqlite:////a/b:c@d.db"),
+    ],
+)
+def test_a_run_shows_no_password(storage: str, shown: str) -> None:
+    assert SearchConfig(storage=storage).to_params()["storage"] == shown
+
+
+@pytest.mark.parametrize(
     ("options", "told"),
     [
         ({"objectives": "accuracy"}, "must be of val_balanced_accuracy"),
         ({"objectives": "gap,gap"}, "each one once"),
         ({"devices": 2}, "use workers"),
+        ({"resume": "auto"}, "goes on by itself"),
         ({"storage": "mysql://x"}, "sqlite:///FILE"),
+        ({"storage": "sqlite:///:memory:"}, "sqlite:///FILE"),
+        ({"best_by": "loss"}, "best_by: must be what objectives names first, .* give objectives=val_loss"),
         ({"n_trials": 1}, "n_trials"),
     ],
 )

@@ -17,6 +17,7 @@ from optuna.trial import FrozenTrial, TrialState
 
 from search.config import SearchConfig
 from search.objective import Objective
+from search.run import search
 from search.space import SEED_RECIPE
 from search.storage import lock, try_lock
 from search.study import build_pruner, build_sampler, close_killed_runs, name_session, open_study, work
@@ -24,7 +25,6 @@ from search.trials import MAX_RETRIES, choose_best, count_done, drop_retried, fi
 from skin_resnet.config import TrainConfig
 from skin_resnet.errors import UserError
 from skin_resnet.evaluation.metrics import EpochResult, Metrics
-from skin_resnet.training.engine import NonFiniteLossError
 
 State = TrialState
 Train = Callable[[TrainConfig, Callable[[EpochResult], None]], SimpleNamespace]
@@ -148,7 +148,7 @@ def test_a_pruned_trial_ends_killed_and_baselines_are_never_pruned(tmp_path: Pat
 
 def test_a_failed_trial_ends_failed_with_its_reason_and_counts(tmp_path: Path, parent: str) -> None:
     def fail(config: TrainConfig, on_epoch: Callable[[EpochResult], None]) -> SimpleNamespace:
-        raise NonFiniteLossError("the loss must stay finite")
+        raise UserError("the loss must stay finite")
 
     trials = run(make_config(tmp_path), parent, fail)
     assert [trial.state for trial in trials] == [State.FAIL] * 4
@@ -301,6 +301,16 @@ def test_a_study_is_not_continued_with_other_options(tmp_path: Path) -> None:
     open_study(make_config(tmp_path, n_trials=9, workers=2, pruner="none", device="cpu"))
     with pytest.raises(UserError, match="was begun with arch=resnet50, but got arch=resnet152"):
         open_study(make_config(tmp_path, arch="resnet152"))
+
+
+def test_a_refused_search_ends_failed_and_says_why(tmp_path: Path) -> None:
+    open_study(make_config(tmp_path))
+    with pytest.raises(UserError, match=r"^study_name: [^\n]+$"):
+        search(make_config(tmp_path, lr=0.1))
+    refused = mlflow.search_runs(experiment_ids=["0"], output_format="list")[0]
+    assert refused.info.status == "FAILED"
+    assert "with lr=0.0005, but got lr=0.1; give another name" in refused.data.tags["failure"]
+    assert refused.data.params["lr"] == "0.1"
 
 
 @pytest.mark.parametrize("storage", ["sqlite:///{}/nowhere/all.db", "postgresql+psycopg2nd://localhost/x"])

@@ -77,7 +77,7 @@ def test_winner_and_seed_recipe_are_retrained_with_every_seed_and_tested(
     parent: Run, config: SearchConfig
 ) -> None:
     children = {(r.data.tags["search.recipe"], int(r.data.params["seed"])): r for r in find_children(parent)}
-    assert set(children) == {(recipe, seed) for recipe in ("seed recipe", "winner") for seed in (0, 1)}
+    assert set(children) == {(recipe, seed) for recipe in ("seed recipe", "winner") for seed in (1, 2)}
     for (recipe, seed), child in children.items():
         wanted = config.training.with_changes(**(SEED_RECIPE if recipe == "seed recipe" else {}), seed=seed)
         assert child.data.params == wanted.to_params()

@@ -11,11 +11,6 @@ STUDY, TRIAL, STATE = "search.study_id", "search.trial", "search.state"
 CHAMPION = "champion"  # the alias of a registered model's best version
 
 
-def create_store() -> None:
-    """Make the tracking store's tables: several processes that make them at once would fail."""
-    mlflow.MlflowClient().search_experiments(max_results=1)
-
-
 def get_tracking_uri() -> str:
     """Give where runs are tracked, for another process."""
     uri: str = mlflow.get_tracking_uri()
@@ -130,6 +125,12 @@ def read_curves(run_id: str) -> dict[str, dict[int, float]]:
         name: {point.step: point.value for point in client.get_metric_history(run_id, name)}
         for name in ("train/balanced_accuracy", "val/balanced_accuracy")
     }
+
+
+def read_tag(run_id: str, name: str) -> str:
+    """Read a tag of a run; empty where it has none."""
+    tags: dict[str, str] = mlflow.MlflowClient().get_run(run_id).data.tags
+    return tags.get(name, "")
 
 
 def read_metrics(run_id: str) -> dict[str, float]:
