@@ -11,7 +11,14 @@ from typing import Any, NoReturn
 
 import tyro
 
-from skin_resnet.config import AuditConfig, CompareConfig, EvaluateConfig, FrozenConfig, TrainConfig
+from skin_resnet.config import (
+    AuditConfig,
+    CompareConfig,
+    DoctorConfig,
+    EvaluateConfig,
+    FrozenConfig,
+    TrainConfig,
+)
 from skin_resnet.errors import UserError
 
 USER_ERROR = 2  # what shells and argparse use for a wrong call
@@ -42,12 +49,19 @@ def _run_compare(config: CompareConfig) -> None:
     compare(config)
 
 
+def _run_doctor(config: DoctorConfig) -> int:
+    from skin_resnet.doctor import doctor
+
+    return doctor(config)
+
+
 # Command word: its options, and what it does. `MLproject`'s entry points are made from this table too.
 COMMANDS: dict[str, tuple[type[FrozenConfig], Callable[[Any], int | None]]] = {
     "train": (TrainConfig, _run_train),
     "evaluate": (EvaluateConfig, _run_evaluate),
     "compare": (CompareConfig, _run_compare),
     "audit": (AuditConfig, _run_audit),
+    "doctor": (DoctorConfig, _run_doctor),
 }
 
 

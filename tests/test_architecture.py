@@ -8,7 +8,7 @@ import pytest
 
 ROOT = Path(__file__).parent.parent
 FILES = sorted(file for package in ("skin_resnet", "search") for file in (ROOT / package).rglob("*.py"))
-COMMANDS = {"train", "evaluate", "compare", "audit", "cli", "mlproject", "__main__"}
+COMMANDS = {"train", "evaluate", "compare", "audit", "doctor", "environment", "cli", "mlproject", "__main__"}
 # A module may import from its own layer and those before it.
 LAYERS = [
     {"errors", "labels", "config"},
