@@ -107,21 +107,21 @@ def _check_store(cache_dir: Path) -> Finding:
     folders = [folder for folder in (cache_dir / "stores").glob("*") if folder.is_dir()]
     leftovers = [*find_leftovers(cache_dir), *find_leftovers(cache_dir / "stores")]
     built = [folder for folder in folders if folder.suffix != ".tmp"]
-    text = f"{cache_dir}: {len(built)} decoded stores, {format_bytes(_measure(built))}"
-    if building := sum(folder.suffix == ".tmp" and folder not in leftovers for folder in folders):
-        text += f"; {building} being built, or killed within the hour"
+    text = f"{cache_dir}: {_count(built, 'decoded store')}"
+    if building := [folder for folder in folders if folder not in built + leftovers]:
+        text += f"; {len(building)} being built, or killed within the hour"
     if leftovers:
-        text += f"; {len(leftovers)} leftovers of killed builds, {format_bytes(_measure(leftovers))}"
-        text += ", which the next build removes"
+        text += f"; {_count(leftovers, 'leftover')} of killed builds, which the next build removes"
     return Finding(topic="store", text=text)
 
 
-def _measure(folders: list[Path]) -> int:
+def _count(folders: list[Path], noun: str) -> str:
+    """Write how many folders there are, and their size together."""
     size = 0
     for path in (path for folder in folders for path in folder.rglob("*")):
         with contextlib.suppress(OSError):  # its owner may be removing it
             size += path.stat().st_size if path.is_file() else 0
-    return size
+    return f"{len(folders)} {noun}{'' if len(folders) == 1 else 's'} ({format_bytes(size)})"
 
 
 def _check_tracking(places: dict[str, Path]) -> Finding:
