@@ -6,7 +6,7 @@ export PATH := $(CURDIR)/$(BIN):$(PATH)
 export MLFLOW_DISABLE_TELEMETRY ?= true
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-slow lint bench ui lock
+.PHONY: help setup doctor demo test test-slow lint bench ui lock
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-zA-Z-]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -19,6 +19,9 @@ setup: .venv/ready ## make .venv from requirements.lock (once, and again when th
 	$(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --requirement requirements.lock
 	@touch $@
+
+doctor: .venv/ready ## tell what a training would find here, and what is wrong
+	@$(BIN)/python -m skin_resnet doctor
 
 demo: .venv/ready ## train a ResNet-50 on drawn demo images, and score it (minutes on two CPU cores)
 	mlflow run . --env-manager=local --experiment-name demo

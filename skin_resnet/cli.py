@@ -14,6 +14,7 @@ from skin_resnet import interrupts
 from skin_resnet.config import (
     AuditConfig,
     CompareConfig,
+    DoctorConfig,
     EvaluateConfig,
     FrozenConfig,
     ReproduceConfig,
@@ -55,6 +56,12 @@ def _run_reproduce(config: ReproduceConfig) -> int:
     return reproduce(config)
 
 
+def _run_doctor(config: DoctorConfig) -> int:
+    from skin_resnet.doctor import doctor
+
+    return doctor(config)
+
+
 # Command word: its options, and what it does. `MLproject`'s entry points are made from this table too.
 COMMANDS: dict[str, tuple[type[FrozenConfig], Callable[[Any], int | None]]] = {
     "train": (TrainConfig, _run_train),
@@ -62,6 +69,7 @@ COMMANDS: dict[str, tuple[type[FrozenConfig], Callable[[Any], int | None]]] = {
     "compare": (CompareConfig, _run_compare),
     "audit": (AuditConfig, _run_audit),
     "reproduce": (ReproduceConfig, _run_reproduce),
+    "doctor": (DoctorConfig, _run_doctor),
 }
 
 

@@ -247,6 +247,13 @@ class ReproduceConfig(FrozenConfig):
     checkpoint_dir: Path = _like_train("checkpoint_dir")
 
 
+class DoctorConfig(FrozenConfig):
+    """Tell on one screen what a training would find here, and what is wrong; exit 1 when anything is."""
+
+    cache_dir: Path = _like_train("cache_dir")
+    checkpoint_dir: Path = _like_train("checkpoint_dir")
+
+
 def format_value(value: object) -> str:
     """Write a value as one types it: what an MLflow param shows and what the command line reads back.
 

@@ -12,6 +12,8 @@ COMMANDS = {
     "train",
     "evaluate",
     "compare",
+    "doctor",
+    "environment",
     "audit",
     "cli",
     "mlproject",

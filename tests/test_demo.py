@@ -165,6 +165,6 @@ def test_two_processes_at_once_get_the_same_whole_demo(tmp_path: Path, demo_fold
 
 def test_a_cache_that_cannot_be_written_is_the_users_to_mend(tmp_path: Path) -> None:
     (tmp_path / "cache").write_text("a file, not a folder")
-    with pytest.raises(UserError, match=r"drawn into cache_dir, but got .*cache .*: name a folder"):
+    with pytest.raises(UserError, match=r"cache_dir must be .*cache \(Not a directory\); make room"):
         open_demo(tmp_path / "cache")
     assert os.listdir(tmp_path) == ["cache"]

@@ -19,6 +19,7 @@ from PIL import Image
 from torchvision.transforms.v2 import functional as F
 
 from skin_resnet.data.decode import decode_image
+from skin_resnet.data.folders import name_aside
 from skin_resnet.data.transform import IMAGENET_MEAN, IMAGENET_STD, ImageStore, normalize, open_store
 from skin_resnet.errors import UserError
 
@@ -267,7 +268,7 @@ def test_processes_may_build_the_same_store_at_once(tmp_path: Path, cache: Path)
 
 
 def test_only_long_silent_leftovers_are_removed(table: pd.DataFrame, cache: Path) -> None:
-    killed, alive = cache / "stores" / "key.1.tmp", cache / "stores" / "key.2.tmp"
+    killed, alive = (name_aside(cache / "stores" / "key") for _ in range(2))
     for folder in (killed, alive):
         folder.mkdir(parents=True)
         (folder / "pixels.npy").touch()

@@ -4,8 +4,6 @@ Same files, same columns, same imbalance, several photos of some lesions: what r
 """
 
 import csv
-import os
-import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,6 +12,7 @@ import numpy as np
 from PIL import Image
 
 from skin_resnet.data.demo_photo import draw_photo
+from skin_resnet.data.folders import remove_leftovers, write_aside
 from skin_resnet.errors import UserError
 
 # Counted up whenever other pictures come out, so that no cache holds old ones under the new name.
@@ -70,17 +69,14 @@ def open_demo(cache_dir: Path) -> Path:
     if folder.is_dir():
         return folder
     try:
-        cache_dir.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(prefix=f".{folder.name}-", dir=cache_dir) as workplace:
-            write_demo(Path(workplace, "demo"))
-            os.rename(Path(workplace, "demo"), folder)
+        remove_leftovers(cache_dir)
+        with write_aside(folder) as unfinished:
+            write_demo(unfinished)
     except OSError as error:
-        # A folder is never renamed onto one with files in it: whoever comes second uses the first one's.
-        if not folder.is_dir():
-            raise UserError(
-                f"The demo data is drawn into cache_dir, but got {cache_dir} ({error.strerror}): "
-                "name a folder that can be written."
-            ) from error
+        raise UserError(
+            f"cache_dir must be a folder with room for the demo data, but got {cache_dir} "
+            f"({error.strerror or error}); make room or choose another cache_dir."
+        ) from error
     return folder
 
 

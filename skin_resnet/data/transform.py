@@ -6,11 +6,10 @@ import logging
 import os
 import shutil
 import time
-import uuid
 import zlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
@@ -24,6 +23,7 @@ from torch import Tensor
 
 from skin_resnet.config import OnBadImage
 from skin_resnet.data.decode import BadImageError, decode_image, open_image
+from skin_resnet.data.folders import name_aside, remove_leftovers, write_aside
 from skin_resnet.errors import UserError
 
 # Source: torchvision's ImageNet weights, `torchvision.transforms._presets.ImageClassification`.
@@ -34,7 +34,6 @@ AUTO_IMAGE_SIZE = 224
 _STORE_VERSION = 1
 _DECODED_AT_ONCE = 256  # bounds the memory: 40 MB at 224 px, 800 MB at 1024
 _CHECKED_AT_ONCE = 1 << 24
-_LEFTOVER_AGE_S = 3600.0
 
 ImageSize = int | Literal["auto"]
 
@@ -98,12 +97,12 @@ def open_store(
     key = _compute_key(table, image_size, on_bad_image)
     folder = cache_dir.expanduser() / "stores" / key
     try:
-        _remove_leftovers(folder.parent)
+        remove_leftovers(folder.parent)
         if (found := _read_store(folder)) is not None:
             return found
         started = time.perf_counter()
         _logger.info("decoding %d images into %s", len(table), folder)
-        with _write_aside(folder) as unfinished:
+        with write_aside(folder) as unfinished:
             _build_store(unfinished, key, table, image_size, on_bad_image)
         build_s = time.perf_counter() - started
         _logger.info("decoded %d images in %.1f s", len(table), build_s)
@@ -246,36 +245,8 @@ def _read_store(folder: Path) -> ImageStore | None:
         )
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         _logger.warning("the store %s is damaged (%s) and built anew", folder, error)
-        aside = _name_aside(folder)
+        aside = name_aside(folder)
         with suppress(FileNotFoundError):  # another process was quicker
             folder.rename(aside)
         shutil.rmtree(aside, ignore_errors=True)
         return None
-
-
-def _name_aside(folder: Path) -> Path:
-    return folder.with_name(f"{folder.name}.{uuid.uuid4().hex}.tmp")
-
-
-@contextmanager
-def _write_aside(folder: Path) -> Iterator[Path]:
-    """Give a folder to write into; it becomes `folder` when the block is done, and vanishes when it fails."""
-    aside = _name_aside(folder)
-    aside.mkdir(parents=True)
-    try:
-        yield aside
-        aside.rename(folder)
-    except OSError:
-        if not folder.exists():  # else another process built the same store meanwhile: ours is not needed
-            raise
-    finally:
-        shutil.rmtree(aside, ignore_errors=True)
-
-
-def _remove_leftovers(stores: Path) -> None:
-    """Remove what killed builders left: a living one writes all the time, so an hour of silence is death."""
-    for leftover in stores.glob("*.tmp"):
-        with suppress(OSError):  # its owner or another process may be removing it
-            written = max(path.stat().st_mtime for path in (leftover, *leftover.iterdir()))
-            if time.time() - written > _LEFTOVER_AGE_S:
-                shutil.rmtree(leftover, ignore_errors=True)

@@ -1,6 +1,7 @@
 """Checkpoints: written whole or not at all, read without running code."""
 
 import contextlib
+import glob
 import hashlib
 import os
 import pickle
@@ -11,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from skin_resnet.data.folders import hold_lock, is_held
 from skin_resnet.errors import UserError
 
 FORMAT = 1  # raised when what is in a checkpoint changes its meaning
@@ -25,16 +27,21 @@ def save_checkpoint(path: Path, content: dict[str, Any]) -> None:
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        with temporary.open("wb") as file:
+        _remove_leftovers(path)
+        with temporary.open("wb") as file, hold_lock(temporary):
             torch.save({"format": FORMAT, **content}, file)
             file.flush()
             os.fsync(file.fileno())
         temporary.replace(path)
         _sync_folder(path.parent)
-    except (OSError, RuntimeError) as error:  # torch tells a full disk as a RuntimeError
+    except (OSError, RuntimeError) as error:
+        # torch tells a full disk as a RuntimeError about positions; what else it tells is no matter of disks.
+        cause = error if isinstance(error, OSError) else error.__context__
+        if not isinstance(cause, OSError):
+            raise
         raise UserError(
-            f"checkpoints need a folder with room, but {str(path)!r} cannot be written ({error}); "
-            "free space or set checkpoint_dir."
+            f"checkpoints need a folder with room, but {str(path)!r} cannot be written "
+            f"({cause.strerror or cause}); free space or set checkpoint_dir."
         ) from None
     finally:
         with contextlib.suppress(OSError):
@@ -49,13 +56,22 @@ def hash_network(network: dict[str, Tensor]) -> str:
     return digest.hexdigest()
 
 
+def _remove_leftovers(path: Path) -> None:
+    """Remove what killed processes left of this checkpoint: a file as large as itself for each."""
+    for leftover in path.parent.glob(f".{glob.escape(path.name)}.*.tmp"):
+        with contextlib.suppress(OSError):
+            if not is_held(leftover):
+                leftover.unlink()
+
+
 def _sync_folder(folder: Path) -> None:
-    # The rename itself is on the disk only after its folder is.
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+    # The rename itself is on the disk only after its folder is. Not every file system can: the file is whole.
+    with contextlib.suppress(OSError):
+        descriptor = os.open(folder, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
 
 
 def read_checkpoint(path: Path) -> dict[str, Any]:
