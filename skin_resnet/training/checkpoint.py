@@ -2,7 +2,6 @@
 
 import contextlib
 import os
-import pickle
 import warnings
 from pathlib import Path
 from typing import Any
@@ -60,7 +59,8 @@ def read_checkpoint(path: Path) -> dict[str, Any]:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # about pickle protocols: an error or nothing follows
             content = torch.load(path, map_location="cpu", weights_only=True)
-    except (pickle.UnpicklingError, RuntimeError, EOFError, OSError, ValueError, KeyError):
+    # For a broken file torch raises whatever its reader trips over: RuntimeError, EOFError, IndexError, ...
+    except Exception:
         raise UserError(
             f"a checkpoint must be written by this project, but {str(path)!r} is broken or something else."
         ) from None
