@@ -2,15 +2,14 @@
 
 import os
 import pickle
-import warnings
 from pathlib import Path
 
 import safetensors.torch
-import torch
 import torchvision.models
 from torch import Tensor, nn
 
 from skin_resnet.errors import UserError
+from skin_resnet.model.torch_file import read_torch_file
 
 HEAD_KEYS = ("fc.weight", "fc.bias")
 
@@ -59,16 +58,13 @@ def read_state_dict(path: Path) -> dict[str, Tensor]:
     try:
         if path.suffix == ".safetensors":
             return safetensors.torch.load_file(path)
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # about pickle protocols: an error or nothing follows
-            content = torch.load(path, map_location="cpu", weights_only=True)
+        content = read_torch_file(path)
     except pickle.UnpicklingError:
         raise UserError(
             f"a weights file may hold tensors only, but {str(path)!r} is broken or holds other objects, "
             "which are never loaded; save network.state_dict() instead."
         ) from None
-    # For a broken file torch raises whatever its reader trips over: RuntimeError, EOFError, IndexError, ...
-    except Exception as error:
+    except Exception as error:  # a broken file can raise any
         reason = (str(error).splitlines() or [type(error).__name__])[0]
         raise UserError(f"cannot read the weights file {str(path)!r}: {reason[:200]}") from None
     for key in ("network", "model", "state_dict"):  # the first is ours

@@ -2,13 +2,13 @@
 
 import contextlib
 import os
-import warnings
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from skin_resnet.errors import UserError
+from skin_resnet.model.torch_file import read_torch_file
 
 FORMAT = 1  # raised when what is in a checkpoint changes its meaning
 
@@ -56,11 +56,8 @@ def read_checkpoint(path: Path) -> dict[str, Any]:
     if not path.is_file():
         raise UserError(f"a checkpoint must be a file, but there is no {str(path)!r}.")
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # about pickle protocols: an error or nothing follows
-            content = torch.load(path, map_location="cpu", weights_only=True)
-    # For a broken file torch raises whatever its reader trips over: RuntimeError, EOFError, IndexError, ...
-    except Exception:
+        content = read_torch_file(path)
+    except Exception:  # a broken file can raise any
         raise UserError(
             f"a checkpoint must be written by this project, but {str(path)!r} is broken or something else."
         ) from None
