@@ -56,7 +56,7 @@ def evaluate(config: EvaluateConfig) -> None:
         reason = "which are not of its test split" if is_same else "whose lesions it learnt from"
         print(f"data     {data}: {len(unseen)} images; {left_out} left out, {reason}")
         if store.skipped:
-            print(f"skipped  {len(store.skipped)} images that cannot be read")
+            print(f"skipped  {len(store.skipped)} that cannot be read")
             mlflow_run.set_tags({"skipped_images": len(store.skipped)})
             mlflow_run.log_text(json.dumps(store.skipped), "data/skipped_images.json")
         pages = []
