@@ -160,8 +160,9 @@ def get_views(config: TrainConfig | EvaluateConfig) -> int:
 
 def build_network(checkpoint: dict[str, Any]) -> ResNet:
     """Build the network of a checkpoint, ready to predict."""
-    network = build_resnet(checkpoint["arch"], len(checkpoint["classes"]))
-    network.load_state_dict(checkpoint["network"])
+    with torch.device("meta"):  # drawing random weights takes longer than all else here
+        network = build_resnet(checkpoint["arch"], len(checkpoint["classes"]))
+    network.load_state_dict(checkpoint["network"], assign=True)
     return network.to(memory_format=torch.channels_last).eval()
 
 

@@ -46,6 +46,7 @@ def build_state(arch: str = "resnet50", classes: int = 3) -> dict[str, Tensor]:
     }
 
 
+@cache
 def build_checkpoint() -> dict[str, Any]:
     """What a finished training of `write_data` leaves; it has learnt from the first six photos."""
     ids = [f"photo_{number:02}" for number in range(12)]

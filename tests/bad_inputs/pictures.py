@@ -88,7 +88,9 @@ EPS = b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 32 32\n%%EndComments\n"
 
 # The first message of `told` names the picture, the second the reason, which is also what a skip lists.
 PICTURES = [
-    BadInput(name=name, make=make, told=("Every image must be readable, but photo_11", reason))
+    BadInput(
+        name=name, make=make, told=("Every image must be readable, but photo_11", reason), command="audit"
+    )
     for name, make, reason in [
         ("zero bytes", with_picture(lambda: b""), "the file is empty"),
         ("one byte", with_picture(lambda: b"\xff", "photo_11.jpg"), "no picture of a known format"),
@@ -105,7 +107,6 @@ PICTURES = [
         ("PostScript", with_picture(lambda: EPS, "photo_11.jpg"), "no picture of a known format"),
         ("100 megapixels", with_picture(lambda: build_png(10_000, 10_000, b"")), "more than 64 megapixels"),
         ("400 megapixels", with_picture(lambda: build_png(20_000, 20_000, b"")), "more than 64 megapixels"),
-        ("long and thin", with_long_and_thin, "16x3000000 is too elongated"),
         ("broken EXIF", with_picture(lambda: draw(11), exif=b"Exif\0\0II*\0\xff"), "cannot be read"),
         ("1 px", with_picture(lambda: Image.new("RGB", (1, 1))), "1x1 has a side under 16 px"),
         ("0 px", with_picture(lambda: build_png(0, 0, b"")), "photo_11"),
@@ -114,8 +115,9 @@ PICTURES = [
     ]
 ]
 
-UNREADABLE = [
-    BadInput(name="nothing readable", make=with_nothing_readable, told=("One image at least", "none of 12"))
+STOPPING = [
+    BadInput(name="nothing readable", make=with_nothing_readable, told=("One image at least", "none of 12")),
+    BadInput(name="long and thin", make=with_long_and_thin, told=("photo_11", "16x3000000 is too elongated")),
 ]
 
 
