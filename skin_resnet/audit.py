@@ -2,6 +2,7 @@
 
 import json
 import logging
+from dataclasses import replace
 from pathlib import Path
 
 from skin_resnet.config import AuditConfig
@@ -28,7 +29,7 @@ def audit(config: AuditConfig) -> int:
         UserError: The data or the split cannot be used, or the passport cannot be written.
     """
     table = extract(config.data, config.cache_dir)
-    split = None if config.split == "own" else read_split(Path(config.split).expanduser(), table)
+    split = None if config.split == "own" else read_split(Path(config.split).expanduser(), table.image_id)
     store = open_store(table, "auto", config.cache_dir, config.on_bad_image)
     table = table[table.image_id.isin(store.image_ids)].reset_index(drop=True)
     split = split or split_lesions(
@@ -38,6 +39,8 @@ def audit(config: AuditConfig) -> int:
         seed=config.split_seed,
     )
     passport = audit_split(table, split, store.pixels)
+    if config.split == "own":  # the split that train makes never has them
+        passport = replace(passport, unread=len(store.skipped))
     page = format_passport(passport)
     if mlflow_run.is_project_run():
         with mlflow_run.open_run("leak audit"):

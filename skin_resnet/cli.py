@@ -1,12 +1,13 @@
 """The commands of `python -m skin_resnet`: options from the configs, mistakes told in one line."""
 
-import contextlib
-import io
 import logging
+import math
 import signal
 import sys
 from collections.abc import Callable
-from typing import Any, NoReturn
+from difflib import get_close_matches
+from pathlib import Path
+from typing import Any, Literal, NoReturn, get_args, get_origin
 
 import tyro
 
@@ -122,24 +123,71 @@ def parse_options(config_type: type[FrozenConfig], arguments: list[str], prog: s
     """Read a command's options.
 
     Raises:
-        UserError: An option is unknown (the message names the near one) or its value is refused.
+        UserError: An option is unknown (the message names the near one), is missing, lacks its value or has
+            two, or the value is refused.
         SystemExit: Help was asked for.
     """
-    complaint = io.StringIO()
-    try:
-        with contextlib.redirect_stderr(complaint):
-            return tyro.cli(config_type, args=arguments, prog=prog, use_underscores=True)
-    except SystemExit as exit_:
-        if exit_.code in (0, None):
-            raise
-    raise UserError(_join_lines(complaint.getvalue()))
+    if not any(word in {"-h", "--help"} or word.startswith("--tyro-") for word in arguments):
+        # Before tyro, which tells a mistake on a framed page, with the option's whole help in it.
+        _check_typed(config_type, _pair_up(config_type, arguments))
+    return tyro.cli(config_type, args=arguments, prog=prog, use_underscores=True)
 
 
-def _join_lines(box: str) -> str:
-    """Turn the framed page in which tyro tells a mistake into one line."""
-    lines = [line.strip("│╭╮╰╯─ \n") for line in box.splitlines()]
-    kept = [line for line in lines[1:] if line and not line.startswith("For full helptext")]
-    return f"{' '.join(kept)} See --help."
+def _pair_up(config_type: type[FrozenConfig], arguments: list[str]) -> dict[str, str]:
+    """Give what was typed for each option, which must be one of the config's."""
+    typed: dict[str, str] = {}
+    words = [*arguments]
+    while words:
+        option, has_text, text = (word := words.pop(0)).partition("=")
+        name = option.removeprefix("--").replace("-", "_")
+        if not option.startswith("--"):
+            raise UserError(
+                f"options must be typed as --NAME VALUE, but got {word!r} without a name before it."
+            )
+        if name not in config_type.model_fields:
+            near = get_close_matches(name, config_type.model_fields, n=1)
+            advice = f"did you mean --{near[0]}?" if near else "--help lists them."
+            raise UserError(f"options must be the command's own, but got {option!r}; {advice}")
+        if name in typed:
+            raise UserError(f"{name}: must be given once, but got it twice; leave one of the two out.")
+        if not has_text and words and not words[0].startswith("--"):
+            text = words.pop(0)
+        if not text:
+            kind = _describe_kind(config_type.model_fields[name].annotation)
+            raise UserError(f"{name}: must be {kind}, but got nothing; type it after {option}.")
+        typed[name] = text
+    return typed
+
+
+def _check_typed(config_type: type[FrozenConfig], typed: dict[str, str]) -> None:
+    for name, field in config_type.model_fields.items():
+        if name not in typed and field.is_required():
+            raise UserError(f"{name}: must be given, but is missing; add --{name} and: {field.description}")
+        if name in typed and not _is_kind(field.annotation, typed[name]):
+            kind = _describe_kind(field.annotation)
+            raise UserError(f"{name}: must be {kind}, but got {typed[name]!r}; see --help.")
+
+
+def _is_kind(annotation: Any, text: str) -> bool:
+    """Say whether a text can be read as what an option is; its bounds are the config's own affair."""
+    if get_origin(annotation) is Literal:
+        return text in map(str, get_args(annotation))
+    if annotation in (int, float):
+        try:
+            return math.isfinite(annotation(text))
+        except (ValueError, OverflowError):
+            return False
+    kinds = [] if annotation is None else get_args(annotation)
+    return not kinds or any(_is_kind(kind, text) for kind in kinds)
+
+
+def _describe_kind(annotation: Any) -> str:
+    if get_origin(annotation) is Literal:
+        *others, last = map(str, get_args(annotation))
+        return f"{', '.join(others)} or {last}" if others else last
+    if get_args(annotation):
+        return " or ".join(map(_describe_kind, get_args(annotation)))
+    return {int: "a whole number", float: "a number", Path: "a path"}.get(annotation, "a text")
 
 
 def _describe_commands() -> str:

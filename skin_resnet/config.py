@@ -1,5 +1,6 @@
 """Every option, once: the command line, `MLproject`, MLflow params and the search space come from here."""
 
+import re
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
@@ -29,8 +30,9 @@ class FrozenConfig(BaseModel):
             return handler(values)
         except ValidationError as error:
             first = error.errors()[0]
-            rule = first["msg"].replace("Input should", "must")
-            raise UserError(f"{first['loc'][0]}: {rule}, but got {first['input']!r}.") from None
+            rule = re.sub("^(Input|String) should", "must", first["msg"]).partition(", unable")[0]
+            name = first["loc"][0] if first["loc"] else "options"
+            raise UserError(f"{name}: {rule}, but got {first['input']!r}.") from None
 
     def with_changes(self, **changes: Any) -> Self:
         """Copy the config with some fields changed, all of it checked again."""

@@ -6,3 +6,7 @@ class UserError(Exception):
 
     The command line prints the message on stderr and exits with code 2; it never shows a traceback for it.
     """
+
+    def __str__(self) -> str:
+        """Give the message on one line, whatever the names and reasons in it hold."""
+        return " ".join(super().__str__().splitlines())

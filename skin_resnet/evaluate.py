@@ -1,5 +1,6 @@
 """The command `evaluate`: what a trained network scores on images it has never seen."""
 
+import json
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -37,16 +38,12 @@ def evaluate(config: EvaluateConfig) -> None:
     with mlflow_run.open_run(f"evaluation of {config.model}") as run_id:
         mlflow_run.log_params(config)
         log_setting.log_versions()
-        checkpoint = read_checkpoint(find_checkpoint(config.model))
-        if "calibration" not in checkpoint:
-            raise UserError(
-                f"model must be a finished training, but {config.model!r} is none; let it end, or resume."
-            )
+        checkpoint = read_finished(config.model)
         log_setting.log_model_tested(checkpoint)
         trained_with = TrainConfig.model_validate(checkpoint["config"])
         is_same = config.data == "same"
         data = trained_with.data if is_same else config.data
-        table = extract(data, config.cache_dir)
+        table = extract(data, config.cache_dir, fewest_classes=1)
         image_size = trained_with.image_size if is_same else checkpoint["image_size"]
         store = open_store(table, image_size, config.cache_dir, config.on_bad_image)
         table = table[table.image_id.isin(store.image_ids)].reset_index(drop=True)
@@ -58,6 +55,10 @@ def evaluate(config: EvaluateConfig) -> None:
         print(f"model    {config.model}: {checkpoint['arch']}, epoch {checkpoint['epoch']}")
         reason = "which are not of its test split" if is_same else "whose lesions it learnt from"
         print(f"data     {data}: {len(unseen)} images; {left_out} left out, {reason}")
+        if store.skipped:
+            print(f"skipped  {len(store.skipped)} that cannot be read")
+            mlflow_run.set_tags({"skipped_images": len(store.skipped)})
+            mlflow_run.log_text(json.dumps(store.skipped), "data/skipped_images.json")
         pages = []
         if set(split.test) & set(unseen.image_id):
             pages.append(record_opening(split.hash, of=checkpoint["run_id"]))
@@ -68,14 +69,43 @@ def evaluate(config: EvaluateConfig) -> None:
     print(f"\n{mlflow_run.describe_location(run_id)}")
 
 
+def read_finished(model: str) -> dict[str, Any]:
+    """Read the checkpoint that a name stands for, and make sure that a network can be tested with it.
+
+    Raises:
+        UserError: There is none, it is not of a finished training, or its parts do not fit each other.
+    """
+    checkpoint = read_checkpoint(find_checkpoint(model))
+    if "calibration" not in checkpoint:
+        raise UserError(f"model must be a finished training, but {model!r} is none; let it end, or resume.")
+    try:
+        TrainConfig.model_validate(checkpoint["config"])
+        Calibration.from_dict(checkpoint["calibration"])
+        Split(**{name: tuple(ids) for name, ids in checkpoint["split"].items()}).to_frame()
+        build_network(checkpoint)
+        parts = ("image_size", "epoch", "leaks", "run_id")
+        missing = [name for name in parts if name not in checkpoint]
+        if missing or checkpoint["baseline_class"] not in checkpoint["classes"]:
+            raise KeyError(missing[0] if missing else "baseline_class")
+    # Nothing is known of what another version, or a hand, has written.
+    except Exception as error:
+        reason = f"it lacks {error}" if isinstance(error, KeyError) else (str(error).splitlines() or [""])[0]
+        raise UserError(
+            f"model must be a training of this version, but what {model!r} holds does not fit: {reason}; "
+            "train again, or use the version that it was trained with."
+        ) from None
+    return checkpoint
+
+
 def find_checkpoint(model: str) -> Path:
     """Find the checkpoint that a name stands for: a file, a run id, or a logged or registered model's URI.
 
     Raises:
         UserError: There is none.
     """
-    if Path(model).suffix == ".pt" or Path(model).is_file():
-        return Path(model).expanduser()
+    path = Path(model).expanduser()
+    if path.suffix in {".pt", ".pth", ".safetensors"} or path.is_file():
+        return path
     return finished_runs.download_checkpoint(model)
 
 
@@ -130,8 +160,9 @@ def get_views(config: TrainConfig | EvaluateConfig) -> int:
 
 def build_network(checkpoint: dict[str, Any]) -> ResNet:
     """Build the network of a checkpoint, ready to predict."""
-    network = build_resnet(checkpoint["arch"], len(checkpoint["classes"]))
-    network.load_state_dict(checkpoint["network"])
+    with torch.device("meta"):  # drawing random weights takes longer than all else here
+        network = build_resnet(checkpoint["arch"], len(checkpoint["classes"]))
+    network.load_state_dict(checkpoint["network"], assign=True)
     return network.to(memory_format=torch.channels_last).eval()
 
 

@@ -159,7 +159,7 @@ SPLIT_ROWS = "mel_000_0{0}Training\nmel_001_0{0}valid\nmel_002_0{0}TEST\n"
 def test_any_delimiter_mark_and_usual_name_is_read(tmp_path: Path, delimiter: str) -> None:
     file = tmp_path / "split.csv"
     file.write_text(f"\ufeffimage_id{delimiter}split\n{SPLIT_ROWS.format(delimiter)}", encoding="utf-8")
-    split = read_split(file, make_small_table())
+    split = read_split(file, make_small_table().image_id)
     assert split == Split(train=("mel_000_0",), val=("mel_001_0",), test=("mel_002_0",))
 
 
@@ -178,13 +178,13 @@ def test_a_split_that_cannot_be_meant_is_refused_in_one_line(
     file = tmp_path / "split.csv"
     file.write_text(f"image_id,split\n{rows}", encoding="utf-8")
     with pytest.raises(UserError, match=complaint) as refusal:
-        read_split(file, make_small_table())
+        read_split(file, make_small_table().image_id)
     assert "\n" not in str(refusal.value)
 
 
 def test_a_missing_split_is_refused_in_one_line(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="No such file"):
-        read_split(tmp_path / "none.csv", make_small_table())
+        read_split(tmp_path / "none.csv", make_small_table().image_id)
 
 
 def run_command(*arguments: str) -> int | str | None:

@@ -2,6 +2,7 @@
 
 import hashlib
 import os
+from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from itertools import combinations
@@ -52,7 +53,7 @@ class LeakPassport:
         lesions: How many lesions the images show.
         knows_lesions: Whether the source tells which images show one lesion; if not, "lesion" finds nothing.
         unused: Images of the data set that are in no split.
-        unread: Images of the split that are not in the table, as they could not be read.
+        unread: Images of the split (of the data, for one of our own) that could not be read.
     """
 
     pairs: pd.DataFrame = field(repr=False)
@@ -227,11 +228,11 @@ def _compute_class_p(images: pd.DataFrame) -> float:
     return float(torch.special.gammaincc(torch.tensor(freedom / 2), torch.tensor(statistic / 2)))
 
 
-def read_split(file: Path, table: pd.DataFrame) -> Split:
+def read_split(file: Path, image_ids: Iterable[str]) -> Split:
     """Read a table of image_id and split (train, val, test or what else these are called); val may be empty.
 
     Raises:
-        UserError: The file is no such table, names an image that is not in `table`, names one twice, names
+        UserError: The file is no such table, names another image than these, names one twice, names
             another split, or leaves train or test empty.
     """
     try:
@@ -242,7 +243,7 @@ def read_split(file: Path, table: pd.DataFrame) -> Split:
         ) from None
     frame["split"] = frame.split.str.lower().replace(_ALIASES)
     refuse_any(
-        frame.image_id[~frame.image_id.isin(table.image_id)],
+        frame.image_id[~frame.image_id.isin(set(image_ids))],
         rule=f"Every image_id of {file.name} must be in the data",
         problem="it does not have",
         remedy="give the data that was split",

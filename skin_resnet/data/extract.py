@@ -10,14 +10,19 @@ from skin_resnet.data.text_table import refuse_any
 from skin_resnet.errors import UserError
 from skin_resnet.labels import order_classes
 
+OLDEST_AGE = 130  # tables write 999 for an age that nobody knows
+# What a run's tables of predictions call their other columns.
+_COLUMN_NAMES = ("image_id", "lesion_id", "dx", "prediction")
 
-def extract(source: str, cache_dir: Path) -> pd.DataFrame:
+
+def extract(source: str, cache_dir: Path, fewest_classes: int = 2) -> pd.DataFrame:
     """Read a data set and check that it can be trained on.
 
     Args:
         source: `demo`, `kaggle`, a folder (HAM10000 as Kaggle or Dataverse lay it out, a part of ISIC 2018
             Task 3, or a folder per class), or a CSV of path,dx[,lesion_id][,image_id,age,sex,localization].
         cache_dir: Where the demo's images are kept.
+        fewest_classes: How many there must be; a finished network can be tested on images of one.
 
     Returns:
         A table sorted by image_id with image_id, lesion_id (the image_id where the source knows no lesions),
@@ -34,6 +39,7 @@ def extract(source: str, cache_dir: Path) -> pd.DataFrame:
             f"data={source} must be readable, but: {error}; check it and its permissions."
         ) from error
     _check_identities(raw)
+    _check_classes(raw["dx"], fewest_classes)
     dx = pd.Categorical(raw["dx"], categories=order_classes(set(raw["dx"])), ordered=True)
     table = pd.DataFrame(
         {
@@ -61,7 +67,7 @@ def has_lesion_ids(table: pd.DataFrame) -> bool:
 
 
 def _check_identities(raw: pd.DataFrame) -> None:
-    """Refuse what would let one image or lesion stand for two, and what leaves nothing to tell apart."""
+    """Refuse what would let one image or lesion stand for two."""
     for column in ("image_id", "path"):
         refuse_any(
             raw[column][raw[column].duplicated()],
@@ -77,10 +83,31 @@ def _check_identities(raw: pd.DataFrame) -> None:
             problem="they differ for lesion",
             remedy="correct dx or lesion_id",
         )
-    if raw["dx"].nunique() < 2:
-        raise UserError(
-            f"data must have at least two classes, but every dx is {raw['dx'].iloc[0]!r}; add another."
-        )
+
+
+def _check_classes(dx: "pd.Series[str]", fewest: int) -> None:
+    """Refuse too few classes, and names that would be taken for one another or for a column."""
+    names = pd.Series(sorted(dx.unique()), dtype="str")
+    if len(names) < fewest:
+        raise UserError(f"data must have at least two classes, but every dx is {names[0]!r}; add another.")
+    refuse_any(
+        [name for name in names if not _can_name_metrics(name) or name in _COLUMN_NAMES],
+        rule=f"dx must name its class in a printable word or a few, and not be {', '.join(_COLUMN_NAMES)}",
+        problem="it is",
+        remedy="rename the class",
+    )
+    # MLflow's names of metrics have letters, digits and these signs only.
+    spellings = names.str.casefold().str.replace(r"[^\w./ -]", "_", regex=True)
+    refuse_any(
+        names[spellings.duplicated(keep=False)],
+        rule="Classes must differ by more than capitals and signs",
+        problem="another is spelt like",
+        remedy="give the same class the same name, and others another",
+    )
+
+
+def _can_name_metrics(name: str) -> bool:
+    return name.isprintable() and len(name) <= 100 and {"", ".", ".."}.isdisjoint(name.split("/"))
 
 
 def _read_ages(raw: pd.DataFrame) -> "pd.Series[float]":
@@ -88,8 +115,8 @@ def _read_ages(raw: pd.DataFrame) -> "pd.Series[float]":
         return pd.Series(np.nan, index=raw.index)
     ages = pd.to_numeric(raw["age"], errors="coerce").astype(float)
     refuse_any(
-        raw["age"][raw["age"].notna() & ~ages.between(0, np.inf, inclusive="left")],
-        rule="age must be a number of years or empty",
+        raw["age"][raw["age"].notna() & ~ages.between(0, OLDEST_AGE)],
+        rule=f"age must be a number of years up to {OLDEST_AGE} or empty",
         problem="it is",
         remedy="correct it",
     )

@@ -11,7 +11,7 @@ from skin_resnet.config import TrainConfig
 from skin_resnet.data.audit import LeakPassport, audit_split, read_split
 from skin_resnet.data.extract import extract, get_class_names
 from skin_resnet.data.load import Loader, PixelSource, place_pixels
-from skin_resnet.data.split import Split, split_lesions, thin_train
+from skin_resnet.data.split import SPLITS, Split, split_lesions, thin_train
 from skin_resnet.data.transform import ImageStore, open_store
 from skin_resnet.errors import UserError
 
@@ -78,11 +78,14 @@ def prepare_data(config: TrainConfig) -> PreparedData:
             seed=config.split_seed,
         )
     else:
-        split = read_split(Path(config.split).expanduser(), table)
-        if not split.val:
-            raise UserError(
-                f"train, val and test each need an image, but {config.split} has none in val; add some."
-            )
+        split = read_split(Path(config.split).expanduser(), [*table.image_id, *store.skipped])
+        split = split.without(set(store.skipped))
+        for name in SPLITS:
+            if not getattr(split, name):
+                raise UserError(
+                    f"train, val and test each need an image that can be read, but {config.split} has none "
+                    f"in {name}; add some."
+                )
     if config.train_fraction < 1:
         split = thin_train(table, split, config.train_fraction, config.split_seed)
     passport = audit_split(table, split, store.pixels)

@@ -30,6 +30,11 @@ class Split:
         """Read a table of image_id and split back."""
         return cls(**{name: tuple(sorted(frame.image_id[frame.split == name])) for name in SPLITS})
 
+    def without(self, image_ids: set[str]) -> "Split":
+        """Leave images out."""
+        frame = self.to_frame()
+        return Split.from_frame(frame[~frame.image_id.isin(image_ids)])
+
     @property
     def hash(self) -> str:
         """Twelve hex digits that name this split: equal if and only if every image is on the same side."""

@@ -80,6 +80,12 @@ def _read_rows(file: Path) -> tuple[list[str], list[int], list[list[str]]]:
         raise UserError(
             f"{file} must be readable as CSV, but line {reader.line_num}: {error}; correct it."
         ) from None
+    refuse_any(
+        [line for line, row in numbered if any("\0" in cell for cell in row)],
+        rule=f"{file} must be text",
+        problem="there is a null character in line",
+        remedy="save it as CSV in UTF-8",
+    )
     filled = [(line, row) for line, row in numbered if any(row)]
     if len(filled) < 2:
         raise UserError(f"{file.name} must have a header and rows, but {file} has none; use the whole file.")

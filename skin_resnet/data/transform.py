@@ -6,6 +6,7 @@ import logging
 import os
 import shutil
 import time
+import warnings
 import zlib
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -94,6 +95,15 @@ def open_store(
     Raises:
         UserError: A picture is bad (on_bad_image=stop), all are, or `cache_dir` cannot be used.
     """
+    with warnings.catch_warnings():
+        # Pillow's, about pictures that `decode` refuses with their name, or reads as it documents.
+        warnings.simplefilter("ignore")
+        return _open_store(table, image_size, cache_dir, on_bad_image)
+
+
+def _open_store(
+    table: pd.DataFrame, image_size: ImageSize, cache_dir: Path, on_bad_image: OnBadImage
+) -> ImageStore:
     key = _compute_key(table, image_size, on_bad_image)
     folder = cache_dir.expanduser() / "stores" / key
     try:

@@ -44,7 +44,7 @@ def _remark(passport: LeakPassport) -> list[str]:
     if passport.unused:
         remarks.append(f"{_count(passport.unused, 'image')} of the data in no split.")
     if passport.unread:
-        remarks.append(f"{_count(passport.unread, 'image')} of the split could not be read, nor audited.")
+        remarks.append(f"{_count(passport.unread, 'image')} could not be read, nor audited.")
     return remarks
 
 

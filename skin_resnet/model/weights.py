@@ -2,16 +2,14 @@
 
 import os
 import pickle
-import warnings
 from pathlib import Path
 
 import safetensors.torch
-import torch
 import torchvision.models
-from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from skin_resnet.errors import UserError
+from skin_resnet.model.torch_file import read_torch_file
 
 HEAD_KEYS = ("fc.weight", "fc.bias")
 
@@ -60,24 +58,24 @@ def read_state_dict(path: Path) -> dict[str, Tensor]:
     try:
         if path.suffix == ".safetensors":
             return safetensors.torch.load_file(path)
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # about pickle protocols: an error or nothing follows
-            content = torch.load(path, map_location="cpu", weights_only=True)
+        content = read_torch_file(path)
     except pickle.UnpicklingError:
         raise UserError(
             f"a weights file may hold tensors only, but {str(path)!r} is broken or holds other objects, "
             "which are never loaded; save network.state_dict() instead."
         ) from None
-    except (RuntimeError, EOFError, OSError, ValueError, KeyError, SafetensorError) as error:
+    except Exception as error:  # a broken file can raise any
         reason = (str(error).splitlines() or [type(error).__name__])[0]
         raise UserError(f"cannot read the weights file {str(path)!r}: {reason[:200]}") from None
     for key in ("network", "model", "state_dict"):  # the first is ours
         if isinstance(content, dict) and isinstance(content.get(key), dict):
             content = content[key]
-    if not isinstance(content, dict) or not all(isinstance(value, Tensor) for value in content.values()):
+    if not isinstance(content, dict) or not all(
+        isinstance(key, str) and isinstance(value, Tensor) for key, value in content.items()
+    ):
         raise UserError(
             f"a weights file must hold a state dict (name to tensor), but {str(path)!r} holds a "
-            f"{type(content).__name__}; save network.state_dict()."
+            f"{type(content).__name__}{' of others' * isinstance(content, dict)}; save network.state_dict()."
         )
     return {key.removeprefix("module."): value for key, value in content.items()}
 
@@ -109,4 +107,15 @@ def _check_keys(state: dict[str, Tensor], expected: dict[str, Tensor], weights: 
             raise UserError(
                 f"the weights must have {arch}'s shapes, but in {weights!r} {key!r} is {tuple(value.shape)} "
                 f"instead of {tuple(expected[key].shape)}."
+            )
+        # Whole numbers are what quantizing leaves; without their scales they are no weights.
+        if value.is_floating_point() != expected[key].is_floating_point():
+            raise UserError(
+                f"the weights must be plain floats, but in {weights!r} {key!r} is {value.dtype}; "
+                "save them dequantized."
+            )
+        if not value.float().isfinite().all():
+            raise UserError(
+                f"the weights must be finite numbers, but in {weights!r} {key!r} has others; "
+                "take them from a training that did not diverge."
             )

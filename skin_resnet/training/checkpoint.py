@@ -4,8 +4,6 @@ import contextlib
 import glob
 import hashlib
 import os
-import pickle
-import warnings
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +12,7 @@ from torch import Tensor
 
 from skin_resnet.data.folders import hold_lock, is_held
 from skin_resnet.errors import UserError
+from skin_resnet.model.torch_file import read_torch_file
 
 FORMAT = 1  # raised when what is in a checkpoint changes its meaning
 
@@ -83,10 +82,8 @@ def read_checkpoint(path: Path) -> dict[str, Any]:
     if not path.is_file():
         raise UserError(f"a checkpoint must be a file, but there is no {str(path)!r}.")
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # about pickle protocols: an error or nothing follows
-            content = torch.load(path, map_location="cpu", weights_only=True)
-    except (pickle.UnpicklingError, RuntimeError, EOFError, OSError, ValueError, KeyError):
+        content = read_torch_file(path)
+    except Exception:  # a broken file can raise any
         raise UserError(
             f"a checkpoint must be written by this project, but {str(path)!r} is broken or something else."
         ) from None

@@ -1,0 +1,181 @@
+"""Pictures: those that are refused, and those that are read as `skin_resnet.data.decode` documents."""
+
+import io
+import struct
+import zlib
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+
+from tests.bad_inputs import BadInput, Options
+from tests.bad_inputs.tables import SIZE, draw, format_table, write_pictures
+
+Picture = Image.Image | bytes
+
+
+def with_picture(
+    make_picture: Callable[[], Picture], name: str = "photo_11.png", **save: object
+) -> Callable[[Path], Options]:
+    """Put another picture, or bytes, in the place of the last one."""
+
+    def make(folder: Path) -> Options:
+        rows = write_pictures(folder)
+        (folder / "photo_11.png").unlink()
+        rows[-1]["path"] = name
+        picture = make_picture()
+        (folder / name).write_bytes(picture if isinstance(picture, bytes) else encode(picture, name, **save))
+        (folder / "list.csv").write_text(format_table(rows))
+        return {"data": str(folder / "list.csv")}
+
+    return make
+
+
+def encode(picture: Image.Image, name: str, **save: object) -> bytes:
+    file = io.BytesIO()
+    picture.save(file, Image.registered_extensions()[Path(name).suffix], **save)
+    return file.getvalue()
+
+
+def cut(picture: Image.Image, name: str) -> bytes:
+    whole = encode(picture, name)
+    return whole[: len(whole) // 2]
+
+
+def build_png(width: int, height: int, data: bytes) -> bytes:
+    """A PNG of one bit a pixel, whatever its header says."""
+    chunks = [
+        (b"IHDR", struct.pack(">IIBBBBB", width, height, 1, 0, 0, 0, 0)),
+        (b"IDAT", data),
+        (b"IEND", b""),
+    ]
+    return b"\x89PNG\r\n\x1a\n" + b"".join(
+        struct.pack(">I", len(body)) + kind + body + struct.pack(">I", zlib.crc32(kind + body))
+        for kind, body in chunks
+    )
+
+
+def flip_bits() -> bytes:
+    whole = bytearray(encode(draw(11), "x.png"))
+    whole[len(whole) // 2] ^= 0xFF
+    return bytes(whole)
+
+
+def with_link_to_nowhere(folder: Path) -> Options:
+    for number in range(8):
+        dx = ("mole", "wart")[number % 2]
+        (folder / "data" / dx).mkdir(parents=True, exist_ok=True)
+        draw(number).save(folder / "data" / dx / f"{dx}_{number}.png")
+    (folder / "data" / "mole" / "photo_11.png").symlink_to("gone.png")
+    return {"data": str(folder / "data")}
+
+
+def with_long_and_thin(folder: Path) -> Options:
+    options = with_picture(lambda: build_png(16, 3_000_000, b""))(folder)
+    return {**options, "image_size": "32"}  # auto would be 16 px, for which it is not too long
+
+
+def with_nothing_readable(folder: Path) -> Options:
+    rows = write_pictures(folder)
+    for row in rows:
+        (folder / row["path"]).write_bytes(b"")
+    (folder / "list.csv").write_text(format_table(rows))
+    return {"data": str(folder / "list.csv"), "on_bad_image": "skip"}
+
+
+EPS = b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 32 32\n%%EndComments\n"
+
+# The first message of `told` names the picture, the second the reason, which is also what a skip lists.
+PICTURES = [
+    BadInput(
+        name=name, make=make, told=("Every image must be readable, but photo_11", reason), command="audit"
+    )
+    for name, make, reason in [
+        ("zero bytes", with_picture(lambda: b""), "the file is empty"),
+        ("one byte", with_picture(lambda: b"\xff", "photo_11.jpg"), "no picture of a known format"),
+        ("JPEG cut off", with_picture(lambda: cut(draw(11), "x.jpg"), "photo_11.jpg"), "cannot be read"),
+        ("PNG cut off", with_picture(lambda: cut(draw(11), "x.png")), "cannot be read"),
+        ("WebP cut off", with_picture(lambda: cut(draw(11), "x.webp"), "photo_11.webp"), "cannot be read"),
+        ("TIFF cut off", with_picture(lambda: cut(draw(11), "x.tif"), "photo_11.tif"), "cannot be read"),
+        ("PNG with flipped bits", with_picture(flip_bits), "cannot be read"),
+        (
+            "text named jpg",
+            with_picture(lambda: b"<html>404</html>", "photo_11.jpg"),
+            "no picture of a known",
+        ),
+        ("PostScript", with_picture(lambda: EPS, "photo_11.jpg"), "no picture of a known format"),
+        ("100 megapixels", with_picture(lambda: build_png(10_000, 10_000, b"")), "more than 64 megapixels"),
+        ("400 megapixels", with_picture(lambda: build_png(20_000, 20_000, b"")), "more than 64 megapixels"),
+        ("broken EXIF", with_picture(lambda: draw(11), exif=b"Exif\0\0II*\0\xff"), "cannot be read"),
+        ("1 px", with_picture(lambda: Image.new("RGB", (1, 1))), "1x1 has a side under 16 px"),
+        ("0 px", with_picture(lambda: build_png(0, 0, b"")), "photo_11"),
+        ("32 bits a pixel", with_picture(lambda: Image.new("F", (SIZE, SIZE)), "photo_11.tif"), "32 bits a"),
+        ("link to nowhere", with_link_to_nowhere, "No such file"),
+    ]
+]
+
+STOPPING = [
+    BadInput(name="nothing readable", make=with_nothing_readable, told=("One image at least", "none of 12")),
+    BadInput(name="long and thin", make=with_long_and_thin, told=("photo_11", "16x3000000 is too elongated")),
+]
+
+
+def draw_grey() -> Image.Image:
+    return draw(11).convert("L")
+
+
+def build_exif(orientation: int) -> bytes:
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    return exif.tobytes()
+
+
+def widen(picture: Image.Image) -> Image.Image:
+    return Image.fromarray(np.asarray(picture).astype(np.uint16) * 257)
+
+
+def add_transparency(picture: Image.Image) -> Image.Image:
+    picture = picture.copy()
+    picture.putalpha(0)
+    return picture
+
+
+def _turn(picture: Image.Image) -> Image.Image:
+    return picture.transpose(Image.Transpose.ROTATE_90)
+
+
+def _read_back(picture: Image.Image, name: str) -> Image.Image:
+    return Image.open(io.BytesIO(encode(picture, name))).convert("RGB")
+
+
+# Odd pictures that are read, and the plain picture that each is read as.
+READ_AS: dict[str, tuple[Callable[[Path], Options], Callable[[], Image.Image]]] = {
+    "CMYK": (
+        with_picture(lambda: draw(11).convert("CMYK"), "photo_11.jpg"),
+        lambda: _read_back(draw(11).convert("CMYK"), "x.jpg"),
+    ),
+    "16 bits": (with_picture(lambda: widen(draw_grey())), draw_grey),
+    "animation": (
+        with_picture(
+            lambda: draw(11), "photo_11.webp", save_all=True, append_images=[draw(12)], lossless=True
+        ),
+        lambda: draw(11),
+    ),
+    "turned by EXIF": (
+        with_picture(lambda: _turn(draw(11)), "photo_11.png", exif=build_exif(6)),
+        lambda: draw(11),
+    ),
+    "transparent": (
+        with_picture(lambda: add_transparency(draw(11))),
+        lambda: Image.new("RGB", (SIZE, SIZE)),
+    ),
+    "palette": (
+        with_picture(lambda: draw(11).quantize(16)),
+        lambda: draw(11).quantize(16).convert("RGB"),
+    ),
+    "a JPEG named png": (
+        with_picture(lambda: encode(draw(11), "x.jpg")),
+        lambda: _read_back(draw(11), "x.jpg"),
+    ),
+}
