@@ -39,19 +39,22 @@ def train(config: TrainConfig) -> None:
         if stopped:  # held before its run is opened, which another process may be at
             stack.enter_context(stopped.hold())
             kept, config = read_kept(stopped, config)
+        # Left after the run: what is called by then knows whether MLflow was told of its end.
+        leaving = stack.enter_context(ExitStack())
         run_id = stack.enter_context(
             mlflow_run.open_run("training under way", stopped.path.name if stopped else None)
         )
         if kept is None:
             kept = Kept(folder=RunFolder(config.checkpoint_dir.expanduser() / run_id))
             stack.enter_context(kept.folder.hold())
+        leaving.callback(kept.folder.leave, mlflow_run.close_abandoned)
         try:
             _train_and_test(config, kept)
         except BaseException:
             if kept.folder.last.exists():
                 print(f"\ngo on with it: {_write_resume(config, run_id, is_project_run=is_project_run)}")
             raise
-    kept.folder.finish()
+    kept.folder.last.unlink()  # a run that has finished is not gone on with
     print(f"\n{mlflow_run.describe_location(run_id)}")
 
 

@@ -19,6 +19,7 @@ from mlflow.entities import RunStatus
 from numpy.typing import NDArray
 
 import skin_resnet
+from skin_resnet import interrupts
 from skin_resnet.config import FrozenConfig
 from skin_resnet.errors import UserError
 from skin_resnet.tracking import packaged_model
@@ -52,10 +53,11 @@ def open_run(description: str, run_id: str | None = None, parent_run_id: str | N
     try:
         if run_id:
             _point_to(run_id)
-        experiment_id = None if is_project_run() else _find_experiment(parent_run_id)
-        run = mlflow.start_run(
-            run_id, experiment_id=experiment_id, description=description, log_system_metrics=True
-        )
+        with interrupts.deferred():  # the tables of a new database are made whole, or it is spoilt for good
+            experiment_id = None if is_project_run() else _find_experiment(parent_run_id)
+            run = mlflow.start_run(
+                run_id, experiment_id=experiment_id, description=description, log_system_metrics=True
+            )
         if parent_run_id:
             mlflow.set_tag("mlflow.parentRunId", parent_run_id)
     except OUTAGES as error:
@@ -64,6 +66,7 @@ def open_run(description: str, run_id: str | None = None, parent_run_id: str | N
             f"{'have it' if run_id else 'answer'} ({_tell_briefly(error)}); check MLFLOW_TRACKING_URI."
         ) from None
     try:
+        interrupts.check()
         yield run.info.run_id
         mlflow.end_run()
     except OUTAGES as error:
@@ -147,11 +150,13 @@ def log_metrics(metrics: dict[str, float], step: int | None = None) -> None:
     run = mlflow.active_run()
     assert run is not None, "figures are logged on an open run"
     known = mlflow.MlflowClient().get_run(run.info.run_id).data.metrics
-    # A data set's own class names may hold what MLflow's metric names may not.
-    figures = {
-        re.sub(r"[^\w./ -]", "_", name): value for name, value in metrics.items() if np.isfinite(value)
-    }
+    figures = {_clean_name(name): value for name, value in metrics.items() if np.isfinite(value)}
     mlflow.log_metrics({name: v for name, v in figures.items() if known.get(name) != v}, step=step)
+
+
+def _clean_name(name: str) -> str:
+    # A data set's own class names may hold what MLflow's names may not.
+    return re.sub(r"[^a-zA-Z0-9_./ -]", "_", name)
 
 
 def log_table(table: pd.DataFrame, path: str) -> None:
@@ -171,7 +176,7 @@ def log_figure(figure: Any, path: str) -> None:
 
 def log_image(image: NDArray[np.uint8], key: str, step: int) -> None:
     """Log an image (H, W, 3) of a series, which the run's page shows with a slider over the steps."""
-    mlflow.log_image(image, key=key, step=step)
+    mlflow.log_image(image, key=_clean_name(key), step=step)
 
 
 def set_tags(tags: dict[str, Any]) -> None:

@@ -1,5 +1,6 @@
 """What a training keeps on disk: the best network, its whole state, and a sign that it lives."""
 
+import contextlib
 import fcntl
 import time
 from collections.abc import Callable, Iterator
@@ -62,14 +63,18 @@ class RunFolder:
                 ) from None
             yield
 
-    def finish(self) -> None:
-        """Remove what is only there to go on with the run."""
-        self.last.unlink(missing_ok=True)
-        self.mark_ended()
+    def leave(self, close: Callable[[str], bool]) -> None:
+        """Remove the sign that the run lives, and a folder with nothing in it.
 
-    def mark_ended(self) -> None:
-        """Take note that the run has ended, and that this is known to MLflow."""
-        self._lock.unlink(missing_ok=True)
+        Args:
+            close: Given a run's id, ends it in MLflow where it is not; says whether it is ended now. If not,
+                the sign stays, and the next start tries again.
+        """
+        if close(self.path.name):
+            self._lock.unlink(missing_ok=True)
+            with contextlib.suppress(OSError):  # there is something in it
+                self.path.rmdir()
+                self.path.parent.rmdir()
 
 
 def list_runs(checkpoint_dir: Path) -> list[RunFolder]:
@@ -89,8 +94,7 @@ def release_abandoned(checkpoint_dir: Path, close: Callable[[str], bool]) -> Non
         run = RunFolder(lock.parent)
         try:
             with run.hold():
-                if close(run.path.name):
-                    run.mark_ended()
+                run.leave(close)
         except UserError:
             continue  # its process lives
 
