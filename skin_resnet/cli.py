@@ -85,9 +85,10 @@ def _run_command(arguments: list[str]) -> int | None:
         return 0
     command, *options = arguments
     config_type, run = find_command(command)
-    if options and not options[0].startswith("-"):
+    name, field = next(iter(config_type.model_fields.items()))
+    if options and not options[0].startswith("-") and field.is_required():
         # What a command is about may stand without its name: `reproduce RUN_ID`, `evaluate RUN_ID`.
-        options.insert(0, f"--{next(iter(config_type.model_fields))}")
+        options.insert(0, f"--{name}")
     return run(parse_options(config_type, options, prog=f"python -m skin_resnet {command}"))
 
 

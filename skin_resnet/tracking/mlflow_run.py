@@ -47,6 +47,7 @@ def open_run(description: str, run_id: str | None = None, parent_run_id: str | N
     """
     # Tables being made, the monitor starting and files being copied are no news to whoever trains.
     logging.getLogger("mlflow").setLevel(logging.WARNING)
+    logging.getLogger("urllib3").setLevel(logging.ERROR)  # each retry; what comes of them is told
     os.environ.setdefault("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false")
     # MLflow's own seven retries would hold a training for minutes at each epoch, and a mistyped address, too.
     os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "2")
