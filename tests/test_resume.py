@@ -138,6 +138,7 @@ def test_a_run_killed_again_and_again_is_the_unbroken_one_to_the_bit(
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(3000)
 def test_a_run_killed_twenty_one_times_is_the_unbroken_one_to_the_bit(
     training: Training, class_folders: Path, tmp_path: Path
 ) -> None:
