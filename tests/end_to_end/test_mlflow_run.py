@@ -119,7 +119,8 @@ def test_the_default_environment_is_made_by_conda(
 def test_the_demo_learns_clearly_more_than_always_nv(
     start: Start, client: MlflowClient, tmp_path, seed: int
 ) -> None:
-    done = start("--env-manager=local", "-P", f"seed={seed}", "-P", f"checkpoint_dir={tmp_path}")
+    options = ["-P", f"seed={seed}", "-P", f"checkpoint_dir={tmp_path}"]
+    done = start("--env-manager=local", *options, OMP_NUM_THREADS=str(os.cpu_count()))
     assert done.returncode == 0, done.stderr
     metrics = get_runs(client)[0].data.metrics
     assert metrics["test/baseline_balanced_accuracy"] == pytest.approx(1 / 7)
