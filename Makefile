@@ -28,7 +28,7 @@ demo: .venv/ready ## train a ResNet-50 on drawn demo images, and score it (minut
 	@echo 'or: make ui'
 
 test: .venv/ready ## run the tests (under ten minutes on two CPU cores)
-	$(BIN)/python -m pytest -q
+	$(BIN)/python -m pytest -q --numprocesses=logical --dist=loadfile
 
 test-slow: .venv/ready ## run the tests that take minutes each
 	$(BIN)/python -m pytest -q -m slow

@@ -85,7 +85,8 @@ def test_where_nothing_is_wrong_the_exit_code_is_0_and_nothing_is_made(folder: P
     topics = ["code", "python", "packages", "memory", "store", "device", "tracking", "disk", "commands"]
     assert [line.split()[0] for line in done.stdout.splitlines() if line[:1].isalpha()][:9] == topics
     assert f"torch {importlib.metadata.version('torch')}, " in done.stdout
-    assert "mlflow.db: made by the first run" in re.sub(r"\n +", " ", done.stdout)
+    # A long path is broken anywhere.
+    assert "mlflow.db:madebythefirstrun" in re.sub(r"\s", "", done.stdout)
     assert "free for cache_dir, checkpoint_dir, artifacts" in done.stdout
     assert list_all(folder.parent) == before
 
