@@ -33,6 +33,7 @@ def train(config: TrainConfig) -> None:
         kept, config = read_kept(stopped, config) if stopped else (None, config)
         run_training(config, kept=kept)
         return
+    mlflow_run.set_up()
     is_project_run = mlflow_run.is_project_run()  # asked now: to open the run takes the sign of it away
     release_abandoned(config.checkpoint_dir.expanduser(), mlflow_run.close_abandoned)
     with ExitStack() as stack:

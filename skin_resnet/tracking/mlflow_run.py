@@ -30,6 +30,16 @@ _logger = logging.getLogger(__name__)
 OUTAGES = (mlflow.MlflowException, requests.RequestException)
 
 
+def set_up() -> None:
+    """Make MLflow quiet, and quick to give up: called before it is first asked anything."""
+    # Tables being made, the monitor starting and files being copied are no news to whoever trains.
+    logging.getLogger("mlflow").setLevel(logging.WARNING)
+    logging.getLogger("urllib3").setLevel(logging.ERROR)  # each retry; what comes of them is told
+    os.environ.setdefault("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false")
+    # MLflow's own seven retries would hold a training for minutes at each epoch, and a mistyped address, too.
+    os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "2")
+
+
 @contextmanager
 def open_run(description: str, run_id: str | None = None, parent_run_id: str | None = None) -> Iterator[str]:
     """Open the run that `mlflow run` has begun, or a new one, or an old one again, and give its id.
@@ -45,12 +55,7 @@ def open_run(description: str, run_id: str | None = None, parent_run_id: str | N
     Raises:
         UserError: The tracking store cannot be used, from the start or no more.
     """
-    # Tables being made, the monitor starting and files being copied are no news to whoever trains.
-    logging.getLogger("mlflow").setLevel(logging.WARNING)
-    logging.getLogger("urllib3").setLevel(logging.ERROR)  # each retry; what comes of them is told
-    os.environ.setdefault("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false")
-    # MLflow's own seven retries would hold a training for minutes at each epoch, and a mistyped address, too.
-    os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "2")
+    set_up()
     try:
         if run_id:
             _point_to(run_id)
