@@ -37,6 +37,7 @@ def reproduce(config: ReproduceConfig) -> int:
     Raises:
         UserError: There is no such run, or what it was trained on is no more.
     """
+    mlflow_run.set_up()
     with TemporaryDirectory() as folder:
         first = finished_runs.read_training(config.run, Path(folder))
         options = _read_options(first, config)

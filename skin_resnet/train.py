@@ -17,6 +17,7 @@ from skin_resnet.run_training import TrainResult, run_training
 from skin_resnet.tracking import log_setting, mlflow_run
 from skin_resnet.tracking.openings import record_opening
 from skin_resnet.training.checkpoint import read_checkpoint
+from skin_resnet.training.engine import NonFiniteLossError
 from skin_resnet.training.run_folder import RunFolder, release_abandoned
 from skin_resnet.training.state import is_out_of_memory
 
@@ -32,6 +33,7 @@ def train(config: TrainConfig) -> None:
         kept, config = read_kept(stopped, config) if stopped else (None, config)
         run_training(config, kept=kept)
         return
+    mlflow_run.set_up()
     is_project_run = mlflow_run.is_project_run()  # asked now: to open the run takes the sign of it away
     release_abandoned(config.checkpoint_dir.expanduser(), mlflow_run.close_abandoned)
     with ExitStack() as stack:
@@ -50,8 +52,9 @@ def train(config: TrainConfig) -> None:
         leaving.callback(kept.folder.leave, mlflow_run.close_abandoned)
         try:
             _train_and_test(config, kept)
-        except BaseException:
-            if kept.folder.last.exists():
+        except BaseException as error:
+            # What went to the infinite would go there again.
+            if kept.folder.last.exists() and not isinstance(error, NonFiniteLossError):
                 print(f"\ngo on with it: {_write_resume(config, run_id, is_project_run=is_project_run)}")
             raise
     kept.folder.last.unlink()  # a run that has finished is not gone on with

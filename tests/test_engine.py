@@ -164,6 +164,20 @@ def test_a_loss_that_breaks_stops_the_training_and_says_where() -> None:
     assert told.value.positions == batch.positions.tolist()
 
 
+@pytest.mark.filterwarnings("ignore:invalid value")
+def test_a_network_that_the_last_batch_breaks_names_it_too() -> None:
+    state, train, val = build(epochs=2)
+
+    def break_after_the_last() -> None:
+        if state.step == len(train):
+            next(state.network.parameters()).data.fill_(torch.nan)
+
+    with pytest.raises(NonFiniteLossError, match=r"says of val must stay finite, .* in epoch 1") as told:
+        list(fit(state, train, val, on_batch=break_after_the_last))
+    (*_, last) = train.shuffled(0, 0)
+    assert told.value.positions == last.positions.tolist()
+
+
 def test_clipping_bounds_the_step() -> None:
     def moved(grad_clip: float) -> float:
         state, train, val = build(

@@ -105,6 +105,22 @@ def test_a_server_that_is_down_at_the_start_is_one_line_and_exit_code_2(
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.parametrize("command", [["train", "--epochs=1"], ["reproduce", "0" * 32]])
+def test_it_is_one_line_too_where_mlflow_is_asked_before_a_run_is_opened(
+    command: list[str], tmp_path: Path
+) -> None:
+    killed = tmp_path / "checkpoints" / ("0" * 32)
+    killed.mkdir(parents=True)
+    (killed / "running.lock").touch()
+    done = subprocess.run(
+        [sys.executable, "-m", "skin_resnet", *command],
+        env={**os.environ, "PYTHONPATH": str(ROOT), "MLFLOW_TRACKING_URI": f"http://127.0.0.1:{find_free_port()}"},
+        capture_output=True, text=True, timeout=100, check=False, cwd=tmp_path,
+    )  # fmt: skip
+    assert done.returncode == 2
+    assert len(done.stderr.strip().splitlines()) == 1, done.stderr  # and not one for each time it was asked
+
+
 class Server:
     """A real `mlflow server` that can be stopped and started again."""
 

@@ -245,6 +245,29 @@ def test_auto_begins_anew_where_no_run_was_given_these_options(stopped: str, con
         train(config.with_changes(resume=stopped))
 
 
+def test_a_run_stopped_at_its_end_shows_nothing_twice(
+    config: TrainConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def stop(**options: object) -> None:
+        mlflow.initialize_logged_model("model")
+        raise UserError("stopped while the model was logged")
+
+    with monkeypatch.context() as patch:
+        patch.setattr("mlflow.pyfunc.log_model", stop)
+        with pytest.raises(UserError, match="stopped while"):
+            train(config.with_changes(test="at_end"))
+    client = mlflow.MlflowClient()
+    (failed,) = mlflow.search_runs(output_format="list")
+    assert "stopped while" in failed.data.tags["failure"]
+    images = [each.path for each in client.list_artifacts(failed.info.run_id, "images")]
+    train(config.with_changes(test="at_end", resume=failed.info.run_id))
+    (run,) = mlflow.search_runs(output_format="list")
+    assert (run.info.status, run.data.tags.get("failure")) == ("FINISHED", None)
+    assert images == [each.path for each in client.list_artifacts(run.info.run_id, "images")] != []
+    models = client.search_logged_models([run.info.experiment_id])
+    assert [model.status for model in models] == [mlflow.entities.LoggedModelStatus.READY]
+
+
 def test_a_run_that_another_process_is_at_is_left_alone(stopped: str, config: TrainConfig) -> None:
     script = (
         "import sys, pathlib, time; from skin_resnet.training.run_folder import RunFolder\n"

@@ -105,6 +105,8 @@ def test_n_trials_is_the_total_also_of_a_resumed_study(tmp_path: Path, parent: s
     assert {(run.info.status, run.data.tags["search.state"]) for (run,) in children.values()} == {
         ("FINISHED", "COMPLETE")
     }
+    # Without them, nobody can tell what a reproduction differs in.
+    assert all("version.torch" in run.data.tags for (run,) in children.values())
     assert {trial.user_attrs["run_id"] for trial in trials} == {r.info.run_id for (r,) in children.values()}
 
 

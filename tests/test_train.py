@@ -283,7 +283,7 @@ def test_a_failed_run_ends_failed_with_the_reason(config: TrainConfig) -> None:
     assert "version.torch" in latest.data.tags
 
 
-def test_a_loss_that_is_not_finite_names_the_images_of_its_batch(config, monkeypatch) -> None:
+def test_a_loss_that_is_not_finite_names_the_images_of_its_batch(config, monkeypatch, capsys) -> None:
     compute_loss, calls = engine.compute_loss, itertools.count(1)
     monkeypatch.setattr(
         engine, "compute_loss", lambda *args: compute_loss(*args) * (torch.nan if next(calls) == 3 else 1)
@@ -295,6 +295,7 @@ def test_a_loss_that_is_not_finite_names_the_images_of_its_batch(config, monkeyp
     order = np.random.default_rng((config.seed, 0)).permutation(len(data.split.train))
     batches = np.array_split(order, -(-len(order) // config.batch_size))
     assert named == [data.split.train[position] for position in batches[2]]
+    assert "go on with it" not in capsys.readouterr().out, "it would come to the same again"
     assert mlflow.search_runs(output_format="list")[0].info.status == "FAILED"
 
 

@@ -15,7 +15,7 @@ import mlflow
 import numpy as np
 import pandas as pd
 import requests
-from mlflow.entities import RunStatus
+from mlflow.entities import LoggedModelStatus, RunStatus
 from numpy.typing import NDArray
 
 import skin_resnet
@@ -28,6 +28,16 @@ _logger = logging.getLogger(__name__)
 
 # How an absent server or a failing database shows itself.
 OUTAGES = (mlflow.MlflowException, requests.RequestException)
+
+
+def set_up() -> None:
+    """Make MLflow quiet, and quick to give up: called before it is first asked anything."""
+    # Tables being made, the monitor starting and files being copied are no news to whoever trains.
+    logging.getLogger("mlflow").setLevel(logging.WARNING)
+    logging.getLogger("urllib3").setLevel(logging.ERROR)  # each retry; what comes of them is told
+    os.environ.setdefault("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false")
+    # MLflow's own seven retries would hold a training for minutes at each epoch, and a mistyped address, too.
+    os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "2")
 
 
 @contextmanager
@@ -45,15 +55,11 @@ def open_run(description: str, run_id: str | None = None, parent_run_id: str | N
     Raises:
         UserError: The tracking store cannot be used, from the start or no more.
     """
-    # Tables being made, the monitor starting and files being copied are no news to whoever trains.
-    logging.getLogger("mlflow").setLevel(logging.WARNING)
-    logging.getLogger("urllib3").setLevel(logging.ERROR)  # each retry; what comes of them is told
-    os.environ.setdefault("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false")
-    # MLflow's own seven retries would hold a training for minutes at each epoch, and a mistyped address, too.
-    os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "2")
+    set_up()
     try:
         if run_id:
             _point_to(run_id)
+            _forget_end(run_id)
         with interrupts.deferred():  # the tables of a new database are made whole, or it is spoilt for good
             experiment_id = None if is_project_run() else _find_experiment(parent_run_id)
             run = mlflow.start_run(
@@ -93,6 +99,17 @@ def _point_to(run_id: str) -> None:
         client = mlflow.MlflowClient()
         client.set_tag(begun, "resumes", run_id)
         client.set_tag(begun, "mlflow.note.content", f"Goes on with run {run_id}, where all of it is.")
+
+
+def _forget_end(run_id: str) -> None:
+    """Remove from a run that goes on why it failed, and a model that was being logged as it was stopped."""
+    client = mlflow.MlflowClient()
+    run = client.get_run(run_id)
+    if "failure" in run.data.tags:
+        client.delete_tag(run_id, "failure")
+    for model in client.search_logged_models([run.info.experiment_id], f"source_run_id = '{run_id}'"):
+        if model.status != LoggedModelStatus.READY:
+            client.delete_logged_model(model.model_id)
 
 
 def _tell_briefly(error: BaseException) -> str:
@@ -176,8 +193,18 @@ def log_figure(figure: Any, path: str) -> None:
 
 
 def log_image(image: NDArray[np.uint8], key: str, step: int) -> None:
-    """Log an image (H, W, 3) of a series, which the run's page shows with a slider over the steps."""
-    mlflow.log_image(image, key=_clean_name(key), step=step)
+    """Log an image (H, W, 3) of a series, which the run's page shows with a slider over the steps.
+
+    One that the run has already, from before it was stopped, is not logged twice: MLflow would keep both.
+    """
+    run = mlflow.active_run()
+    assert run is not None, "images are logged on an open run"
+    name = _clean_name(key)
+    # MLflow names the file by key, step, time and a random word.
+    start = re.compile(re.escape(name).replace("/", "[~#]") + rf"[+%]step[+%]{step}[+%].*\.png")
+    known = mlflow.MlflowClient().list_artifacts(run.info.run_id, "images")
+    if not any(start.fullmatch(Path(each.path).name) for each in known):
+        mlflow.log_image(image, key=name, step=step)
 
 
 def set_tags(tags: dict[str, Any]) -> None:

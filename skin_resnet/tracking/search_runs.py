@@ -7,6 +7,8 @@ from contextlib import contextmanager
 import mlflow
 from mlflow.entities import Metric, Run, RunStatus
 
+from skin_resnet.tracking import log_setting
+
 STUDY, TRIAL, STATE = "search.study_id", "search.trial", "search.state"
 CHAMPION = "champion"  # the alias of a registered model's best version
 
@@ -36,6 +38,7 @@ def open_child(
         run_name=name, nested=True, parent_run_id=parent_run_id, experiment_id=experiment_id, tags=tags
     )
     try:
+        log_setting.log_versions()
         yield run.info.run_id
     except (KeyboardInterrupt, SystemExit):
         _end("KILLED", "KILLED")

@@ -47,7 +47,7 @@ def fit(
     and val: it may be saved there, and the caller may stop there.
 
     Raises:
-        NonFiniteLossError: The loss became NaN or infinite.
+        NonFiniteLossError: The loss became NaN or infinite, or what the network says of val did.
     """
     while state.epoch < state.config.epochs:
         start, before_s = time.perf_counter(), state.epoch_s
@@ -60,6 +60,11 @@ def fit(
         trained = _train_epoch(state, train, progress, keep_time)
         train_s = time.perf_counter() - start
         scored = predict(state.scored_network, val, state.fabric, on_batch=keep_time)
+        if not np.isfinite(scored).all():
+            # The loss was finite to the end: what broke the network came of the last batch.
+            last = next(train.shuffled(state.config.seed, state.epoch, len(train) - 1))
+            what, lr = "what the network says of val", state.config.lr
+            raise _build_error(what, "nan", state.epoch + 1, lr, last.positions)
         train_metrics, val_metrics = _measure(trained), _measure((scored, val.targets))
         state.end_epoch(val_metrics.loss)
         yield EpochResult(
@@ -140,12 +145,16 @@ class _LossWatch:
         finite = torch.stack([loss for loss, _ in self._losses]).isfinite()
         if not finite.all():
             loss, positions = self._losses[int(finite.long().argmin())]
-            raise NonFiniteLossError(
-                f"the loss must stay finite, but it became {loss.item()} in epoch {self._epoch}; try an lr "
-                f"below {self._lr:g}, a longer warm-up, or precision=fp32.",
-                positions.tolist(),
-            )
+            raise _build_error("the loss", str(loss.item()), self._epoch, self._lr, positions)
         self._losses.clear()
+
+
+def _build_error(what: str, value: str, epoch: int, lr: float, positions: Tensor) -> NonFiniteLossError:
+    return NonFiniteLossError(
+        f"{what} must stay finite, but it became {value} in epoch {epoch}; try an lr below {lr:g}, a longer "
+        "warm-up, or precision=fp32.",
+        positions.tolist(),
+    )
 
 
 @torch.no_grad()
