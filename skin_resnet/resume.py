@@ -10,6 +10,7 @@ from skin_resnet.data.prepare import PreparedData
 from skin_resnet.errors import UserError
 from skin_resnet.evaluation.metrics import EpochResult
 from skin_resnet.training.checkpoint import read_checkpoint
+from skin_resnet.training.engine import NonFiniteLossError
 from skin_resnet.training.run_folder import RunFolder, list_runs, read_state
 from skin_resnet.training.state import TrainingState
 
@@ -93,7 +94,17 @@ def describe_state(
 
     Early stopping and the best epoch follow from the history; order, augmentation and dropout from seed,
     epoch and step.
+
+    Raises:
+        NonFiniteLossError: The network is broken. A GPU is asked for that less often than states are saved, and
+            the state before must not be lost for this one.
     """
+    if state.seen is not None and not (is_whole := state.seen.isfinite().all(dim=1)).all():
+        raise NonFiniteLossError(
+            f"the loss must stay finite, but it is not in epoch {state.epoch + 1}; try an lr below "
+            f"{state.config.lr:g}, a longer warm-up, or precision=fp32.",
+            (~is_whole).nonzero().flatten().tolist(),
+        )
     return {
         "config": state.config.model_dump(mode="json"),
         "run_id": run_id or "",

@@ -8,18 +8,22 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import mlflow
 import pytest
 import torch
 from mlflow.entities import Run
 
+from skin_resnet import run_training
 from skin_resnet.config import TrainConfig
 from skin_resnet.errors import UserError
 from skin_resnet.tracking.mlflow_run import close_abandoned
 from skin_resnet.train import train
 from skin_resnet.training.checkpoint import read_checkpoint, save_checkpoint
+from skin_resnet.training.engine import NonFiniteLossError
 from skin_resnet.training.run_folder import release_abandoned
+from skin_resnet.training.state import TrainingState
 
 ROOT = Path(__file__).parent.parent
 EPOCHS = 6
@@ -284,6 +288,23 @@ def test_a_run_that_another_process_is_at_is_left_alone(stopped: str, config: Tr
         finally:
             other.kill()
     assert mlflow.get_run(stopped).info.status == "KILLED"
+
+
+def test_a_broken_network_is_not_saved_over_a_whole_state(config: TrainConfig, monkeypatch) -> None:
+    def break_network(state: TrainingState, *arguments: Any) -> None:
+        if state.step == 2:
+            assert state.seen is not None
+            state.seen[5] = torch.nan
+        return describe(state, *arguments)
+
+    describe = run_training.describe_state
+    monkeypatch.setattr(run_training, "describe_state", break_network)
+    config = config.with_changes(batch_size=8, checkpoint_minutes=1e-9)
+    with pytest.raises(NonFiniteLossError, match="must stay finite") as told:
+        train(config)
+    assert told.value.positions == [5]
+    (state,) = config.checkpoint_dir.glob("*/last.pt")
+    assert read_checkpoint(state)["state"]["step"] == 1
 
 
 def test_a_state_holds_nothing_that_a_safe_reader_refuses(stopped: str, config: TrainConfig) -> None:
