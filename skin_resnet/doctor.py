@@ -30,7 +30,7 @@ from skin_resnet.environment import (
 SOMETHING_IS_WRONG = 1  # the command's exit code
 _COLUMNS, _LINES = 100, 24
 _ENOUGH_DISK = 2_000_000_000  # bytes: decoded images and checkpoints of one training
-_COMMANDS = ("train", "evaluate", "compare", "audit")
+_COMMANDS = ("train", "evaluate", "compare", "audit", "reproduce")
 _ROOT = Path(skin_resnet.__file__).parent.parent
 
 

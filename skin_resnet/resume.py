@@ -96,8 +96,8 @@ def describe_state(
     epoch and step.
 
     Raises:
-        NonFiniteLossError: The network is broken. A GPU is asked for that less often than states are saved, and
-            the state before must not be lost for this one.
+        NonFiniteLossError: The network is broken. A GPU is asked for that less often than states are saved,
+            and the state before must not be lost for this one.
     """
     if state.seen is not None and not (is_whole := state.seen.isfinite().all(dim=1)).all():
         raise NonFiniteLossError(
