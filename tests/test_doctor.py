@@ -344,7 +344,7 @@ def test_missing_packages_and_a_broken_module_are_told_and_not_traced(folder: Pa
     assert "No module named 'mlflow'" in screen
     assert "cannot import name 'Pfad' from 'pathlib'" in screen
     assert "cache_dir must be a folder" in screen
-    assert "none can start; train, evaluate, compare, audit cannot" in screen
+    assert "none can start; train, evaluate, compare, audit, reproduce cannot" in screen
     assert list_all(folder) == before
 
 
@@ -364,7 +364,7 @@ def test_a_check_that_breaks_is_told_and_the_others_go_on(
     code, screen = examine()
     assert code == 1
     assert "memory    cannot be told (OSError: the disk is gone)" in screen
-    assert "commands  train, evaluate, compare, audit can start" in screen
+    assert "commands  train, evaluate, compare, audit, reproduce can start" in screen
 
 
 def test_many_long_problems_stay_on_one_screen(examine: Examine, monkeypatch: pytest.MonkeyPatch) -> None:
