@@ -160,7 +160,15 @@ def test_a_failed_trial_ends_failed_with_its_reason_and_counts(tmp_path: Path, p
         assert "must stay finite" in child.data.tags["failure"]
 
 
-@pytest.mark.parametrize("error", [torch.OutOfMemoryError("CUDA out of memory"), MemoryError()])
+@pytest.mark.parametrize(
+    "error",
+    [
+        torch.OutOfMemoryError("CUDA out of memory"),
+        MemoryError(),
+        RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes"),
+        RuntimeError("CUDA error: out of memory"),
+    ],
+)
 def test_out_of_memory_is_tried_once_more_with_half_the_batch(
     tmp_path: Path, parent: str, error: Exception
 ) -> None:

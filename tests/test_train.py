@@ -299,7 +299,15 @@ def test_a_loss_that_is_not_finite_names_the_images_of_its_batch(config, monkeyp
     assert mlflow.search_runs(output_format="list")[0].info.status == "FAILED"
 
 
-@pytest.mark.parametrize("error", [torch.OutOfMemoryError("CUDA out of memory"), MemoryError()])
+@pytest.mark.parametrize(
+    "error",
+    [
+        torch.OutOfMemoryError("CUDA out of memory"),
+        MemoryError(),
+        RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes"),
+        RuntimeError("CUDA error: out of memory"),
+    ],
+)
 def test_a_full_memory_names_what_to_try(config: TrainConfig, monkeypatch, error: Exception) -> None:
     def fill_memory(*args: object) -> None:
         raise error

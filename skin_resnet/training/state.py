@@ -127,8 +127,10 @@ def build_fabric(device: str, precision: str, devices: int) -> Fabric:
 
 def is_out_of_memory(error: BaseException) -> bool:
     """Say whether an error is that of a full memory, the GPU's or the machine's."""
-    # CPU allocators tell it as a plain RuntimeError.
-    return isinstance(error, MemoryError | torch.OutOfMemoryError) or "allocate memory" in str(error).lower()
+    if isinstance(error, MemoryError | torch.OutOfMemoryError):
+        return True
+    # The CPU's and Apple's allocators, and CUDA's first call, tell it as a plain RuntimeError.
+    return any(words in str(error).lower() for words in ("allocate memory", "out of memory"))
 
 
 def build_state(
