@@ -10,8 +10,8 @@ from skin_resnet.data.prepare import PreparedData
 from skin_resnet.errors import UserError
 from skin_resnet.evaluation.metrics import EpochResult
 from skin_resnet.training.checkpoint import read_checkpoint
-from skin_resnet.training.engine import NonFiniteLossError
-from skin_resnet.training.run_folder import RunFolder, list_runs, read_state
+from skin_resnet.training.engine import build_non_finite_error
+from skin_resnet.training.run_folder import RunFolder, list_runs, read_state, require_state
 from skin_resnet.training.state import TrainingState
 
 # Options that say where a run works, not what it computes: given anew, they hold for the rest of it.
@@ -47,7 +47,7 @@ def find_stopped_run(config: TrainConfig) -> RunFolder | None:
         return None
     if config.resume != "auto":
         folder = RunFolder(checkpoint_dir / config.resume)
-        read_state(folder)
+        require_state(folder)
         return folder
     return next((run for run in list_runs(checkpoint_dir) if _is_same_training(run, config)), None)
 
@@ -88,49 +88,52 @@ def read_kept(folder: RunFolder, config: TrainConfig) -> tuple[Kept, TrainConfig
 
 
 def describe_state(
-    state: TrainingState, data: PreparedData, history: list[EpochResult], run_id: str | None
+    state: TrainingState, data: str, history: list[EpochResult], run_id: str | None
 ) -> dict[str, Any]:
     """Give all that another process needs to go on exactly here.
 
     Early stopping and the best epoch follow from the history; order, augmentation and dropout from seed,
     epoch and step.
 
+    Args:
+        state: What training changes.
+        data: The fingerprint of what it is trained on.
+        history: The epochs that have finished.
+        run_id: The MLflow run's; None where there is none.
+
     Raises:
         NonFiniteLossError: The network is broken. A GPU is asked for that less often than states are saved,
             and the state before must not be lost for this one.
     """
     if state.seen is not None and not (is_whole := state.seen.isfinite().all(dim=1)).all():
-        raise NonFiniteLossError(
-            f"the loss must stay finite, but it is not in epoch {state.epoch + 1}; try an lr below "
-            f"{state.config.lr:g}, a longer warm-up, or precision=fp32.",
-            (~is_whole).nonzero().flatten().tolist(),
-        )
+        positions = (~is_whole).nonzero().flatten()
+        raise build_non_finite_error("the loss", "nan", state.epoch + 1, state.config.lr, positions)
     return {
         "config": state.config.model_dump(mode="json"),
         "run_id": run_id or "",
-        "data": fingerprint(data),
+        "data": data,
         "state": state.state_dict(),
         "history": [dataclasses.asdict(result) for result in history],
     }
 
 
-def restore(kept: Kept, state: TrainingState, data: PreparedData) -> None:
-    """Put a training's state back to where it was kept.
+def restore(kept: Kept, state: TrainingState, data: str) -> None:
+    """Put a training's state back to where it was kept; `data` is the fingerprint of what it is trained on.
 
     Raises:
         UserError: The data are no longer those that it was trained on.
     """
     if kept.before is None:
         return
-    if kept.before["data"] != fingerprint(data):
+    if kept.before["data"] != data:
         raise UserError(
             f"resume needs the data that the run was trained on, but {state.config.data} gives another split "
-            f"or other pixels ({fingerprint(data)}, not {kept.before['data']}); put them back, or start "
+            f"or other pixels ({data}, not {kept.before['data']}); put them back, or start "
             "a new run."
         )
     state.load_state_dict(kept.before["state"])
 
 
 def fingerprint(data: PreparedData) -> str:
-    """Name what is learnt from: the split, and every pixel as it was decoded."""
+    """Name what is learnt from: the split, and every pixel as it was decoded. It reads all of them."""
     return f"{data.split.hash}-{data.store.image_size}px-{zlib.crc32(data.store.pixels.data):08x}"

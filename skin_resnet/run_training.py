@@ -1,7 +1,6 @@
 """A training from its data to its best network: what `train`, a search's trials and `reproduce` all run."""
 
 import os
-import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -68,18 +67,18 @@ def run_training(
     data = prepare_data(config)  # before other processes start, which then find the store built
     fabric = build_fabric(config.device, config.precision, config.devices)
     fabric.launch()
-    training = _Training(config, data, fabric, kept)
     try:
+        training = _Training(config, data, fabric, kept)
         training.run(on_epoch)
-    except NonFiniteLossError as error:
-        ids = [data.split.train[position] for position in error.positions]
-        raise NonFiniteLossError(f"{error} Its batch: {', '.join(ids)}.", error.positions) from None
-    finally:
+        return training.conclude()
+    except BaseException as error:
         # The other processes wait for this one in the middle of a step, and would do so for half an hour.
-        if sys.exc_info()[0]:
-            for process in getattr(fabric.strategy.launcher, "procs", ()):
-                process.kill()
-    return training.conclude()
+        for process in getattr(fabric.strategy.launcher, "procs", ()):
+            process.kill()
+        if isinstance(error, NonFiniteLossError):
+            ids = [data.split.train[position] for position in error.positions]
+            raise NonFiniteLossError(f"{error} Its batch: {', '.join(ids)}.", error.positions) from None
+        raise
 
 
 class _Training:
@@ -96,8 +95,9 @@ class _Training:
         self._checkpoint = RunFolder(config.checkpoint_dir.expanduser() / name).best
         self._best = BestEpoch(config.best_by, config.patience)
         self._history: list[EpochResult] = []
+        self._fingerprint = fingerprint(data)
         if kept:
-            restore(kept, self._state, data)
+            restore(kept, self._state, self._fingerprint)
             self._history = kept.history
             for result in self._history:
                 self._best.update(result)
@@ -107,7 +107,7 @@ class _Training:
         if self._run_id:
             mlflow_run.log_params(config)
             log_setting.log_setting(data, fabric.device, str(fabric.strategy.precision.precision), start)
-            log_setting.log_data(data, config.data, fingerprint(data))
+            log_setting.log_data(data, config.data, self._fingerprint)
             log_setting.log_passport(data.passport.to_dict(), format_passport(data.passport))
 
     def run(self, on_epoch: Callable[[EpochResult], None] | None) -> None:
@@ -160,7 +160,7 @@ class _Training:
         minutes = self._config.checkpoint_minutes if self._fabric.world_size == 1 else 0.0
         return Keeper(
             self._kept.folder.last,
-            lambda: describe_state(self._state, self._data, self._history, self._run_id),
+            lambda: describe_state(self._state, self._fingerprint, self._history, self._run_id),
             minutes,
         )
 

@@ -64,7 +64,7 @@ def fit(
             # The loss was finite to the end: what broke the network came of the last batch.
             last = next(train.shuffled(state.config.seed, state.epoch, len(train) - 1))
             what, lr = "what the network says of val", state.config.lr
-            raise _build_error(what, "nan", state.epoch + 1, lr, last.positions)
+            raise build_non_finite_error(what, "nan", state.epoch + 1, lr, last.positions)
         train_metrics, val_metrics = _measure(trained), _measure((scored, val.targets))
         state.end_epoch(val_metrics.loss)
         yield EpochResult(
@@ -145,11 +145,14 @@ class _LossWatch:
         finite = torch.stack([loss for loss, _ in self._losses]).isfinite()
         if not finite.all():
             loss, positions = self._losses[int(finite.long().argmin())]
-            raise _build_error("the loss", str(loss.item()), self._epoch, self._lr, positions)
+            raise build_non_finite_error("the loss", str(loss.item()), self._epoch, self._lr, positions)
         self._losses.clear()
 
 
-def _build_error(what: str, value: str, epoch: int, lr: float, positions: Tensor) -> NonFiniteLossError:
+def build_non_finite_error(
+    what: str, value: str, epoch: int, lr: float, positions: Tensor
+) -> NonFiniteLossError:
+    """Build the error of something that became NaN or infinite; `positions` are those of its images."""
     return NonFiniteLossError(
         f"{what} must stay finite, but it became {value} in epoch {epoch}; try an lr below {lr:g}, a longer "
         "warm-up, or precision=fp32.",

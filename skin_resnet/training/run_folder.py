@@ -133,11 +133,11 @@ class Keeper:
         interrupts.check()
 
 
-def read_state(run: RunFolder) -> dict[str, Any]:
-    """Read a run's whole state.
+def require_state(run: RunFolder) -> None:
+    """Make sure that a run has a state to go on from, without reading it.
 
     Raises:
-        UserError: It has none, or it is damaged.
+        UserError: It has none.
     """
     if not run.last.is_file():
         raise UserError(
@@ -145,6 +145,15 @@ def read_state(run: RunFolder) -> dict[str, Any]:
             f"{run.last.name}: it has finished, or never began, or is kept elsewhere (checkpoint_dir); "
             "start a new run."
         )
+
+
+def read_state(run: RunFolder) -> dict[str, Any]:
+    """Read a run's whole state.
+
+    Raises:
+        UserError: It has none, or it is damaged.
+    """
+    require_state(run)
     state = read_checkpoint(run.last)
     if "history" not in state:
         raise UserError(
