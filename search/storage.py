@@ -1,7 +1,6 @@
 """Where a study is kept, and locks that a killed process lets go of."""
 
 import contextlib
-import fcntl
 import warnings
 import zlib
 from collections.abc import Iterator
@@ -15,6 +14,7 @@ from sqlalchemy.exc import SQLAlchemyError
 from sqlalchemy.pool import NullPool
 
 from search.config import hide_password
+from skin_resnet.data.folders import lock_file
 from skin_resnet.errors import UserError
 
 GRACE = 4  # heartbeats that a trial may miss before it counts as killed
@@ -65,20 +65,10 @@ def try_lock(url: str, name: str) -> Iterator[bool]:
 def _try_lock(url: str, name: str, *, wait: bool) -> contextlib.AbstractContextManager[bool]:
     if url.startswith("sqlite"):
         database = make_url(url).database or "optuna.db"
-        return _lock_file(Path(f"{database}.locks") / name, wait=wait)
+        folder = Path(f"{database}.locks")
+        folder.mkdir(exist_ok=True)
+        return lock_file(folder / name, wait=wait)
     return _lock_postgresql(url, name, wait=wait)
-
-
-@contextlib.contextmanager
-def _lock_file(path: Path, *, wait: bool) -> Iterator[bool]:
-    path.parent.mkdir(exist_ok=True)
-    with path.open("w") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
-        except BlockingIOError:
-            yield False
-            return
-        yield True
 
 
 @contextlib.contextmanager

@@ -84,6 +84,30 @@ def find_existing(path: Path) -> Path:
 
 
 @contextlib.contextmanager
+def lock_file(path: Path, *, wait: bool) -> Iterator[bool]:
+    """Hold a lock that one process at a time can have, made of a file; give whether it was to be had.
+
+    The operating system lets go of it when the process dies, however it dies.
+
+    Args:
+        path: The file; it is made, and stays.
+        wait: For whoever holds it.
+
+    Raises:
+        OSError: The file cannot be made, or the file system or the system has no locks.
+    """
+    with path.open("a") as file:
+        if fcntl is None:
+            raise OSError("this system has no file locks")
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+        except BlockingIOError:
+            yield False
+            return
+        yield True
+
+
+@contextlib.contextmanager
 def hold_lock(path: Path) -> Iterator[None]:
     """Show other processes that a file or folder has an owner who lives."""
     if fcntl is None:

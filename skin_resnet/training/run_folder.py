@@ -1,7 +1,6 @@
 """What a training keeps on disk: the best network, its whole state, and a sign that it lives."""
 
 import contextlib
-import fcntl
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -10,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from skin_resnet import interrupts
+from skin_resnet.data.folders import lock_file
 from skin_resnet.errors import UserError
 from skin_resnet.training.checkpoint import read_checkpoint, save_checkpoint
 
@@ -45,22 +45,20 @@ class RunFolder:
         Raises:
             UserError: Another process holds it.
         """
-        try:
-            self.path.mkdir(parents=True, exist_ok=True)
-            file = self._lock.open("a")
-        except OSError as error:
-            raise UserError(
-                f"checkpoint_dir must be a folder that can be written, but {self.path}: {error.strerror}; "
-                "choose another."
-            ) from None
-        with file:
+        with contextlib.ExitStack() as stack:
             try:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
+                self.path.mkdir(parents=True, exist_ok=True)
+                is_ours = stack.enter_context(lock_file(self._lock, wait=False))
+            except OSError as error:
+                raise UserError(
+                    f"checkpoint_dir must be a folder that can be written, but {self.path}: "
+                    f"{error.strerror or error}; choose another."
+                ) from None
+            if not is_ours:
                 raise UserError(
                     f"a run can be trained by one process only, but another one is at {self.path.name}; wait "
                     "for it, or stop it."
-                ) from None
+                )
             yield
 
     def leave(self, close: Callable[[str], bool]) -> None:
