@@ -15,9 +15,9 @@ import mlflow
 from skin_resnet.config import TrainConfig
 from skin_resnet.data.augment import RECIPES, augment, mix
 from skin_resnet.data.prepare import prepare_data
-from skin_resnet.data.transform import normalize
+from skin_resnet.data.store import normalize
 from skin_resnet.model.resnet import build_resnet
-from skin_resnet.tracking import mlflow_run
+from skin_resnet.tracking import run as mlflow_run
 from skin_resnet.tracking.epoch_log import EpochLog
 from skin_resnet.training.checkpoint import save_checkpoint
 from skin_resnet.training.engine import fit, seed_step, to_float

@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 from torchvision.transforms import v2
 
-from skin_resnet.data.transform import ImageStore, open_store
+from skin_resnet.data.store import ImageStore, open_store
 
 DRAWN_IMAGES = 1000
 IMAGE_SIDES = (600, 450)

@@ -12,8 +12,8 @@ from search.space import BASELINES, build_space
 from skin_resnet.config import TrainConfig
 from skin_resnet.errors import UserError
 from skin_resnet.evaluation.metrics import EpochResult
-from skin_resnet.run_training import TrainResult, run_training
 from skin_resnet.tracking import search_runs
+from skin_resnet.training.run import TrainResult, run_training
 from skin_resnet.training.state import is_out_of_memory
 
 Train = Callable[[TrainConfig, Callable[[EpochResult], None]], TrainResult]

@@ -21,7 +21,8 @@ from skin_resnet.evaluation.comparison import format_difference
 from skin_resnet.evaluation.formatting import format_score, format_table, spell_metric
 from skin_resnet.evaluation.metrics import HEADLINES
 from skin_resnet.evaluation.plots import search as plots
-from skin_resnet.tracking import mlflow_run, search_runs
+from skin_resnet.tracking import run as mlflow_run
+from skin_resnet.tracking import search_runs
 
 _EDGE = 0.03  # share of a range that counts as its edge
 

@@ -10,7 +10,8 @@ from search.trials import choose_best, count_done, drop_retried, find_baseline, 
 from search.workers import run_workers
 from skin_resnet.data.prepare import prepare_data
 from skin_resnet.errors import UserError
-from skin_resnet.tracking import mlflow_run, search_runs
+from skin_resnet.tracking import run as mlflow_run
+from skin_resnet.tracking import search_runs
 
 
 def search(config: SearchConfig) -> None:

@@ -13,16 +13,18 @@ from search.config import SearchConfig
 from search.space import SEED_RECIPE
 from search.trials import find_baseline
 from search.verdict import Verdict, compare_recipes
-from skin_resnet.compare import read_predictions
+from skin_resnet.commands.compare import read_predictions
+from skin_resnet.commands.evaluate import assess_and_log
+from skin_resnet.commands.train import break_seal, report
 from skin_resnet.config import TrainConfig, format_value
 from skin_resnet.data.prepare import prepare_data
 from skin_resnet.data.split import join_lesions
-from skin_resnet.evaluate import assess_and_log
 from skin_resnet.evaluation.metrics import Predictions
-from skin_resnet.run_training import run_training
-from skin_resnet.tracking import finished_runs, mlflow_run, search_runs
-from skin_resnet.train import break_seal, report
+from skin_resnet.tracking import history as finished_runs
+from skin_resnet.tracking import run as mlflow_run
+from skin_resnet.tracking import search_runs
 from skin_resnet.training.checkpoint import read_checkpoint
+from skin_resnet.training.run import run_training
 
 SEED, WINNER = "seed recipe", "winner"
 

@@ -13,8 +13,8 @@ from search.config import SearchConfig
 from search.objective import Objective
 from search.study import work
 from search.trials import MAX_RETRIES, count_done, summarize
-from skin_resnet import interrupts
 from skin_resnet.tracking import search_runs
+from skin_resnet.training import interrupts
 
 _POLL_S = 1.0
 _END_S = 30.0  # to end a trial's run in MLflow after an interrupt

@@ -11,7 +11,6 @@ from typing import Any, Literal, NoReturn, get_args, get_origin
 
 import tyro
 
-from skin_resnet import interrupts
 from skin_resnet.config import (
     AuditConfig,
     CompareConfig,
@@ -22,43 +21,44 @@ from skin_resnet.config import (
     TrainConfig,
 )
 from skin_resnet.errors import UserError
+from skin_resnet.training import interrupts
 
 USER_ERROR = 2  # what shells and argparse use for a wrong call
 
 
 def _run_train(config: TrainConfig) -> None:
     # Here and not above: `--help` and a misspelt option should not wait for torch and MLflow.
-    from skin_resnet.train import train
+    from skin_resnet.commands.train import train
 
     train(config)
 
 
 def _run_evaluate(config: EvaluateConfig) -> None:
-    from skin_resnet.evaluate import evaluate
+    from skin_resnet.commands.evaluate import evaluate
 
     evaluate(config)
 
 
 def _run_audit(config: AuditConfig) -> int:
-    from skin_resnet.audit import audit
+    from skin_resnet.commands.audit import audit
 
     return audit(config)
 
 
 def _run_compare(config: CompareConfig) -> None:
-    from skin_resnet.compare import compare
+    from skin_resnet.commands.compare import compare
 
     compare(config)
 
 
 def _run_reproduce(config: ReproduceConfig) -> int:
-    from skin_resnet.reproduce import reproduce
+    from skin_resnet.commands.reproduce import reproduce
 
     return reproduce(config)
 
 
 def _run_doctor(config: DoctorConfig) -> int:
-    from skin_resnet.doctor import doctor
+    from skin_resnet.commands.doctor import doctor
 
     return doctor(config)
 

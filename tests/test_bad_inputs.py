@@ -17,7 +17,7 @@ from skin_resnet.cli import main
 from skin_resnet.config import TrainConfig
 from skin_resnet.data.extract import extract
 from skin_resnet.data.prepare import prepare_data
-from skin_resnet.data.transform import open_store
+from skin_resnet.data.store import open_store
 from tests.bad_inputs import BadInput, Options, list_arguments
 from tests.bad_inputs.networks import MODELS, RAN, RUNS, WEIGHTS, with_data_of
 from tests.bad_inputs.options import CONFIGS, list_bad_options

@@ -9,7 +9,7 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from skin_resnet.compare import compare, count_weights
+from skin_resnet.commands.compare import compare, count_weights
 from skin_resnet.config import CompareConfig
 from skin_resnet.errors import UserError
 from skin_resnet.evaluation.comparison import Difference, compare_models, format_difference

@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from skin_resnet.config import TrainConfig
-from skin_resnet.data.load import Loader, PixelSource
+from skin_resnet.data.loader import Loader, PixelSource
 from skin_resnet.evaluation.metrics import EpochResult, Metrics
 from skin_resnet.training.engine import BestEpoch, NonFiniteLossError, fit, predict
 from skin_resnet.training.state import TrainingState, build_fabric, build_state

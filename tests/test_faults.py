@@ -14,15 +14,15 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
+from tests.test_transform import assert_whole, draw_images
 
-from skin_resnet.data import transform
+from skin_resnet.data import store as transform
 from skin_resnet.data.decode import decode_image
 from skin_resnet.data.demo import open_demo
 from skin_resnet.data.folders import find_leftovers, name_aside, remove_leftovers, write_aside
-from skin_resnet.data.transform import open_store
+from skin_resnet.data.store import open_store
 from skin_resnet.errors import UserError
 from skin_resnet.training.checkpoint import read_checkpoint, save_checkpoint
-from tests.test_transform import assert_whole, draw_images
 
 HOURS_S = 3600.0
 

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from skin_resnet import interrupts
+from skin_resnet.training import interrupts
 
 ROOT = Path(__file__).parent.parent
 SIGNALS = [signal.SIGINT, signal.SIGTERM, signal.SIGHUP]

@@ -18,7 +18,7 @@ from skin_resnet.errors import UserError
 from skin_resnet.evaluation.metrics import EpochResult, Metrics
 from skin_resnet.tracking import epoch_log
 from skin_resnet.tracking.epoch_log import EpochLog, to_figures
-from skin_resnet.tracking.mlflow_run import open_run
+from skin_resnet.tracking.run import open_run
 
 ROOT = Path(__file__).parent.parent
 

@@ -9,10 +9,10 @@ import mlflow
 import pytest
 from PIL import Image
 
+from skin_resnet.commands.reproduce import Deviation, compare_histories, describe, reproduce
+from skin_resnet.commands.train import train
 from skin_resnet.config import ReproduceConfig, TrainConfig
 from skin_resnet.errors import UserError
-from skin_resnet.reproduce import Deviation, compare_histories, describe, reproduce
-from skin_resnet.train import train
 from tests.conftest import write_class_folders
 
 

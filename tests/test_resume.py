@@ -15,11 +15,11 @@ import pytest
 import torch
 from mlflow.entities import Run
 
-from skin_resnet import run_training
+from skin_resnet.commands.train import train
 from skin_resnet.config import TrainConfig
 from skin_resnet.errors import UserError
-from skin_resnet.tracking.mlflow_run import close_abandoned
-from skin_resnet.train import train
+from skin_resnet.tracking.run import close_abandoned
+from skin_resnet.training import run as run_training
 from skin_resnet.training.checkpoint import read_checkpoint, save_checkpoint
 from skin_resnet.training.engine import NonFiniteLossError
 from skin_resnet.training.run_folder import release_abandoned
@@ -213,7 +213,7 @@ def stopped(config: TrainConfig, monkeypatch: pytest.MonkeyPatch) -> str:
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr("skin_resnet.run_training.EpochLog.write", stop)
+        patch.setattr("skin_resnet.training.run.EpochLog.write", stop)
         with pytest.raises(KeyboardInterrupt):
             train(config)
     return str(mlflow.search_runs(output_format="list")[0].info.run_id)

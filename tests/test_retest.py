@@ -5,7 +5,7 @@ import pytest
 
 from skin_resnet.evaluation.metrics import Predictions
 from skin_resnet.evaluation.retest import Retest, compute_retest, format_retest
-from skin_resnet.evaluation.slices import MIN_LESIONS
+from skin_resnet.evaluation.subgroups import MIN_LESIONS
 
 CLASSES = ("bkl", "mel", "nv")
 

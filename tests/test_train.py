@@ -14,18 +14,18 @@ import pytest
 import torch
 from mlflow.entities import Run
 
+from skin_resnet.commands.evaluate import evaluate
+from skin_resnet.commands.train import train
 from skin_resnet.config import EvaluateConfig, TrainConfig
 from skin_resnet.data.prepare import SEALED, open_test, prepare_data
 from skin_resnet.data.split import Split
 from skin_resnet.errors import UserError
-from skin_resnet.evaluate import evaluate
-from skin_resnet.evaluation.assessment import LEAK_BANNER
+from skin_resnet.evaluation.assess import LEAK_BANNER
 from skin_resnet.evaluation.metrics import EpochResult
-from skin_resnet.run_training import run_training
-from skin_resnet.train import train
 from skin_resnet.training import engine
 from skin_resnet.training.checkpoint import read_checkpoint
 from skin_resnet.training.engine import NonFiniteLossError
+from skin_resnet.training.run import run_training
 
 ROOT = Path(__file__).parent.parent
 

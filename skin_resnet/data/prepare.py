@@ -8,11 +8,11 @@ import torch
 from lightning_fabric import Fabric
 
 from skin_resnet.config import TrainConfig
-from skin_resnet.data.audit import LeakPassport, audit_split, read_split
 from skin_resnet.data.extract import extract, get_class_names
-from skin_resnet.data.load import Loader, PixelSource, place_pixels
+from skin_resnet.data.leakage import LeakPassport, audit_split, read_split
+from skin_resnet.data.loader import Loader, PixelSource, place_pixels
 from skin_resnet.data.split import SPLITS, Split, split_lesions, thin_train
-from skin_resnet.data.transform import ImageStore, open_store
+from skin_resnet.data.store import ImageStore, open_store
 from skin_resnet.errors import UserError
 
 SEALED = -1  # the target of a test image, until the test is opened

@@ -2,7 +2,7 @@
 
 import pandas as pd
 
-from skin_resnet.data.audit import KINDS, LEAKING_KINDS, LeakPassport
+from skin_resnet.data.leakage import KINDS, LEAKING_KINDS, LeakPassport
 from skin_resnet.data.split import SPLITS
 from skin_resnet.evaluation.formatting import format_table
 

@@ -8,7 +8,7 @@ from numpy.typing import NDArray
 
 from skin_resnet.evaluation.formatting import format_class_table, format_score
 from skin_resnet.evaluation.metrics import Floats, Predictions, compute_mean_interval
-from skin_resnet.evaluation.slices import MIN_LESIONS
+from skin_resnet.evaluation.subgroups import MIN_LESIONS
 
 _FIGURES = {
     "agreement": "pairs of photos with the same prediction",

@@ -7,7 +7,7 @@ import mlflow
 from mlflow.entities import Metric
 
 from skin_resnet.evaluation.metrics import EpochResult
-from skin_resnet.tracking.mlflow_run import OUTAGES
+from skin_resnet.tracking.run import OUTAGES
 
 _WAIT_S = 60.0
 _RETRY_S = 2.0

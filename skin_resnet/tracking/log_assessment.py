@@ -6,16 +6,16 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from skin_resnet.data.transform import ImageStore
-from skin_resnet.evaluation.assessment import Assessment
+from skin_resnet.data.store import ImageStore
+from skin_resnet.evaluation.assess import Assessment
 from skin_resnet.evaluation.operating import find_positives, tabulate_missed
 from skin_resnet.evaluation.plots.calibration import plot_reliability
 from skin_resnet.evaluation.plots.confusion import plot_confusion
 from skin_resnet.evaluation.plots.explain import blend_heat, plot_gradcam
 from skin_resnet.evaluation.plots.operating import plot_gallery, plot_referral, plot_roc
-from skin_resnet.evaluation.plots.slices import plot_slices
+from skin_resnet.evaluation.plots.subgroups import plot_slices
 from skin_resnet.evaluation.scores import tabulate_predictions
-from skin_resnet.tracking import mlflow_run
+from skin_resnet.tracking import run as mlflow_run
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -10,8 +10,8 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from skin_resnet.data.augment import RECIPES, augment, mix
-from skin_resnet.data.load import Batch, Loader
-from skin_resnet.data.transform import normalize
+from skin_resnet.data.loader import Batch, Loader
+from skin_resnet.data.store import normalize
 from skin_resnet.errors import UserError
 from skin_resnet.evaluation.metrics import EpochResult, Metrics, Predictions, compute_metrics
 from skin_resnet.training.optim import compute_loss

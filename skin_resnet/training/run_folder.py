@@ -8,9 +8,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from skin_resnet import interrupts
 from skin_resnet.data.folders import lock_file
 from skin_resnet.errors import UserError
+from skin_resnet.training import interrupts
 from skin_resnet.training.checkpoint import read_checkpoint, save_checkpoint
 
 

@@ -10,7 +10,7 @@ from lightning_fabric import Fabric
 from torch import Tensor, nn
 
 from skin_resnet.config import TrainConfig
-from skin_resnet.data.load import Loader
+from skin_resnet.data.loader import Loader
 from skin_resnet.errors import UserError
 from skin_resnet.training.optim import Schedule, build_optimizer, compute_class_weights
 

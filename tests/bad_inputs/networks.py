@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from skin_resnet.config import TrainConfig
-from skin_resnet.evaluation.assessment import calibrate
+from skin_resnet.evaluation.assess import calibrate
 from skin_resnet.evaluation.metrics import Predictions
 from skin_resnet.model.resnet import build_resnet
 from tests.bad_inputs import BadInput, Options

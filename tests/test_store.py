@@ -20,7 +20,7 @@ from torchvision.transforms.v2 import functional as F
 
 from skin_resnet.data.decode import decode_image
 from skin_resnet.data.folders import name_aside
-from skin_resnet.data.transform import IMAGENET_MEAN, IMAGENET_STD, ImageStore, normalize, open_store
+from skin_resnet.data.store import IMAGENET_MEAN, IMAGENET_STD, ImageStore, normalize, open_store
 from skin_resnet.errors import UserError
 
 

@@ -22,10 +22,10 @@ import torch
 from PIL import Image
 
 from skin_resnet.data.decode import decode_image
-from skin_resnet.data.transform import normalize
+from skin_resnet.data.store import normalize
 from skin_resnet.errors import UserError
 from skin_resnet.model.resnet import build_resnet
-from skin_resnet.tracking import mlflow_run
+from skin_resnet.tracking import run as mlflow_run
 from skin_resnet.training.checkpoint import save_checkpoint
 
 CLASSES = ("blue", "green", "red")

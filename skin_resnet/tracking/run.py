@@ -19,10 +19,10 @@ from mlflow.entities import LoggedModelStatus, RunStatus
 from numpy.typing import NDArray
 
 import skin_resnet
-from skin_resnet import interrupts
 from skin_resnet.config import FrozenConfig
 from skin_resnet.errors import UserError
-from skin_resnet.tracking import packaged_model
+from skin_resnet.tracking import serving as packaged_model
+from skin_resnet.training import interrupts
 
 _logger = logging.getLogger(__name__)
 

@@ -14,9 +14,7 @@ from functools import partial
 from pathlib import Path
 
 import skin_resnet
-from skin_resnet.config import DoctorConfig
-from skin_resnet.data.folders import explain_unwritable, find_existing, find_leftovers
-from skin_resnet.environment import (
+from skin_resnet.commands.environment import (
     INSTALL,
     Finding,
     check_device,
@@ -26,6 +24,8 @@ from skin_resnet.environment import (
     describe_error,
     format_bytes,
 )
+from skin_resnet.config import DoctorConfig
+from skin_resnet.data.folders import explain_unwritable, find_existing, find_leftovers
 
 SOMETHING_IS_WRONG = 1  # the command's exit code
 _COLUMNS, _LINES = 100, 24

@@ -8,7 +8,7 @@ import pandas as pd
 import pytest
 
 from skin_resnet.errors import UserError
-from skin_resnet.evaluation.assessment import Assessment, Calibration, assess, calibrate, format_assessment
+from skin_resnet.evaluation.assess import Assessment, Calibration, assess, calibrate, format_assessment
 from skin_resnet.evaluation.metrics import Predictions
 from skin_resnet.labels import HAM10000_CLASSES
 from skin_resnet.tracking.log_assessment import _drop_nans

@@ -8,7 +8,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from skin_resnet.data.transform import ImageStore
+from skin_resnet.data.store import ImageStore
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -33,7 +33,7 @@ from skin_resnet.evaluation.operating import (
 )
 from skin_resnet.evaluation.retest import Retest, compute_retest, format_retest
 from skin_resnet.evaluation.scores import Scores, compute_scores, format_scores
-from skin_resnet.evaluation.slices import compute_slices
+from skin_resnet.evaluation.subgroups import compute_slices
 
 # What every report of a training begins with whose split shares lesions.
 LEAK_BANNER = (

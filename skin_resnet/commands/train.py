@@ -6,18 +6,19 @@ from contextlib import ExitStack
 
 import pandas as pd
 
+from skin_resnet.commands.evaluate import assess_and_log
 from skin_resnet.config import TrainConfig
 from skin_resnet.data.prepare import PreparedData, open_test
 from skin_resnet.errors import UserError
-from skin_resnet.evaluate import assess_and_log
-from skin_resnet.evaluation.assessment import LEAK_BANNER
+from skin_resnet.evaluation.assess import LEAK_BANNER
 from skin_resnet.evaluation.report import describe_training
-from skin_resnet.resume import Kept, find_stopped_run, read_kept
-from skin_resnet.run_training import TrainResult, run_training
-from skin_resnet.tracking import log_setting, mlflow_run
+from skin_resnet.tracking import log_setting
+from skin_resnet.tracking import run as mlflow_run
 from skin_resnet.tracking.openings import record_opening
 from skin_resnet.training.checkpoint import read_checkpoint
 from skin_resnet.training.engine import NonFiniteLossError
+from skin_resnet.training.resume import Kept, find_stopped_run, read_kept
+from skin_resnet.training.run import TrainResult, run_training
 from skin_resnet.training.run_folder import RunFolder, release_abandoned
 from skin_resnet.training.state import is_out_of_memory
 

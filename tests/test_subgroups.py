@@ -6,8 +6,8 @@ import pytest
 from sklearn import metrics as sk
 
 from skin_resnet.evaluation.metrics import Predictions, compute_intervals, compute_mean_interval
-from skin_resnet.evaluation.plots.slices import plot_slices
-from skin_resnet.evaluation.slices import MIN_IMAGES, MIN_LESIONS, compute_slices
+from skin_resnet.evaluation.plots.subgroups import plot_slices
+from skin_resnet.evaluation.subgroups import MIN_IMAGES, MIN_LESIONS, compute_slices
 from skin_resnet.labels import HAM10000_CLASSES
 from tests.test_metrics import predict_randomly
 from tests.test_plots import assert_texts_are_apart, texts_of

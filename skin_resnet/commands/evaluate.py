@@ -11,15 +11,17 @@ import torch
 
 from skin_resnet.config import EvaluateConfig, TrainConfig
 from skin_resnet.data.extract import extract
-from skin_resnet.data.load import Loader, place_pixels
+from skin_resnet.data.loader import Loader, place_pixels
 from skin_resnet.data.split import Split, drop_seen
-from skin_resnet.data.transform import ImageStore, normalize, open_store
+from skin_resnet.data.store import ImageStore, normalize, open_store
 from skin_resnet.errors import UserError
-from skin_resnet.evaluation.assessment import Assessment, Calibration, assess, format_assessment
+from skin_resnet.evaluation.assess import Assessment, Calibration, assess, format_assessment
 from skin_resnet.evaluation.explain import choose_examples, compute_gradcam
 from skin_resnet.evaluation.metrics import Predictions
 from skin_resnet.model.resnet import ResNet, build_resnet
-from skin_resnet.tracking import finished_runs, log_assessment, log_setting, mlflow_run
+from skin_resnet.tracking import history as finished_runs
+from skin_resnet.tracking import log_assessment, log_setting
+from skin_resnet.tracking import run as mlflow_run
 from skin_resnet.tracking.openings import record_opening
 from skin_resnet.training.checkpoint import read_checkpoint
 from skin_resnet.training.engine import predict, to_float

@@ -17,7 +17,7 @@ from mlflow.types import ColSpec, DataType, Schema
 from PIL import Image
 
 from skin_resnet.data.decode import BadImageError, decode_image
-from skin_resnet.data.transform import normalize
+from skin_resnet.data.store import normalize
 from skin_resnet.model.resnet import build_resnet
 from skin_resnet.training.checkpoint import read_checkpoint
 

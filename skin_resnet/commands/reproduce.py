@@ -7,9 +7,11 @@ from tempfile import TemporaryDirectory
 from skin_resnet.config import ReproduceConfig, TrainConfig
 from skin_resnet.errors import UserError
 from skin_resnet.evaluation.formatting import format_table
-from skin_resnet.run_training import run_training
-from skin_resnet.tracking import finished_runs, log_setting, mlflow_run
+from skin_resnet.tracking import history as finished_runs
+from skin_resnet.tracking import log_setting
+from skin_resnet.tracking import run as mlflow_run
 from skin_resnet.tracking.epoch_log import to_figures
+from skin_resnet.training.run import run_training
 
 _NOT_COMPARED = ("speed/epoch_s", "speed/images_per_s")  # a clock is never the same twice
 _SETTING = ("git.", "version.", "device", "precision", "threads", "data.fingerprint", "start")

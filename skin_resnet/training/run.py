@@ -9,23 +9,24 @@ from typing import Any
 import torch
 from lightning_fabric import Fabric
 
-from skin_resnet import interrupts
+from skin_resnet.commands.evaluate import assess_and_log, predict_checkpoint
 from skin_resnet.config import TrainConfig
-from skin_resnet.data.load import Loader
+from skin_resnet.data.loader import Loader
 from skin_resnet.data.prepare import PreparedData, prepare_data
-from skin_resnet.evaluate import assess_and_log, predict_checkpoint
-from skin_resnet.evaluation.assessment import calibrate
+from skin_resnet.evaluation.assess import calibrate
 from skin_resnet.evaluation.metrics import EpochResult
 from skin_resnet.evaluation.passport import format_passport
 from skin_resnet.evaluation.plots.curves import plot_curves
 from skin_resnet.model.resnet import build_resnet
 from skin_resnet.model.weights import load_weights
-from skin_resnet.resume import Kept, describe_state, fingerprint, restore
-from skin_resnet.terminal import describe_epoch, describe_start, show_progress
-from skin_resnet.tracking import log_setting, mlflow_run
+from skin_resnet.tracking import log_setting
+from skin_resnet.tracking import run as mlflow_run
 from skin_resnet.tracking.epoch_log import EpochLog, log_best
+from skin_resnet.training import interrupts
 from skin_resnet.training.checkpoint import hash_network, read_checkpoint, save_checkpoint
 from skin_resnet.training.engine import BestEpoch, NonFiniteLossError, fit
+from skin_resnet.training.progress import describe_epoch, describe_start, show_progress
+from skin_resnet.training.resume import Kept, describe_state, fingerprint, restore
 from skin_resnet.training.run_folder import Keeper, RunFolder
 from skin_resnet.training.state import TrainingState, build_fabric, build_state
 

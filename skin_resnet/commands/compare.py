@@ -11,14 +11,16 @@ from numpy.typing import NDArray
 from skin_resnet.config import CompareConfig
 from skin_resnet.data.split import join_lesions
 from skin_resnet.errors import UserError
-from skin_resnet.evaluation.assessment import LEAK_BANNER
+from skin_resnet.evaluation.assess import LEAK_BANNER
 from skin_resnet.evaluation.comparison import compare_models, format_difference
 from skin_resnet.evaluation.formatting import format_score, format_table, spell_metric
 from skin_resnet.evaluation.metrics import HEADLINES, Predictions, compute_intervals, compute_metrics
 from skin_resnet.evaluation.plots.comparison import plot_curves_of_models, plot_differences
 from skin_resnet.model.resnet import STAGE_DEPTHS, build_resnet
-from skin_resnet.tracking import finished_runs, log_setting, mlflow_run
-from skin_resnet.tracking.finished_runs import FinishedRun
+from skin_resnet.tracking import history as finished_runs
+from skin_resnet.tracking import log_setting
+from skin_resnet.tracking import run as mlflow_run
+from skin_resnet.tracking.history import FinishedRun
 
 
 def compare(config: CompareConfig) -> None:

@@ -12,10 +12,10 @@ from PIL import Image, ImageEnhance
 from scipy.stats import chi2_contingency
 
 from skin_resnet.cli import main
-from skin_resnet.data.audit import LeakPassport, Pixels, audit_split, read_split
 from skin_resnet.data.extract import extract
+from skin_resnet.data.leakage import LeakPassport, Pixels, audit_split, read_split
 from skin_resnet.data.split import SPLITS, Split, split_lesions
-from skin_resnet.data.transform import open_store
+from skin_resnet.data.store import open_store
 from skin_resnet.errors import UserError
 from skin_resnet.evaluation.passport import format_passport
 from tests.conftest import make_table

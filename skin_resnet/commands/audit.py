@@ -6,13 +6,14 @@ from dataclasses import replace
 from pathlib import Path
 
 from skin_resnet.config import AuditConfig
-from skin_resnet.data.audit import LeakPassport, audit_split, read_split
 from skin_resnet.data.extract import extract
+from skin_resnet.data.leakage import LeakPassport, audit_split, read_split
 from skin_resnet.data.split import split_lesions
-from skin_resnet.data.transform import open_store
+from skin_resnet.data.store import open_store
 from skin_resnet.errors import UserError
 from skin_resnet.evaluation.passport import format_passport
-from skin_resnet.tracking import log_setting, mlflow_run
+from skin_resnet.tracking import log_setting
+from skin_resnet.tracking import run as mlflow_run
 
 LEAKS = 1  # the command's exit code for a split that does
 

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from skin_resnet.data.load import Loader, PixelSource
+from skin_resnet.data.loader import Loader, PixelSource
 
 
 def build(size: int = 23, batch_size: int = 5, **share: int) -> Loader:

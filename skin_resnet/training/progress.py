@@ -8,7 +8,7 @@ from tqdm import tqdm
 
 from skin_resnet.config import TrainConfig
 from skin_resnet.data.extract import has_lesion_ids
-from skin_resnet.data.load import Batch, Loader
+from skin_resnet.data.loader import Batch, Loader
 from skin_resnet.data.prepare import PreparedData
 from skin_resnet.data.split import SPLITS
 from skin_resnet.evaluation.metrics import EpochResult
