@@ -16,10 +16,11 @@ from search.verdict import Verdict, compare_recipes
 from skin_resnet.commands.compare import read_predictions
 from skin_resnet.commands.evaluate import assess_and_log
 from skin_resnet.commands.train import break_seal, report
-from skin_resnet.config import TrainConfig, format_value
+from skin_resnet.config import TrainConfig
 from skin_resnet.data.prepare import prepare_data
 from skin_resnet.data.split import join_lesions
 from skin_resnet.evaluation.metrics import Predictions
+from skin_resnet.options import format_value
 from skin_resnet.tracking import history as finished_runs
 from skin_resnet.tracking import run as mlflow_run
 from skin_resnet.tracking import search_runs

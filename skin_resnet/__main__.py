@@ -1,15 +1,31 @@
-"""Makes `python -m skin_resnet` run the command line."""
+"""Entry point of `skin-resnet` and of `python -m skin_resnet`."""
 
 import sys
+from pathlib import Path
+from typing import NoReturn
+
+
+def main() -> NoReturn:
+    """Run the command line."""
+    try:
+        from skin_resnet.cli import main as run
+    except ImportError as error:  # too early for `doctor`
+        sys.exit(_explain(error))
+    run()
+
+
+def _explain(error: ImportError) -> int:
+    print(
+        f"error: {sys.executable} lacks packages of requirements.lock ({error}); "
+        "run `make setup` and use .venv/bin/python",
+        file=sys.stderr,
+    )
+    return 2
+
 
 if __name__ == "__main__":
-    try:
-        from skin_resnet.cli import main
-    except ImportError as error:  # too early for the doctor to tell it
-        print(
-            f"error: {sys.executable} must have the packages of requirements.lock, but got: {error}; "
-            "run `make setup`, then use .venv/bin/python.",
-            file=sys.stderr,
-        )
-        sys.exit(2)
+    # `python -m` looks for modules in the current folder first: a search.py there must not replace ours.
+    root = str(Path(__file__).parents[1])
+    if not sys.flags.safe_path and sys.path[0] != root:
+        del sys.path[0]
     main()

@@ -1,207 +1,219 @@
-"""The commands of `python -m skin_resnet`: options from the configs, mistakes told in one line."""
+"""The command line, `skin-resnet COMMAND` or `python -m skin_resnet COMMAND`: options from the configs."""
 
+import argparse
+import contextlib
+import ctypes
 import logging
-import math
+import os
 import signal
 import sys
-from collections.abc import Callable
+from collections.abc import Iterator, Sequence
 from difflib import get_close_matches
 from pathlib import Path
-from typing import Any, Literal, NoReturn, get_args, get_origin
+from pkgutil import resolve_name
+from types import UnionType
+from typing import Any, Literal, NoReturn, TextIO, Union, cast, get_args, get_origin
 
-import tyro
-
-from skin_resnet.config import (
-    AuditConfig,
-    CompareConfig,
-    DoctorConfig,
-    EvaluateConfig,
-    FrozenConfig,
-    ReproduceConfig,
-    TrainConfig,
-)
+import skin_resnet
+from skin_resnet.config import GROUPS
 from skin_resnet.errors import UserError
+from skin_resnet.options import FrozenConfig, format_value
 from skin_resnet.training import interrupts
 
-USER_ERROR = 2  # what shells and argparse use for a wrong call
+_PR_SET_PDEATHSIG = 1  # linux/prctl.h
+USER_ERROR = 2  # the exit code that shells and argparse use for a wrong call
 
-
-def _run_train(config: TrainConfig) -> None:
-    # Here and not above: `--help` and a misspelt option should not wait for torch and MLflow.
-    from skin_resnet.commands.train import train
-
-    train(config)
-
-
-def _run_evaluate(config: EvaluateConfig) -> None:
-    from skin_resnet.commands.evaluate import evaluate
-
-    evaluate(config)
-
-
-def _run_audit(config: AuditConfig) -> int:
-    from skin_resnet.commands.audit import audit
-
-    return audit(config)
-
-
-def _run_compare(config: CompareConfig) -> None:
-    from skin_resnet.commands.compare import compare
-
-    compare(config)
-
-
-def _run_reproduce(config: ReproduceConfig) -> int:
-    from skin_resnet.commands.reproduce import reproduce
-
-    return reproduce(config)
-
-
-def _run_doctor(config: DoctorConfig) -> int:
-    from skin_resnet.commands.doctor import doctor
-
-    return doctor(config)
-
-
-# Command word: its options, and what it does. `MLproject`'s entry points are made from this table too.
-COMMANDS: dict[str, tuple[type[FrozenConfig], Callable[[Any], int | None]]] = {
-    "train": (TrainConfig, _run_train),
-    "evaluate": (EvaluateConfig, _run_evaluate),
-    "compare": (CompareConfig, _run_compare),
-    "audit": (AuditConfig, _run_audit),
-    "reproduce": (ReproduceConfig, _run_reproduce),
-    "doctor": (DoctorConfig, _run_doctor),
+# Command: its config, and what runs it, by name: `--help` and a mistyped option should not wait for torch.
+COMMANDS = {
+    "train": ("skin_resnet.config:TrainConfig", "skin_resnet.commands.train:train"),
+    "search": ("search.config:SearchConfig", "search.run:search"),
+    "evaluate": ("skin_resnet.config:EvaluateConfig", "skin_resnet.commands.evaluate:evaluate"),
+    "compare": ("skin_resnet.config:CompareConfig", "skin_resnet.commands.compare:compare"),
+    "audit": ("skin_resnet.config:AuditConfig", "skin_resnet.commands.audit:audit"),
+    "reproduce": ("skin_resnet.config:ReproduceConfig", "skin_resnet.commands.reproduce:reproduce"),
+    "doctor": ("skin_resnet.config:DoctorConfig", "skin_resnet.commands.doctor:doctor"),
 }
 
 
-def main(arguments: list[str] | None = None) -> NoReturn:
-    """Run a command and exit, as `run_and_exit` does."""
-    run_and_exit(lambda: _run_command(sys.argv[1:] if arguments is None else arguments))
-
-
-def _run_command(arguments: list[str]) -> int | None:
-    if not arguments or arguments[0] in {"-h", "--help"}:
-        print(_describe_commands())
-        return 0
-    command, *options = arguments
-    config_type, run = find_command(command)
-    name, field = next(iter(config_type.model_fields.items()))
-    if options and not options[0].startswith("-") and field.is_required():
-        # What a command is about may stand without its name: `reproduce RUN_ID`, `evaluate RUN_ID`.
-        options.insert(0, f"--{name}")
-    return run(parse_options(config_type, options, prog=f"python -m skin_resnet {command}"))
-
-
-def run_and_exit(run: Callable[[], int | None]) -> NoReturn:
-    """Run what a user asked for and exit: 0 when done, 2 for a user's mistake, 128 + n after signal n."""
+def main(arguments: Sequence[str] | None = None) -> NoReturn:
+    """Run a command and exit: 0 when done, 2 after a user's mistake, 128 + n after signal n."""
     logging.basicConfig(level=logging.WARNING, format="%(message)s")
     logging.getLogger("skin_resnet").setLevel(logging.INFO)
-    try:
-        with interrupts.handled():
-            code = run()
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(USER_ERROR)
-    except KeyboardInterrupt as interrupt:
-        number = interrupt.args[0] if interrupt.args else signal.SIGINT
-        print(f"interrupted by {signal.Signals(number).name}", file=sys.stderr)
-        sys.exit(128 + number)
-    sys.exit(code or 0)
+    with protect_output():
+        try:
+            with interrupts.handled():
+                code = _run_command(sys.argv[1:] if arguments is None else list(arguments))
+        except UserError as error:
+            print(f"error: {error}", file=sys.stderr)
+            code = USER_ERROR
+        except KeyboardInterrupt as interrupt:
+            number = interrupt.args[0] if interrupt.args else signal.SIGINT
+            print(f"interrupted by {signal.Signals(number).name}", file=sys.stderr)
+            code = 128 + number
+    sys.exit(code)
 
 
-def find_command(name: str) -> tuple[type[FrozenConfig], Callable[[Any], int | None]]:
-    """Look a command word up.
+def _run_command(arguments: list[str]) -> int:
+    command, *options = arguments or ["--help"]
+    if command in {"-h", "--help"}:
+        print(_describe_commands())
+    elif command == "--version":
+        print(f"skin-resnet {skin_resnet.__version__}")
+    elif {"-h", "--help"} & set(options):
+        print(_build_parser(load_config_type(command), command).format_help(), end="")
+    else:
+        config = parse_options(command, options)
+        if "MLFLOW_RUN_ID" in os.environ:  # started by `mlflow run`, which has opened a run for us
+            _end_with_parent()
+        else:
+            config.check_paths()  # within a run the command does, and the run shows the reason
+        return resolve_name(COMMANDS[command][1])(config) or 0
+    return 0
+
+
+def load_config_type(command: str) -> type[FrozenConfig]:
+    """Return the config class of a command.
 
     Raises:
         UserError: There is no such command.
     """
-    if name not in COMMANDS:
-        raise UserError(f"the command must be one of {', '.join(COMMANDS)}, but got {name!r}.")
-    return COMMANDS[name]
+    if command not in COMMANDS:
+        raise UserError(f"unknown command {command}; {_suggest(command, COMMANDS, '')}")
+    config_type: type[FrozenConfig] = resolve_name(COMMANDS[command][0])
+    return config_type
 
 
-def parse_options(config_type: type[FrozenConfig], arguments: list[str], prog: str) -> Any:
-    """Read a command's options.
+def parse_options(command: str, arguments: Sequence[str]) -> Any:
+    """Return the config of a command from what was typed after it.
+
+    The first option may be given without its name where it is required: `evaluate RUN_ID`.
 
     Raises:
-        UserError: An option is unknown (the message names the near one), is missing, lacks its value or has
-            two, or the value is refused.
-        SystemExit: Help was asked for.
+        UserError: An option is unknown, missing, given twice or without a value, or its value is refused.
     """
-    if not any(word in {"-h", "--help"} or word.startswith("--tyro-") for word in arguments):
-        # Before tyro, which tells a mistake on a framed page, with the option's whole help in it.
-        _check_typed(config_type, _pair_up(config_type, arguments))
-    return tyro.cli(config_type, args=arguments, prog=prog, use_underscores=True)
-
-
-def _pair_up(config_type: type[FrozenConfig], arguments: list[str]) -> dict[str, str]:
-    """Give what was typed for each option, which must be one of the config's."""
-    typed: dict[str, str] = {}
-    words = [*arguments]
-    while words:
-        option, has_text, text = (word := words.pop(0)).partition("=")
-        name = option.removeprefix("--").replace("-", "_")
+    config_type = load_config_type(command)
+    name, field = next(iter(config_type.model_fields.items()))
+    if arguments and not arguments[0].startswith("-") and field.is_required():
+        arguments = [f"--{name}", *arguments]
+    typed, unknown = _build_parser(config_type, command).parse_known_args(arguments)
+    for word in unknown:
+        option = word.partition("=")[0]
         if not option.startswith("--"):
-            raise UserError(
-                f"options must be typed as --NAME VALUE, but got {word!r} without a name before it."
-            )
-        if name not in config_type.model_fields:
-            near = get_close_matches(name, config_type.model_fields, n=1)
-            advice = f"did you mean --{near[0]}?" if near else "--help lists them."
-            raise UserError(f"options must be the command's own, but got {option!r}; {advice}")
-        if name in typed:
-            raise UserError(f"{name}: must be given once, but got it twice; leave one of the two out.")
-        if not has_text and words and not words[0].startswith("--"):
-            text = words.pop(0)
-        if not text:
-            kind = _describe_kind(config_type.model_fields[name].annotation)
-            raise UserError(f"{name}: must be {kind}, but got nothing; type it after {option}.")
-        typed[name] = text
-    return typed
+            raise UserError(f"unexpected argument {word!r}; options are given as --NAME VALUE")
+        raise UserError(f"unknown option {option}; {_suggest(option[2:], config_type.model_fields, '--')}")
+    for name, values in vars(typed).items():
+        if len(values) > 1:
+            raise UserError(f"option --{name} is given {len(values)} times")
+    return config_type.model_validate({name: values[0] for name, values in vars(typed).items()})
 
 
-def _check_typed(config_type: type[FrozenConfig], typed: dict[str, str]) -> None:
+def _suggest(word: str, known: Any, prefix: str) -> str:
+    near = get_close_matches(word.replace("-", "_"), known, n=1)
+    return f"did you mean {prefix}{near[0]}?" if near else "see --help"
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        raise UserError(message.removeprefix("argument "))
+
+
+def _build_parser(config_type: type[FrozenConfig], command: str) -> argparse.ArgumentParser:
+    parser = _Parser(
+        prog=f"skin-resnet {command}",
+        usage="%(prog)s [--option VALUE ...]",
+        description=config_type.__doc__,
+        formatter_class=lambda prog: argparse.HelpFormatter(prog, max_help_position=26),
+        argument_default=argparse.SUPPRESS,
+        allow_abbrev=False,
+        add_help=False,
+    )
+    own = parser.add_argument_group(f"{command} options")
+    groups = {title: parser.add_argument_group(f"{title} options") for title in GROUPS}
     for name, field in config_type.model_fields.items():
-        if name not in typed and field.is_required():
-            raise UserError(f"{name}: must be given, but is missing; add --{name} and: {field.description}")
-        if name in typed and not _is_kind(field.annotation, typed[name]):
-            kind = _describe_kind(field.annotation)
-            raise UserError(f"{name}: must be {kind}, but got {typed[name]!r}; see --help.")
-
-
-def _is_kind(annotation: Any, text: str) -> bool:
-    """Say whether a text can be read as what an option is; its bounds are the config's own affair."""
-    if get_origin(annotation) is Literal:
-        return text in map(str, get_args(annotation))
-    if annotation in (int, float):
-        try:
-            return math.isfinite(annotation(text))
-        except (ValueError, OverflowError):
-            return False
-    kinds = [] if annotation is None else get_args(annotation)
-    return not kinds or any(_is_kind(kind, text) for kind in kinds)
+        title = next((title for title, options in GROUPS.items() if name in options.model_fields), "")
+        default = "" if field.is_required() else f" (default: {format_value(field.default)})"
+        text = f"{(field.description or '').removesuffix('.')}{default}"
+        groups.get(title, own).add_argument(
+            f"--{name}",
+            action="append",  # to see what is given twice
+            metavar=_describe_kind(field.annotation),
+            help=text.replace("%", "%%"),
+        )
+    return parser
 
 
 def _describe_kind(annotation: Any) -> str:
+    """Return what stands for an option's value in its help: `N`, `PATH`, `{adam,sgd}`, `N|auto`."""
     if get_origin(annotation) is Literal:
-        *others, last = map(str, get_args(annotation))
-        return f"{', '.join(others)} or {last}" if others else last
-    if get_args(annotation):
-        return " or ".join(map(_describe_kind, get_args(annotation)))
-    return {int: "a whole number", float: "a number", Path: "a path"}.get(annotation, "a text")
+        words = ",".join(map(str, get_args(annotation)))
+        return f"{{{words}}}" if "," in words else words
+    if get_origin(annotation) in {Union, UnionType}:
+        return "|".join(map(_describe_kind, get_args(annotation)))
+    if get_origin(annotation) is not None:  # Annotated
+        return _describe_kind(get_args(annotation)[0])
+    return {int: "N", float: "X", Path: "PATH"}.get(annotation, "TEXT")
 
 
 def _describe_commands() -> str:
     rows = [
-        f"  {name:10} {(config_type.__doc__ or '').splitlines()[0]}"
-        for name, (config_type, _) in COMMANDS.items()
+        f"  {command:10} {(load_config_type(command).__doc__ or '').partition(chr(10))[0]}"
+        for command in COMMANDS
     ]
-    return "\n".join(
-        [
-            "usage: python -m skin_resnet COMMAND [--option value ...]",
-            "",
-            *rows,
-            "",
-            "COMMAND --help lists its options.",
-        ]
-    )
+    usage = "usage: skin-resnet COMMAND [--option VALUE ...]\n       skin-resnet COMMAND --help\n"
+    return "\n".join([usage, "commands:", *rows])
+
+
+class _Protected:
+    """A text stream that drops what cannot be written: a closed pipe or full disk must not end a run."""
+
+    def __init__(self, stream: TextIO) -> None:
+        self._stream = stream
+
+    def write(self, text: str) -> int:
+        try:
+            return self._stream.write(text)
+        except (OSError, ValueError):  # ValueError: the stream was closed
+            self._discard()
+            return len(text)
+
+    def flush(self) -> None:
+        try:
+            self._stream.flush()
+        except (OSError, ValueError):
+            self._discard()
+
+    def _discard(self) -> None:
+        """Send what is buffered and all that follows to the null device, for child processes too."""
+        with contextlib.suppress(OSError, ValueError):
+            null = os.open(os.devnull, os.O_WRONLY)
+            os.dup2(null, self._stream.fileno())
+            os.close(null)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._stream, name)
+
+
+@contextlib.contextmanager
+def protect_output() -> Iterator[None]:
+    """Let no failure to write to stdout or stderr end what runs in this block."""
+    for descriptor in range(3):  # a closed one would be given to the next file that is opened
+        try:
+            os.fstat(descriptor)
+        except OSError:
+            os.open(os.devnull, os.O_RDWR)  # gets the lowest free number
+    before = sys.stdout, sys.stderr
+    # Python has None for a stream that was closed at the start.
+    streams = [stream or open(n, "w", closefd=False) for n, stream in enumerate(before, 1)]
+    sys.stdout, sys.stderr = (cast(TextIO, _Protected(stream)) for stream in streams)
+    try:
+        yield
+    finally:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        sys.stdout, sys.stderr = before
+
+
+def _end_with_parent() -> None:
+    """Let the kernel send SIGTERM to this process when its parent dies (Linux only)."""
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)

@@ -1,47 +1,42 @@
-"""Renders the file `MLproject` from the configs of its entry points."""
+"""Write the file `MLproject` from the commands and their options: `python -m skin_resnet.mlproject`."""
 
-from collections.abc import Mapping
 from typing import Any
 
 import yaml
 
-from skin_resnet.cli import COMMANDS
-from skin_resnet.config import FrozenConfig, format_value
+from skin_resnet.cli import COMMANDS, load_config_type
+from skin_resnet.options import format_value
 
-# Entry point: what runs it, and its options. `mlflow run .` without -e runs main.
-ENTRY_POINTS: Mapping[str, tuple[str, type[FrozenConfig]]] = {
-    "main" if name == "train" else name: (f"python -m skin_resnet {name}", config_type)
-    for name, (config_type, _) in COMMANDS.items()
-    # `mlflow run` would begin a run on the store that the doctor asks about, and make it where there is none.
-    if name != "doctor"
+# Entry points and their commands; `mlflow run .` without -e runs main. `doctor` is none of them: `mlflow run`
+# opens a run in the store that it is meant to check.
+ENTRY_POINTS = {
+    "main" if command == "train" else command: command for command in COMMANDS if command != "doctor"
 }
-_HEADER = "# Made by `make MLproject` from the configs; a test compares the two.\n"
 
 
-def render_mlproject(entry_points: Mapping[str, tuple[str, type[FrozenConfig]]]) -> str:
-    """Give the text of the file `MLproject`."""
+def render_mlproject() -> str:
+    """Return the text of the file `MLproject`."""
     project = {
         "name": "skin-resnet",
         "conda_env": "conda.yaml",
-        "entry_points": {
-            name: _describe_entry_point(command, config_type)
-            for name, (command, config_type) in entry_points.items()
-        },
+        "entry_points": {name: _describe(command) for name, command in ENTRY_POINTS.items()},
     }
     body: str = yaml.safe_dump(project, sort_keys=False, width=10_000, default_flow_style=None)
-    return _HEADER + body
+    return f"# Made by `make MLproject` from the configs; a test compares the two.\n{body}"
 
 
-def _describe_entry_point(command: str, config_type: type[FrozenConfig]) -> dict[str, Any]:
+def _describe(command: str) -> dict[str, Any]:
     parameters: dict[str, dict[str, Any]] = {}
-    for name, field in config_type.model_fields.items():
+    for name, field in load_config_type(command).model_fields.items():
         # MLflow checks only paths and URIs; the types are for the reader.
         kind = {int: "int", float: "float"}.get(field.annotation, "string")  # type: ignore[arg-type]
         parameters[name] = {"type": kind}
         if not field.is_required():
-            default = field.default
-            parameters[name]["default"] = (
-                default if isinstance(default, int | float) else format_value(default)
-            )
+            is_number = isinstance(field.default, int | float)
+            parameters[name]["default"] = field.default if is_number else format_value(field.default)
     options = " ".join(f"--{name} {{{name}}}" for name in parameters)
-    return {"parameters": parameters, "command": f"{command} {options}"}
+    return {"parameters": parameters, "command": f"python -m skin_resnet {command} {options}"}
+
+
+if __name__ == "__main__":
+    print(render_mlproject(), end="")

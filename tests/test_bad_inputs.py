@@ -12,7 +12,6 @@ import mlflow
 import numpy as np
 import pytest
 
-from search.__main__ import main as search_main
 from skin_resnet.cli import main
 from skin_resnet.config import TrainConfig
 from skin_resnet.data.extract import extract
@@ -27,7 +26,7 @@ from tests.bad_inputs.tables import METADATA, SPELLINGS, SPLITS, with_split, wri
 ROOT = Path(__file__).parent.parent
 BAD_INPUTS = [*METADATA, *SPLITS, *PICTURES, *STOPPING, *WEIGHTS, *MODELS, *RUNS]
 BAD_OPTIONS = list_bad_options()
-REQUIRED = {"evaluate": ["--model=x"], "compare": ["--runs=x,y"]}
+REQUIRED = {"evaluate": ["--model=x"], "compare": ["--runs=x,y"], "reproduce": ["--run=x"]}
 
 Run = Callable[[list[str]], tuple[int, str, str]]
 
@@ -57,9 +56,8 @@ def run(store: Path, capsys: pytest.CaptureFixture[str]) -> Iterator[Run]:
     level = logging.getLogger("skin_resnet").level
 
     def run_command(arguments: list[str]) -> tuple[int, str, str]:
-        command, *options = arguments
         with pytest.raises(SystemExit) as end:
-            search_main(options) if command == "search" else main(arguments)
+            main(arguments)
         captured = capsys.readouterr()
         return int(end.value.code or 0), captured.out, captured.err
 
@@ -203,4 +201,4 @@ def test_in_a_process_of_its_own_no_library_adds_a_word(store: Path, tmp_path: P
 
 def test_in_a_process_of_its_own_a_misspelt_option_is_one_line(store: Path) -> None:
     done = run_process(store, "evaluate", "--modle", "x")
-    check_refusal(done.returncode, done.stderr, ("'--modle'", "did you mean --model?"))
+    check_refusal(done.returncode, done.stderr, ("--modle", "did you mean --model?"))

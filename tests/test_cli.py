@@ -1,20 +1,28 @@
 """The command line: help is quick and complete, a mistake is one line and exit code 2."""
 
+import itertools
 import logging
+import os
+import shutil
 import signal
 import subprocess
 import sys
 from collections.abc import Iterator
+from pathlib import Path
+from pkgutil import resolve_name
 
 import pytest
 
-from skin_resnet.cli import COMMANDS, main
-from skin_resnet.config import TrainConfig
+import skin_resnet
+from skin_resnet.cli import COMMANDS, load_config_type, main
+from skin_resnet.config import GROUPS, TrainConfig
+
+ROOT = Path(__file__).parent.parent
 
 
 @pytest.fixture(autouse=True)
 def process() -> Iterator[None]:
-    """Give back what `main` takes over for its own process."""
+    """Restore what `main` changes in its own process."""
     handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
     level = logging.getLogger("skin_resnet").level
     yield
@@ -30,28 +38,40 @@ def run(arguments: str, capsys: pytest.CaptureFixture[str]) -> tuple[int, str, s
     return int(exit_.value.code or 0), captured.out, captured.err
 
 
+def start(command: str, cwd: Path = ROOT) -> subprocess.CompletedProcess[str]:
+    """Run a shell command in which `skin-resnet` is ours."""
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "PYTHON": sys.executable}
+    script = f'set -o pipefail; skin-resnet() {{ "$PYTHON" -m skin_resnet "$@"; }}; {command}'
+    return subprocess.run(
+        ["bash", "-c", script], cwd=cwd, env=environment, capture_output=True, text=True, check=False
+    )
+
+
 @pytest.mark.parametrize(
-    ("arguments", "told"),
+    ("arguments", "words"),
     [
-        ("trian", "must be one of train, evaluate, compare, audit"),
-        ("train --lrr 0.1", "'--lrr'; did you mean --lr?"),
-        ("train --lr abc", "lr: must be a number, but got 'abc'"),
-        ("train --lr=-1", "lr: must be greater than 0, but got -1.0"),
-        ("train --arch resnet18", "arch: must be resnet50, resnet101 or resnet152, but got 'resnet18'"),
-        ("train --epochs 2 --warmup_epochs 3", "warmup_epochs: must not exceed epochs"),
-        ("train --epochs", "epochs: must be a whole number, but got nothing"),
-        ("train --epochs --lr 1", "epochs: must be a whole number, but got nothing"),
-        ("train --lr 1 --lr=2", "lr: must be given once"),
-        ("train --image_size big", "image_size: must be a whole number or auto, but got 'big'"),
-        ("evaluate --modle x", "'--modle'; did you mean --model?"),
-        ("train 7", "but got '7' without a name"),
-        ("evaluate", "model: must be given"),
-        ("train --data /nowhere/at/all", "/nowhere/at/all"),
-        ("train --device mps", "no mps"),
+        ("trian", ["trian", "did you mean train?"]),
+        ("train --lrr 0.1", ["--lrr", "did you mean --lr?"]),
+        ("train --lr abc", ["lr", "'abc'", "number"]),
+        ("train --lr=-1", ["lr", "'-1'", "greater than 0"]),
+        ("train --arch resnet18", ["arch", "'resnet18'", "resnet152"]),
+        ("train --epochs 2 --warmup_epochs 3", ["warmup_epochs=3", "epochs=2"]),
+        ("train --epochs", ["--epochs"]),
+        ("train --epochs --lr 1", ["--epochs"]),
+        ("train --lr 1 --lr=2", ["--lr", "2 times"]),
+        ("train --image_size big", ["image_size", "integer", "'auto'", "'big'"]),
+        ("train --image_size 31", ["image_size", "32", "'auto'", "'31'"]),
+        ("evaluate --modle x", ["--modle", "did you mean --model?"]),
+        ("search --trials x", ["--trials", "did you mean --n_trials?"]),
+        ("train 7", ["'7'"]),
+        ("evaluate", ["--model", "missing"]),
+        ("train --device mps --data demo", ["mps"]),
+        ("train --coverage 1e-300", ["coverage", "0.5"]),
+        ("train --coverage 1", ["coverage", "0.999"]),
     ],
 )
 def test_a_mistake_is_one_line_and_exit_code_2(
-    arguments: str, told: str, capsys, tmp_path, monkeypatch
+    arguments: str, words: list[str], capsys, tmp_path, monkeypatch
 ) -> None:
     monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{tmp_path}/mlflow.db")
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
@@ -59,16 +79,61 @@ def test_a_mistake_is_one_line_and_exit_code_2(
     lines = [line for line in err.splitlines() if line.startswith("error: ")]
     assert code == 2
     assert len(lines) == 1
-    assert told in lines[0]
+    assert not [word for word in words if word not in lines[0]], lines[0]
     assert "Traceback" not in err
 
 
-def test_help_names_every_option_with_its_default(capsys: pytest.CaptureFixture[str]) -> None:
-    code, out, _ = run("train --help", capsys)
+INPUTS = ["data", "split", "weights"]
+BAD_PATHS = [
+    *((name, "nosuch") for name in INPUTS),
+    *itertools.product(
+        [*INPUTS, "cache_dir", "checkpoint_dir", "resume"], ["~nosuchuser/x", "x" * 300, "x/" * 2500]
+    ),
+]
+
+
+@pytest.mark.parametrize(("name", "path"), BAD_PATHS)
+def test_an_impossible_path_is_one_line_and_opens_no_run(
+    name: str, path: str, capsys, tmp_path, monkeypatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delenv("MLFLOW_RUN_ID", raising=False)
+    code, out, err = run(f"train --{name} {path}", capsys)
+    assert (code, out, err.count("\n")) == (2, "", 1)
+    assert err.startswith(f"error: {name} should ")
+    assert len(err) < 400
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("arguments", ["train --help", "train --lrr 1", "search -h", "train --data nosuch"])
+def test_help_and_mistakes_do_not_wait_for_torch_or_mlflow(arguments: str) -> None:
+    script = (
+        "import sys\nfrom skin_resnet.cli import main\n"
+        f"try: main({arguments.split()})\n"
+        "except SystemExit: pass\n"
+        "sys.exit(any(name in sys.modules for name in ('torch', 'mlflow', 'optuna', 'pandas', 'numpy')))"
+    )
+    assert subprocess.run([sys.executable, "-c", script], capture_output=True, check=False).returncode == 0
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_help_lists_every_option_with_its_default_in_80_columns(command: str, capsys, monkeypatch) -> None:
+    monkeypatch.setenv("COLUMNS", "80")
+    code, out, _ = run(f"{command} --help", capsys)
     assert code == 0
-    for name in TrainConfig.model_fields:
-        assert f"--{name} " in out
-    assert "(default: adamw)" in out
+    assert max(map(len, out.splitlines())) <= 80
+    words = " ".join(out.split())
+    for name, field in load_config_type(command).model_fields.items():
+        assert f"--{name} " in words
+        assert field.is_required() or f"(default: {field.default})" in words
+
+
+def test_help_groups_the_options_and_each_is_in_one_group(capsys) -> None:
+    _, out, _ = run("train --help", capsys)
+    titles = [line.removesuffix(" options:") for line in out.splitlines() if line.endswith(" options:")]
+    assert titles == list(GROUPS)
+    grouped = [name for options in GROUPS.values() for name in options.model_fields]
+    assert grouped == list(TrainConfig.model_fields)
 
 
 @pytest.mark.parametrize("arguments", ["", "--help", "-h"])
@@ -80,13 +145,64 @@ def test_without_a_command_the_commands_are_listed(
     assert all(f"  {name} " in out for name in COMMANDS)
 
 
-def test_help_does_not_wait_for_torch_or_mlflow() -> None:
+def test_the_version_is_told(capsys) -> None:
+    assert run("--version", capsys)[:2] == (0, f"skin-resnet {skin_resnet.__version__}\n")
+
+
+def test_every_command_exists() -> None:
+    assert all(callable(resolve_name(function)) for _, function in COMMANDS.values())
+
+
+@pytest.mark.parametrize(
+    ("command", "code"),
+    [
+        ("skin-resnet train --help | head -1", 0),
+        ("skin-resnet train --help > /dev/full", 0),
+        ("skin-resnet train --help >&-", 0),
+        ("skin-resnet train --lrr 1 2>&-", 2),
+        ("skin-resnet train --lrr 1 2> /dev/full", 2),
+    ],
+)
+def test_output_that_nobody_reads_is_no_failure(command: str, code: int) -> None:
+    done = start(command)
+    assert (done.returncode, done.stderr) == (code, "")
+
+
+def test_what_is_printed_after_a_closed_pipe_is_dropped_and_no_file_takes_its_place(tmp_path) -> None:
     script = (
-        "import sys\nfrom skin_resnet.cli import main\n"
-        "try: main(['train', '--help'])\n"
-        "except SystemExit: pass\n"
-        "sys.exit(any(name in sys.modules for name in ('torch', 'mlflow', 'pandas')))"
+        "from skin_resnet.cli import protect_output\n"
+        "with protect_output():\n"
+        "    file = open('kept', 'w')\n"
+        "    for _ in range(50_000): print('a line that nobody reads')\n"
+        "    file.write('whole')\n"
     )
-    assert (
-        subprocess.run([sys.executable, "-c", script], stdout=subprocess.DEVNULL, check=False).returncode == 0
-    )
+    for redirection in ("| head -1", ">&-", "> /dev/full"):
+        done = start(f'"$PYTHON" -c "{script}" {redirection}', tmp_path)
+        assert (done.returncode, done.stderr) == (0, "")
+        assert (tmp_path / "kept").read_text() == "whole"
+
+
+def test_a_users_search_py_does_not_replace_ours(tmp_path) -> None:
+    (tmp_path / "search.py").write_text("raise SystemExit('theirs')")
+    done = start("skin-resnet search --help", tmp_path)
+    assert done.returncode == 0
+    assert "--n_trials" in done.stdout
+
+
+def test_a_wheel_has_the_command_and_works_from_any_folder(tmp_path) -> None:
+    source, site = tmp_path / "source", tmp_path / "site"
+    for package in ("skin_resnet", "search"):
+        shutil.copytree(ROOT / package, source / package)
+    for name in ("pyproject.toml", "README.md"):
+        shutil.copy(ROOT / name, source)
+    pip = [sys.executable, "-m", "pip", "--quiet", "--disable-pip-version-check", "install", "--no-deps"]
+    subprocess.run([*pip, "--no-build-isolation", "--target", site, source], check=True)
+    assert list(site.glob("skin_resnet/data/*.csv"))
+    (tmp_path / "search.py").write_text("raise SystemExit('theirs')")
+    for arguments in (["--version"], ["search", "--help"]):
+        command = [sys.executable, site / "bin/skin-resnet", *arguments]
+        environment = {**os.environ, "PYTHONPATH": str(site)}
+        done = subprocess.run(
+            command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=True
+        )
+        assert "skin-resnet" in done.stdout

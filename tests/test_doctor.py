@@ -23,12 +23,12 @@ import pytest
 import torch
 from mlflow.store.tracking.sqlalchemy_store import SqlAlchemyStore
 
-from search.mlproject import ENTRY_POINTS
 from skin_resnet import doctor as module
 from skin_resnet.commands.doctor import doctor
 from skin_resnet.commands.environment import Finding, check_packages
 from skin_resnet.config import DoctorConfig
 from skin_resnet.data.folders import name_aside, write_aside
+from skin_resnet.mlproject import ENTRY_POINTS
 from tests.test_faults import disk, grow_old, mount  # noqa: F401
 
 ROOT = Path(__file__).parent.parent

@@ -9,19 +9,20 @@ import yaml
 from mlflow.projects import _project_spec
 from packaging.requirements import Requirement
 
-from search.mlproject import ENTRY_POINTS
-from skin_resnet.mlproject import render_mlproject
+from skin_resnet.cli import load_config_type
+from skin_resnet.mlproject import ENTRY_POINTS, render_mlproject
 
 ROOT = Path(__file__).parent.parent
 
 
 def test_mlproject_is_current() -> None:
-    assert (ROOT / "MLproject").read_text() == render_mlproject(ENTRY_POINTS), "run `make MLproject`"
+    assert (ROOT / "MLproject").read_text() == render_mlproject(), "run `make MLproject`"
 
 
 def test_mlflow_reads_every_option_with_its_default_and_passes_it_on() -> None:
     project = _project_spec.load_project(str(ROOT))
-    for name, (_, config_type) in ENTRY_POINTS.items():
+    for name, command in ENTRY_POINTS.items():
+        config_type = load_config_type(command)
         entry_point = project.get_entry_point(name)
         assert set(entry_point.parameters) == set(config_type.model_fields)
         for option, parameter in entry_point.parameters.items():

@@ -138,7 +138,7 @@ def test_the_command_trains_with_the_very_same_config() -> None:
     config = TrainConfig(lr=1e-5, data="a folder/x", epochs=3, mixup=0.2, image_size=64)
     command = shlex.split(write_command(config))
     assert command[:4] == ["python", "-m", "skin_resnet", "train"]
-    assert parse_options(TrainConfig, command[4:], "train") == config
+    assert parse_options("train", command[4:]) == config
 
 
 @pytest.mark.filterwarnings("ignore:PedAnova")  # that low values count is what we tell it by the sign

@@ -5,8 +5,9 @@ import pytest
 
 from search.config import SearchConfig
 from search.space import BASELINES, USUAL, Choice, Range, build_space
-from skin_resnet.config import TrainConfig, format_value
+from skin_resnet.config import TrainConfig
 from skin_resnet.errors import UserError
+from skin_resnet.options import format_value
 
 
 def suggest(config: SearchConfig, count: int = 30) -> list[dict[str, object]]:

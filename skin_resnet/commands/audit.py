@@ -52,8 +52,8 @@ def audit(config: AuditConfig) -> int:
                 mlflow_run.set_tags(
                     {"failure": "the split leaks"}
                 )  # `mlflow run` ends the run FAILED for exit 1
-    if config.passport != "none":
-        _write_passport(passport, Path(config.passport).expanduser())
+    if config.report != "none":
+        _write_passport(passport, Path(config.report).expanduser())
     print(page)
     return LEAKS if passport.leaks else 0
 

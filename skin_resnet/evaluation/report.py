@@ -5,9 +5,10 @@ from typing import Literal
 
 import numpy as np
 
-from skin_resnet.config import TrainConfig, format_value
+from skin_resnet.config import TrainConfig
 from skin_resnet.evaluation.formatting import format_score, format_table, spell_metric
 from skin_resnet.evaluation.metrics import EpochResult, Floats
+from skin_resnet.options import format_value
 
 Verdict = Literal["too_short", "never_learned", "overfitting", "unstable", "improving", "levelled_off"]
 Option = tuple[str, object, str]  # a field of TrainConfig, the value to try, and why

@@ -19,8 +19,8 @@ from mlflow.entities import LoggedModelStatus, RunStatus
 from numpy.typing import NDArray
 
 import skin_resnet
-from skin_resnet.config import FrozenConfig
 from skin_resnet.errors import UserError
+from skin_resnet.options import FrozenConfig
 from skin_resnet.tracking import serving as packaged_model
 from skin_resnet.training import interrupts
 

@@ -5,10 +5,11 @@ import zlib
 from dataclasses import dataclass
 from typing import Any
 
-from skin_resnet.config import TrainConfig, format_value
+from skin_resnet.config import TrainConfig
 from skin_resnet.data.prepare import PreparedData
 from skin_resnet.errors import UserError
 from skin_resnet.evaluation.metrics import EpochResult
+from skin_resnet.options import format_value
 from skin_resnet.training.checkpoint import read_checkpoint
 from skin_resnet.training.engine import build_non_finite_error
 from skin_resnet.training.run_folder import RunFolder, list_runs, read_state, require_state

@@ -145,7 +145,7 @@ WEIGHTS = [
         (
             "no such weights",
             lambda folder: {**write_data(folder), "weights": "gone.pth"},
-            ("there is no file 'gone.pth'",),
+            ("weights", "existing path", "'gone.pth'"),
         ),
         (
             "folder as weights",
@@ -237,7 +237,7 @@ MODELS = [
         ("checkpoint with a number as split", with_checkpoint(split=3), ("does not fit", "given.pt")),
         ("checkpoint with lists as options", with_checkpoint(config=[1]), ("does not fit", "options")),
         ("checkpoint with an unknown option", with_config(vintage=1), ("does not fit", "vintage")),
-        ("checkpoint with an option out of bounds", with_config(lr=-1), ("does not fit", "lr: must be")),
+        ("checkpoint with an option out of bounds", with_config(lr=-1), ("does not fit", "lr should be")),
         (
             "data of other classes",
             with_data_of(lambda t: t.replace("wart", "zit")),

@@ -7,13 +7,11 @@ from typing import Any, Literal, get_args, get_origin
 from annotated_types import Ge, Gt, Le, Lt
 
 from search.config import SearchConfig
-from skin_resnet.cli import COMMANDS
-from skin_resnet.config import FrozenConfig, TrainConfig
+from skin_resnet.cli import COMMANDS, load_config_type
+from skin_resnet.config import TrainConfig
+from skin_resnet.options import FrozenConfig
 
-CONFIGS: dict[str, type[FrozenConfig]] = {
-    **{name: config_type for name, (config_type, _) in COMMANDS.items()},
-    "search": SearchConfig,
-}
+CONFIGS: dict[str, type[FrozenConfig]] = {command: load_config_type(command) for command in COMMANDS}
 
 # What no bound in a field tells.
 _BY_HAND = {

@@ -157,7 +157,7 @@ METADATA = [
         ("age below 0", with_cells(age="-1"), ("age must be a number of years", "'-1'")),
         ("age 999", with_cells(age="999"), ("age must be a number of years", "'999'")),
         ("age infinite", with_cells(age="inf"), ("age must be a number of years", "'inf'")),
-        ("no such source", lambda folder: {"data": f"{folder}/gone"}, ("does not exist", "gone")),
+        ("no such source", lambda folder: {"data": f"{folder}/gone"}, ("existing path", "gone")),
         (
             "picture as source",
             lambda folder: {"data": write_data(folder)["data"].replace("list.csv", "photo_00.png")},
@@ -207,7 +207,7 @@ SPLITS = [
         (
             "no such split",
             lambda folder: {**write_data(folder), "split": f"{folder}/gone.csv"},
-            ("a CSV of image_id,split", "gone.csv"),
+            ("split", "existing path", "gone.csv"),
         ),
         (
             "unknown id in split",
