@@ -20,20 +20,23 @@ def client(tmp_path: Path) -> MlflowClient:
 
 
 @pytest.fixture
-def start(tmp_path: Path, client: MlflowClient) -> Start:
+def environment(tmp_path: Path, client: MlflowClient) -> dict[str, str]:
     client.create_experiment("trial", artifact_location=(tmp_path / "artifacts").as_uri())
+    return {
+        **os.environ,
+        "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",
+        "MLFLOW_TRACKING_URI": f"sqlite:///{tmp_path}/mlflow.db",
+        "PYTHONUNBUFFERED": "1",
+    }
 
-    def run(*arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
+
+@pytest.fixture
+def start(tmp_path: Path, environment: dict[str, str]) -> Start:
+    def run(*arguments: str, **more: str) -> subprocess.CompletedProcess[str]:
         return subprocess.run(
             [sys.executable, "-m", "mlflow", "run", str(ROOT), "--experiment-name", "trial", *arguments],
             cwd=tmp_path,
-            env={
-                **os.environ,
-                "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",
-                "MLFLOW_TRACKING_URI": f"sqlite:///{tmp_path}/mlflow.db",
-                "PYTHONUNBUFFERED": "1",
-                **environment,
-            },
+            env={**environment, **more},
             capture_output=True,
             text=True,
             timeout=400,
@@ -85,6 +88,23 @@ def test_a_misspelt_option_is_refused_with_the_near_name(start: Start, client: M
     assert done.returncode != 0
     assert "did you mean --lr?" in done.stderr
     assert [run.info.status for run in get_runs(client)] == ["FAILED"]
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="only Linux tells a process that its parent died")
+def test_sigterm_to_mlflow_run_alone_ends_the_training_too(
+    environment: dict[str, str], client: MlflowClient, class_folders, tmp_path
+) -> None:
+    options = ["--env-manager=local", *quick(class_folders, tmp_path, epochs=300)]
+    command = [sys.executable, "-m", "mlflow", "run", str(ROOT), "--experiment-name", "trial", *options]
+    process = subprocess.Popen(command, cwd=tmp_path, env=environment, stdout=subprocess.PIPE, text=True)
+    assert process.stdout
+    with process:
+        next(line for line in process.stdout if line.startswith("epoch 2/"))
+        process.terminate()
+        rest, _ = process.communicate(timeout=120)  # returns when the training has ended, too
+    assert "resume" in rest
+    (run,) = get_runs(client)
+    assert run.info.status == "KILLED"
 
 
 CONDA = """#!/bin/sh
