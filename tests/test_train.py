@@ -17,7 +17,7 @@ from mlflow.entities import Run
 from skin_resnet.commands.evaluate import evaluate
 from skin_resnet.commands.train import train
 from skin_resnet.config import EvaluateConfig, TrainConfig
-from skin_resnet.data.prepare import SEALED, open_test, prepare_data
+from skin_resnet.data.prepare import HIDDEN, open_test, prepare_data
 from skin_resnet.data.split import Split
 from skin_resnet.errors import UserError
 from skin_resnet.evaluation.assess import LEAK_BANNER
@@ -182,7 +182,7 @@ def test_training_cannot_see_the_diagnoses_of_the_test_images(config: TrainConfi
     data = prepare_data(config)
     sealed = data.select(data.split.test)
     assert sealed.dx.isna().all()
-    assert (sealed.target == SEALED).all()
+    assert (sealed.target == HIDDEN).all()
     assert data.select(data.split.train).dx.notna().all()
     opened = open_test(config, data)
     assert tuple(opened.image_id) == data.split.test
