@@ -124,7 +124,7 @@ METADATA = [
         ("no dx column", without_column("dx"), ("lacks: 'dx'",)),
         ("doubled column", with_text(lambda t: t.replace("sex", "age", 1)), ("twice: 'age'",)),
         ("empty file", with_text(lambda _: ""), ("no rows", "list.csv")),
-        ("blank lines only", with_text(lambda _: "\n \n,,\n"), ("no rows", "list.csv")),
+        ("blank lines only", with_text(lambda _: "\n \n,,\n"), ("as CSV", "list.csv")),
         ("header only", with_text(lambda t: t.partition("\n")[0]), ("no rows", "list.csv")),
         ("UTF-16", with_text(str, "utf-16"), ("UTF-8", "list.csv")),
         ("no text", with_text(lambda _: "PK\3\4\xff", "latin-1"), ("UTF-8", "list.csv")),
@@ -134,7 +134,7 @@ METADATA = [
             ("null character in line: 3",),
         ),
         ("a cell too many", with_text(lambda t: t.replace("male", "male,x", 1)), ("line 2",)),
-        ("a cell too few", with_text(lambda t: t.replace(",male", "", 1)), ("line 2",)),
+        ("a cell too few", with_text(lambda t: t.replace(",male", "", 1)), ("line: 2",)),
         ("quote left open", with_text(lambda t: t.replace("wart", '"wart', 1)), ("as CSV", "list.csv")),
         (
             "bars between cells",
