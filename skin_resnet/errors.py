@@ -1,12 +1,28 @@
 """The one exception a user is meant to read."""
 
+from pathlib import Path
+
 
 class UserError(Exception):
-    """A mistake in what the user gave: one line with the rule, the value received and what to do.
+    """A mistake in what the user gave, in one line: what is wrong, the value, and the fix.
 
     The command line prints the message on stderr and exits with code 2; it never shows a traceback for it.
     """
 
     def __str__(self) -> str:
-        """Give the message on one line, whatever the names and reasons in it hold."""
+        """Return the message on one line, whatever the names and reasons in it hold."""
         return " ".join(super().__str__().splitlines())
+
+
+def expand(path: str | Path) -> Path:
+    """Replace a leading `~` or `~user` by the home folder.
+
+    Raises:
+        UserError: There is no such user.
+    """
+    try:
+        return Path(path).expanduser()
+    except RuntimeError:
+        raise UserError(
+            f"cannot expand {str(path)!r}: there is no such user; write the path in full."
+        ) from None

@@ -1,5 +1,6 @@
 """Run with `python -m pytest tests/test_decode.py`."""
 
+import os
 import warnings
 from io import BytesIO
 from pathlib import Path
@@ -146,12 +147,18 @@ def test_an_empty_file_is_refused() -> None:
 def test_a_text_named_jpg_is_refused(tmp_path: Path) -> None:
     path = tmp_path / "image.jpg"
     path.write_text("<html>404 Not Found</html>")
-    with pytest.raises(BadImageError, match="it is no picture of a known format"):
+    with pytest.raises(BadImageError, match="it is not an image of a known format"):
         decode_image(path, 32)
 
 
 def test_a_missing_file_is_refused(tmp_path: Path) -> None:
     with pytest.raises(BadImageError, match="No such file"):
+        decode_image(tmp_path / "image.jpg", 32)
+
+
+def test_a_named_pipe_is_refused_without_waiting_for_its_writer(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "image.jpg")
+    with pytest.raises(BadImageError, match="not a regular file"):
         decode_image(tmp_path / "image.jpg", 32)
 
 
@@ -177,5 +184,5 @@ def test_a_picture_that_resizing_would_blow_up_is_refused() -> None:
 
 
 def test_floating_point_pixels_are_refused() -> None:
-    with pytest.raises(BadImageError, match="32 bits a pixel"):
+    with pytest.raises(BadImageError, match="32 bits per channel"):
         decode(Image.new("F", (32, 32)), file_format="TIFF")

@@ -71,12 +71,12 @@ def test_the_class_order_travels_in_the_table(
 @pytest.mark.parametrize(
     ("lines", "told"),
     [
-        (["path,dx", "1.jpg,nv", "1.jpg,mel"], ["Every image_id must occur once", "'1'"]),
-        (["path,dx,image_id", "1.jpg,nv,A", "./1.jpg,mel,B"], ["Every path must occur once", "1.jpg'"]),
-        (["path,dx,lesion_id", "1.jpg,nv,L1", "2.jpg,mel,L1"], ["of a lesion must have the same dx", "'L1'"]),
-        (["path,dx", "1.jpg,nv", "2.jpg,nv"], ["at least two classes", "'nv'"]),
-        (["path,dx,age", "1.jpg,nv,old", "2.jpg,mel,-1"], ["age must be a number", "'old' (2 in all)"]),
-        (["path,dx,age", "1.jpg,nv,inf", "2.jpg,mel,3"], ["age must be a number", "'inf'"]),
+        (["path,dx", "1.jpg,nv", "1.jpg,mel"], ["image_id", "'1'"]),
+        (["path,dx,image_id", "1.jpg,nv,A", "./1.jpg,mel,B"], ["same path", "1.jpg'"]),
+        (["path,dx,lesion_id", "1.jpg,nv,L1", "2.jpg,mel,L1"], ["different dx", "'L1'"]),
+        (["path,dx", "1.jpg,nv", "2.jpg,nv"], ["one class", "'nv'"]),
+        (["path,dx,age", "1.jpg,nv,old", "2.jpg,mel,-1"], ["age", "'old' (and 1 more)"]),
+        (["path,dx,age", "1.jpg,nv,inf", "2.jpg,mel,3"], ["age", "'inf'"]),
     ],
 )
 def test_a_broken_rule_is_told_in_one_line(tmp_path: Path, lines: list[str], told: list[str]) -> None:
@@ -91,7 +91,7 @@ def test_a_broken_rule_is_told_in_one_line(tmp_path: Path, lines: list[str], tol
 def test_an_unreadable_folder_is_refused(tmp_path: Path) -> None:
     (tmp_path / "nv").mkdir(mode=0)
 
-    with pytest.raises(UserError, match=r"must be readable, but: .*Permission denied"):
+    with pytest.raises(UserError, match="Permission denied"):
         extract(str(tmp_path), tmp_path)
 
 

@@ -13,9 +13,9 @@ from scipy.stats import chi2_contingency
 
 from skin_resnet.cli import main
 from skin_resnet.data.extract import extract
-from skin_resnet.data.leakage import LeakPassport, Pixels, audit_split, read_split
+from skin_resnet.data.leakage import LeakageReport, audit_split, read_split
 from skin_resnet.data.split import SPLITS, Split, split_lesions
-from skin_resnet.data.store import open_store
+from skin_resnet.data.store import ImageStore, Pixels, describe_image, open_store
 from skin_resnet.errors import UserError
 from skin_resnet.evaluation.passport import format_passport
 from tests.conftest import make_table
@@ -33,9 +33,22 @@ def draw_pixels(table: pd.DataFrame) -> Pixels:
     return np.stack([np.asarray(draw(number)) for number in range(len(table))])
 
 
-def audit(table: pd.DataFrame, sides: list[str], pixels: Pixels | None = None) -> LeakPassport:
+def build_store(table: pd.DataFrame, pixels: Pixels) -> ImageStore:
+    digests, thumbnails = zip(*map(describe_image, pixels), strict=True)
+    return ImageStore(
+        pixels=pixels,
+        thumbnails=np.stack(thumbnails),
+        digests=digests,
+        image_ids=tuple(table.image_id),
+        image_size=pixels.shape[1],
+        key="",
+        skipped={},
+    )
+
+
+def audit(table: pd.DataFrame, sides: list[str], pixels: Pixels | None = None) -> LeakageReport:
     split = Split.from_frame(pd.DataFrame({"image_id": table.image_id, "split": sides}))
-    return audit_split(table, split, draw_pixels(table) if pixels is None else pixels)
+    return audit_split(table, split, build_store(table, draw_pixels(table) if pixels is None else pixels))
 
 
 def make_small_table() -> pd.DataFrame:
@@ -48,28 +61,28 @@ def make_small_table() -> pd.DataFrame:
 CLEAN = ["train", "train", "train", "val", "test"] * 2
 
 
-def list_pairs(passport: LeakPassport) -> list[tuple[str, ...]]:
-    return list(passport.pairs[["kind", "image_id", "seen_id"]].itertuples(index=False, name=None))
+def list_pairs(report: LeakageReport) -> list[tuple[str, ...]]:
+    return list(report.pairs[["kind", "image_id", "seen_id"]].itertuples(index=False, name=None))
 
 
 def test_a_split_by_lesion_is_clean() -> None:
-    passport = audit(make_small_table(), CLEAN)
-    assert not passport.leaks
-    assert passport.pairs.empty
-    assert passport.lesions == 6
-    assert passport.class_distance == {"val": 0.0, "test": 0.0}
+    report = audit(make_small_table(), CLEAN)
+    assert not report.leaks
+    assert report.pairs.empty
+    assert report.lesions == 6
+    assert report.class_distance == {"val": 0.0, "test": 0.0}
 
 
 def test_a_lesion_in_two_splits_is_found_and_priced_by_class() -> None:
-    passport = audit(make_small_table(), ["train", "train", "test", "val", "test", *CLEAN[5:]])
-    assert passport.leaks
-    assert list_pairs(passport) == [
+    report = audit(make_small_table(), ["train", "train", "test", "val", "test", *CLEAN[5:]])
+    assert report.leaks
+    assert list_pairs(report) == [
         ("lesion", "mel_000_2", "mel_000_0"),
         ("lesion", "mel_000_2", "mel_000_1"),
     ]
-    assert passport.count_touched(("lesion",)).to_dict() == {"mel": 1, "nv": 0}
-    assert passport.count_touched(("lesion",), seen=("val",)).sum() == 0
-    assert passport.class_counts.test.to_dict() == {"mel": 2, "nv": 1}
+    assert report.count_touched(("lesion",)).to_dict() == {"mel": 1, "nv": 0}
+    assert report.count_touched(("lesion",), seen=("val",)).sum() == 0
+    assert report.class_counts.test.to_dict() == {"mel": 2, "nv": 1}
 
 
 def test_published_pairs_are_found_through_their_lesions_other_photos() -> None:
@@ -78,13 +91,13 @@ def test_published_pairs_are_found_through_their_lesions_other_photos() -> None:
     table = table.assign(lesion_id=["L0", "L0", "L0", "L1", *table.lesion_id[4:]])
     # The pair's own first photo is in no split.
     sides = Split(train=("mel_000_1",), val=("mel_000_2",), test=("ISIC_0033421",))
-    passport = audit_split(table, sides, draw_pixels(table))
-    assert list_pairs(passport) == [
+    report = audit_split(table, sides, build_store(table, draw_pixels(table)))
+    assert list_pairs(report) == [
         ("lesion", "mel_000_2", "mel_000_1"),
         ("published", "ISIC_0033421", "mel_000_1"),
         ("published", "ISIC_0033421", "mel_000_2"),
     ]
-    assert passport.unused == len(table) - 3
+    assert report.unused == len(table) - 3
 
 
 def test_equal_pixels_are_a_leak_and_pictures_of_one_colour_are_not_alike() -> None:
@@ -92,9 +105,9 @@ def test_equal_pixels_are_a_leak_and_pictures_of_one_colour_are_not_alike() -> N
     pixels = draw_pixels(table)
     pixels[9] = pixels[0]
     pixels[3], pixels[8] = 10, 200
-    passport = audit(table, CLEAN, pixels)
-    assert list_pairs(passport) == [("duplicate", "nv_002_0", "mel_000_0")]
-    assert passport.leaks
+    report = audit(table, CLEAN, pixels)
+    assert list_pairs(report) == [("duplicate", "nv_002_0", "mel_000_0")]
+    assert report.leaks
 
 
 def save_as_jpeg(image: Image.Image) -> Image.Image:
@@ -123,9 +136,9 @@ def test_a_changed_copy_is_shown_but_no_proof(change: object, is_found: bool) ->
     table = make_small_table()
     pixels = draw_pixels(table)
     pixels[9] = np.asarray(change(draw(0)).convert("RGB").resize((SIZE, SIZE), Image.Resampling.BILINEAR))
-    passport = audit(table, CLEAN, pixels)
-    assert list_pairs(passport) == ([("near", "nv_002_0", "mel_000_0")] if is_found else [])
-    assert not passport.leaks
+    report = audit(table, CLEAN, pixels)
+    assert list_pairs(report) == ([("near", "nv_002_0", "mel_000_0")] if is_found else [])
+    assert not report.leaks
 
 
 def test_class_shift_agrees_with_scipy() -> None:
@@ -135,18 +148,18 @@ def test_class_shift_agrees_with_scipy() -> None:
     weights = {True: (0.4, 0.3, 0.3), False: (0.7, 0.2, 0.1)}
     side_of = {row.lesion_id: rng.choice(SPLITS, p=weights[row.target < 2]) for row in lesions.itertuples()}
     sides = table.lesion_id.map(side_of)
-    passport = audit(table, list(sides))
+    report = audit(table, list(sides))
     observed = pd.crosstab(lesions.dx, lesions.lesion_id.map(side_of))
-    assert passport.class_p == pytest.approx(chi2_contingency(observed).pvalue)
+    assert report.class_p == pytest.approx(chi2_contingency(observed).pvalue)
     shares = pd.crosstab(table.dx, sides, normalize="columns")
-    assert passport.class_distance["val"] == pytest.approx((shares.val - shares.train).clip(lower=0).sum())
+    assert report.class_distance["val"] == pytest.approx((shares.val - shares.train).clip(lower=0).sum())
 
 
 def test_the_passport_is_json_and_counts_what_was_not_audited() -> None:
     table = make_small_table()
     sides = Split(train=tuple(table.image_id[:5]), val=(), test=(*table.image_id[6:], "unreadable"))
-    passport = audit_split(table, sides, draw_pixels(table))
-    told = json.loads(json.dumps(passport.to_dict(), allow_nan=False))
+    report = audit_split(table, sides, build_store(table, draw_pixels(table)))
+    told = json.loads(json.dumps(report.to_dict(), allow_nan=False))
     assert (told["unused"], told["unread"], told["leaks"]) == (1, 1, False)
     assert told["images"] == {"train": 5, "val": 0, "test": 4}
     assert (told["class_distance"], told["class_p"] < 0.05) == ({"test": 1.0}, True)
@@ -166,10 +179,10 @@ def test_any_delimiter_mark_and_usual_name_is_read(tmp_path: Path, delimiter: st
 @pytest.mark.parametrize(
     ("rows", "complaint"),
     [
-        (SPLIT_ROWS.format(",") + "other,train\n", "does not have 'other'"),
-        (SPLIT_ROWS.format(",") + "mel_000_0,test\n", "more than one row has 'mel_000_0'"),
-        (SPLIT_ROWS.format(",") + "nv_000_0,holdout\n", "it is 'holdout'"),
-        ("mel_000_0,train\nmel_001_0,val\n", "none is in 'test'"),
+        (SPLIT_ROWS.format(",") + "other,train\n", "not in the data: 'other'"),
+        (SPLIT_ROWS.format(",") + "mel_000_0,test\n", "twice: 'mel_000_0'"),
+        (SPLIT_ROWS.format(",") + "nv_000_0,holdout\n", "test: 'holdout'"),
+        ("mel_000_0,train\nmel_001_0,val\n", "no image in: 'test'"),
     ],
 )
 def test_a_split_that_cannot_be_meant_is_refused_in_one_line(
@@ -197,17 +210,17 @@ def test_the_command_calls_our_split_clean_and_one_by_image_not(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert run_command("--cache_dir", str(tmp_path)) == 0
-    assert capsys.readouterr().out.startswith("# Leak passport: clean\n")
+    assert capsys.readouterr().out.splitlines()[0].endswith(": clean")
     table = extract("demo", tmp_path)
     by_image = table[["image_id"]].assign(split=[SPLITS[row % 3] for row in range(len(table))])
     by_image.to_csv(tmp_path / "split.csv", index=False)
-    files = {"split": "split.csv", "passport": "passport.json"}
+    files = {"split": "split.csv", "report": "report.json"}
     options = [part for name, file in files.items() for part in (f"--{name}", str(tmp_path / file))]
     assert run_command("--cache_dir", str(tmp_path), *options) == 1
     page = capsys.readouterr().out
-    assert page.startswith("# Leak passport: it leaks\n")
+    assert page.splitlines()[0].endswith(": it leaks")
     assert "of melanoma's" in page
-    told = json.loads((tmp_path / "passport.json").read_text())
+    told = json.loads((tmp_path / "report.json").read_text())
     sides = table.merge(by_image)
     learnt = set(sides.lesion_id[sides.split == "train"])
     touched = sides[(sides.split == "test") & sides.lesion_id.isin(learnt)].dx.value_counts()
@@ -219,24 +232,22 @@ def test_data_without_lesions_is_not_called_clean(
 ) -> None:
     assert run_command("--data", str(class_folders), "--cache_dir", str(tmp_path)) == 0
     page = capsys.readouterr().out
-    assert page.startswith("# Leak passport: no leak found\n")
+    assert page.splitlines()[0].endswith(": no leak found")
     assert "does not tell which images show one lesion" in page
 
 
 @pytest.mark.skipif("SKIN_RESNET_DATA" not in os.environ, reason="SKIN_RESNET_DATA names no HAM10000 folder")
 def test_a_split_of_ham10000_by_image_leaks_and_ours_does_not(tmp_path: Path) -> None:
     table = extract(os.environ["SKIN_RESNET_DATA"], tmp_path)
-    pixels = open_store(table, 64, tmp_path, "stop").pixels
+    store = open_store(table, 64, tmp_path, "stop")
     assert (table.lesion_id.value_counts() > 1).sum() == 1956
-    ours = audit_split(table, split_lesions(table, val_fraction=0.15, test_fraction=0.15, seed=0), pixels)
+    ours = audit_split(table, split_lesions(table, val_fraction=0.15, test_fraction=0.15, seed=0), store)
     assert not ours.leaks
     sides = np.random.default_rng(0).choice(SPLITS, len(table), p=[0.7, 0.15, 0.15])
-    passport = audit(table, list(sides), pixels)
-    shares = passport.count_touched(("lesion",)) / passport.class_counts.test
+    report = audit(table, list(sides), store.pixels)
+    shares = report.count_touched(("lesion",)) / report.class_counts.test
     assert shares["mel"] == pytest.approx(0.63, abs=0.06)
-    assert passport.count_touched(("lesion",)).sum() / (sides == "test").sum() == pytest.approx(
-        0.35, abs=0.04
-    )
+    assert report.count_touched(("lesion",)).sum() / (sides == "test").sum() == pytest.approx(0.35, abs=0.04)
 
 
 def test_the_page_counts_one_pair_and_several_alike() -> None:
@@ -253,8 +264,10 @@ def test_the_page_counts_one_pair_and_several_alike() -> None:
         }
     )
     split = Split(train=("i0", "i2"), val=("i3", "i4"), test=("i1", "i5"))
-    passport = audit_split(table, split, pixels)
-    assert not passport.leaks
-    assert "1 pair of pictures look alike" in format_passport(passport)
+    report = audit_split(table, split, build_store(table, pixels))
+    assert not report.leaks
+    assert "1 pair of pictures look alike" in format_passport(report)
     pixels[3] = pixels[0] + 10
-    assert "3 pairs of pictures look alike" in format_passport(audit_split(table, split, pixels))
+    assert "3 pairs of pictures look alike" in format_passport(
+        audit_split(table, split, build_store(table, pixels))
+    )

@@ -1,3 +1,5 @@
+import logging
+import os
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -115,9 +117,9 @@ def test_linked_image_folders_are_followed(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("row", "told"),
     [
-        ("HAM_3,ISIC_4,scc,histo,1,male,ear", ["one of akiec, bcc, bkl, df, mel, nv, vasc", "'scc'"]),
-        ("HAM_3,ISIC_5,mel,histo,1,male,ear", ["must lie as a file", "'ISIC_5'"]),
-        (",ISIC_4,mel,histo,1,male,ear", ["lesion_id must be filled", "line 5"]),
+        ("HAM_3,ISIC_4,scc,histo,1,male,ear", ["akiec, bcc", "'scc'"]),
+        ("HAM_3,ISIC_5,mel,histo,1,male,ear", ["lacks the file", "'ISIC_5'"]),
+        (",ISIC_4,mel,histo,1,male,ear", ["lesion_id in line: 5"]),
     ],
 )
 def test_ham10000_rows_that_break_a_rule_are_refused(tmp_path: Path, row: str, told: list[str]) -> None:
@@ -131,26 +133,26 @@ def test_an_image_without_metadata_is_refused(tmp_path: Path) -> None:
 
     check_refusal(
         write_ham10000(tmp_path, pictures=PARTS + extra),
-        "must be in HAM10000_metadata.csv",
-        "ISIC_8.jpg' (2 in all)",
+        "HAM10000_metadata.csv has no row",
+        "ISIC_8.jpg' (and 1 more)",
     )
 
 
 @pytest.mark.parametrize("copy", ["HAM10000_images_part_2/ISIC_1.jpg", "HAM10000_images_part_1/ISIC_1.png"])
 def test_an_image_that_lies_twice_is_refused(tmp_path: Path, copy: str) -> None:
-    check_refusal(write_ham10000(tmp_path, pictures=[*PARTS, copy]), "must lie once", copy)
+    check_refusal(write_ham10000(tmp_path, pictures=[*PARTS, copy]), "two files of one image", copy)
 
 
 def test_two_metadata_files_are_refused(tmp_path: Path) -> None:
     write_lines(write_ham10000(tmp_path) / "HAM10000_metadata.tab", HEADER)
 
-    check_refusal(tmp_path, "one metadata file", "'HAM10000_metadata.tab'")
+    check_refusal(tmp_path, "second metadata file", "'HAM10000_metadata.tab'")
 
 
 def test_part_folders_without_metadata_are_not_taken_for_classes(tmp_path: Path) -> None:
     touch(tmp_path, *PARTS)
 
-    check_refusal(tmp_path, "need HAM10000_metadata.csv", "'HAM10000_images_part_1' (2 in all)")
+    check_refusal(tmp_path, "without HAM10000_metadata.csv", "'HAM10000_images_part_1' (and 1 more)")
 
 
 def test_isic_part_is_read_from_its_parent_and_by_its_own_name(tmp_path: Path) -> None:
@@ -170,16 +172,16 @@ def test_isic_lesion_groupings_give_the_lesion_ids(tmp_path: Path) -> None:
     assert read(tmp_path)["lesion_id"].tolist() == ["HAM_7", "HAM_8"]
 
     write_lines(groupings, *rows[:2])
-    check_refusal(tmp_path, "must know the lesion of every image", "'ISIC_1'")
+    check_refusal(tmp_path, "LesionGroupings.csv lacks", "'ISIC_1'")
 
     write_lines(groupings, *rows, rows[1])
-    check_refusal(tmp_path, "must occur once", "'ISIC_2'")
+    check_refusal(tmp_path, "twice", "'ISIC_2'")
 
 
 def test_one_of_several_isic_parts_must_be_named(tmp_path: Path) -> None:
     write_isic(write_isic(tmp_path), part="Test")
 
-    check_refusal(tmp_path, "one part", "ISIC2018_Task3_Training_Input", "name one")
+    check_refusal(tmp_path, "ISIC2018_Task3_Training_Input", "name one")
     assert len(read(tmp_path / "ISIC2018_Task3_Test_Input")) == 2
 
 
@@ -191,7 +193,7 @@ def test_isic_rows_that_are_not_one_hot_are_refused(tmp_path: Path, row: str) ->
 def test_isic_without_ground_truth_is_refused(tmp_path: Path) -> None:
     touch(tmp_path, "ISIC2018_Task3_Test_Input/ISIC_1.jpg")
 
-    check_refusal(tmp_path, "needs ISIC2018_Task3_Test_GroundTruth.csv")
+    check_refusal(tmp_path, "ISIC2018_Task3_Test_GroundTruth.csv is missing")
 
 
 def test_sub_folders_are_classes(tmp_path: Path) -> None:
@@ -204,6 +206,35 @@ def test_sub_folders_are_classes(tmp_path: Path) -> None:
     assert list_pictures(tmp_path) == ["mole/a.jpg", "mole/b.jpeg", "wart/c.PNG"]
 
 
+def test_every_usual_suffix_is_read_and_other_files_are_counted_and_listed(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    touch(tmp_path, "nv/1.jfif", "nv/2.JPE", "nv/3.jfi", "mel/4.dib", "mel/5.heic", "mel/6.txt")
+
+    with caplog.at_level(logging.WARNING):
+        assert len(read(tmp_path)) == 4
+
+    assert [word in caplog.text for word in ("2 files", "'mel/5.heic'", "'mel/6.txt'")] == [True] * 3
+
+
+def test_links_that_lead_back_are_followed_once(tmp_path: Path) -> None:
+    touch(tmp_path / "classes", "nv/1.jpg", "mel/2.jpg")
+    folder = write_ham10000(tmp_path / "ham")
+    for place in (tmp_path / "classes", folder, folder / "HAM10000_images_part_1"):
+        (place / "loop").symlink_to(place)
+    (folder / "HAM10000_images_part_2" / "across").symlink_to(folder / "HAM10000_images_part_1")
+
+    assert len(read(tmp_path / "classes")) == 2
+    assert len(read(folder)) == 3
+
+
+@pytest.mark.parametrize("name", [b"nv/\xe9.jpg", b"n\xe9/1.jpg"])
+def test_a_name_that_is_not_utf8_is_shown_escaped(tmp_path: Path, name: bytes) -> None:
+    touch(tmp_path, "nv/1.jpg", "mel/2.jpg", os.fsdecode(name))
+
+    check_refusal(tmp_path, "not UTF-8", "\\udce9")
+
+
 def test_images_of_one_stem_are_named_with_their_class(tmp_path: Path) -> None:
     touch(tmp_path, "nv/1.jpg", "nv/2.jpg", "mel/1.jpg")
 
@@ -214,7 +245,7 @@ def test_images_of_one_stem_are_named_with_their_class(tmp_path: Path) -> None:
 def test_class_folders_hold_pictures_and_no_folders(tmp_path: Path, extra: str) -> None:
     touch(tmp_path, "nv/1.jpg", "mel/2.jpg", extra)
 
-    check_refusal(tmp_path, "is a class", repr(extra.split("/")[0]))
+    check_refusal(tmp_path, "class", repr(extra.split("/")[0]))
 
 
 def test_csv_paths_count_from_its_folder(tmp_path: Path) -> None:
@@ -237,15 +268,22 @@ def test_csv_images_of_one_stem_are_named_by_their_path(tmp_path: Path) -> None:
     assert table["image_id"].tolist() == ["a/1", "b/1"]
 
 
-@pytest.mark.parametrize("path", ["9.jpg", "no_folder/1.jpg", "."])
+@pytest.mark.parametrize(
+    "path",
+    ["9.jpg", "no_folder/1.jpg", ".", "pipe.jpg", "~nosuchuser/1.jpg", 300 * "n", 2500 * "n/"],
+)
 def test_csv_paths_that_are_no_file_are_refused(tmp_path: Path, path: str) -> None:
     touch(tmp_path, "1.jpg")
+    os.mkfifo(tmp_path / "pipe.jpg")
 
-    check_refusal(write_lines(tmp_path / "list.csv", "path,dx", "1.jpg,nv", f"{path},mel"), "must be a file")
+    check_refusal(write_lines(tmp_path / "list.csv", "path,dx", "1.jpg,nv", f"{path},mel"), "not a file")
 
 
 def test_a_source_that_does_not_exist_is_refused(tmp_path: Path) -> None:
-    check_refusal(tmp_path / "nowhere", "demo, kaggle, a folder or a CSV file", "nowhere", "does not exist")
+    check_refusal(tmp_path / "nowhere", "nowhere", "does not exist")
+    check_refusal("~nosuchuser/x", "~nosuchuser/x", "no such user")
+    for length in (300, 5000):
+        check_refusal("n" * length, "does not exist")
 
 
 @pytest.mark.parametrize("content", ["notes.txt", "1.jpg", "train/nv/1.jpg"])

@@ -1,12 +1,9 @@
-"""Run with `python -m pytest tests/test_transform.py`."""
-
 import json
 import logging
 import multiprocessing
 import os
 import resource
 import shutil
-import time
 from collections.abc import Callable
 from multiprocessing.synchronize import Barrier
 from pathlib import Path
@@ -18,9 +15,16 @@ import torch
 from PIL import Image
 from torchvision.transforms.v2 import functional as F
 
+from skin_resnet.data import store as store_module
 from skin_resnet.data.decode import decode_image
-from skin_resnet.data.folders import name_aside
-from skin_resnet.data.store import IMAGENET_MEAN, IMAGENET_STD, ImageStore, normalize, open_store
+from skin_resnet.data.store import (
+    IMAGENET_MEAN,
+    IMAGENET_STD,
+    ImageStore,
+    fingerprint_images,
+    normalize,
+    open_store,
+)
 from skin_resnet.errors import UserError
 
 
@@ -42,6 +46,11 @@ def table(tmp_path: Path) -> pd.DataFrame:
 @pytest.fixture
 def cache(tmp_path: Path) -> Path:
     return tmp_path / "cache"
+
+
+def list_stores(cache: Path) -> list[Path]:
+    """List what is in the cache but the locks, which stay."""
+    return [path for path in (cache / "stores").iterdir() if path.suffix != ".lock"]
 
 
 def truncate(path: str | Path) -> None:
@@ -130,10 +139,10 @@ def test_a_bad_image_stops_the_build_and_is_named(table: pd.DataFrame, cache: Pa
     for row in (3, 1):  # the first in the table's order is told, whichever thread fails first
         truncate(table["path"][row])
     with pytest.raises(
-        UserError, match=r"image_001 \(.*image_001.png\) is not: it cannot be read .*on_bad_image=skip"
+        UserError, match=r"image_001 \(.*image_001.png\): it cannot be read .*on_bad_image=skip"
     ):
         open_store(table, "auto", cache, "stop")
-    assert list((cache / "stores").iterdir()) == []
+    assert list_stores(cache) == []
 
 
 def test_bad_images_are_skipped_counted_and_listed(table: pd.DataFrame, cache: Path) -> None:
@@ -150,7 +159,7 @@ def test_bad_images_are_skipped_counted_and_listed(table: pd.DataFrame, cache: P
 def test_a_table_without_a_good_image_is_refused(table: pd.DataFrame, cache: Path) -> None:
     for path in table["path"]:
         Path(path).write_bytes(b"")
-    with pytest.raises(UserError, match=r"none of 5 is \(the first: the file is empty\)"):
+    with pytest.raises(UserError, match=r"none of 5 .*the file is empty"):
         open_store(table, "auto", cache, "skip")
 
 
@@ -219,6 +228,7 @@ DAMAGES: dict[str, Callable[[Path], object]] = {
     "no description": lambda folder: (folder / "store.json").unlink(),
     "description without a field": lambda folder: (folder / "store.json").write_text("{}"),
     "other version": lambda folder: edit_json(folder, version=0),
+    "no thumbnails": lambda folder: (folder / "thumbnails.npy").unlink(),
     "swapped image ids": lambda folder: edit_json(
         folder, image_ids=[f"image_00{row}" for row in (1, 0, 2, 3, 4)]
     ),
@@ -238,12 +248,12 @@ def test_a_damaged_store_is_built_anew(
     assert "is damaged" in warnings[0]
     assert store.build_s > 0
     assert_whole(store, table)
-    assert list(folder.parent.iterdir()) == [folder]
+    assert list_stores(cache) == [folder]
 
 
 def test_a_copy_of_another_store_is_not_taken(table: pd.DataFrame, cache: Path) -> None:
     wanted, other = (cache / "stores" / open_store(table, size, cache, "stop").key for size in (32, 40))
-    for name in ("pixels.npy", "store.json"):
+    for name in ("pixels.npy", "thumbnails.npy", "store.json"):
         shutil.copy(other / name, wanted / name)
     assert open_store(table, 32, cache, "stop").image_size == 32
 
@@ -264,24 +274,39 @@ def test_processes_may_build_the_same_store_at_once(tmp_path: Path, cache: Path)
     for process in processes:
         process.join()
     assert [process.exitcode for process in processes] == [0] * 4
-    assert [path.suffix for path in (cache / "stores").iterdir()] == [""]
+    assert [path.suffix for path in list_stores(cache)] == [""]
 
 
-def test_only_long_silent_leftovers_are_removed(table: pd.DataFrame, cache: Path) -> None:
-    killed, alive = (name_aside(cache / "stores" / "key") for _ in range(2))
-    for folder in (killed, alive):
-        folder.mkdir(parents=True)
-        (folder / "pixels.npy").touch()
-        os.utime(folder, (0, 0))
-    os.utime(killed / "pixels.npy", (time.time() - 3700,) * 2)
+def test_what_a_killed_build_left_is_overwritten(table: pd.DataFrame, cache: Path) -> None:
+    key = open_store(table, 32, cache, "stop").key
+    (cache / "stores" / key).rename(cache / "stores" / f"{key}.tmp")
+    truncate(cache / "stores" / f"{key}.tmp" / "pixels.npy")
+    assert_whole(open_store(table, 32, cache, "stop"), table)
+    assert [path.name for path in list_stores(cache)] == [key]
+
+
+def test_the_checksum_is_computed_once_per_process(
+    table: pd.DataFrame, cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     open_store(table, 32, cache, "stop")
-    assert not killed.exists()
-    assert alive.exists()
+    monkeypatch.setattr(store_module, "_compute_checksum", lambda *_: pytest.fail("computed again"))
+    open_store(table, 32, cache, "stop")
+
+
+def test_the_fingerprint_changes_with_ids_diagnoses_and_pixels(table: pd.DataFrame, cache: Path) -> None:
+    table = table.assign(dx=["nv", "nv", "mel", "mel", "nv"])
+    store = open_store(table, 32, cache, "stop")
+    before = fingerprint_images(table, store)
+    assert fingerprint_images(table.sample(frac=1, random_state=0), store) == before
+    assert fingerprint_images(table[1:], store) != before
+    assert fingerprint_images(table.assign(dx=["mel", "nv", "nv", "mel", "nv"]), store) != before
+    Image.new("RGB", (60, 45)).save(table["path"][2])
+    assert fingerprint_images(table, open_store(table, 32, cache, "stop")) != before
 
 
 def test_a_cache_dir_that_is_a_file_is_refused(table: pd.DataFrame, cache: Path) -> None:
     cache.write_text("")
-    with pytest.raises(UserError, match=r"cache_dir must be a folder .* but Not a directory at .*cache"):
+    with pytest.raises(UserError, match=r"cache_dir: .*cache"):
         open_store(table, 32, cache, "stop")
 
 
@@ -289,8 +314,8 @@ def test_a_full_disk_is_told_and_leaves_nothing(table: pd.DataFrame, cache: Path
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (10_000, limits[1]))
     try:
-        with pytest.raises(UserError, match=r"cache_dir must be a folder .* File too large"):
+        with pytest.raises(UserError, match=r"cache_dir: File too large"):
             open_store(table, 64, cache, "stop")
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
-    assert list((cache / "stores").iterdir()) == []
+    assert list_stores(cache) == []

@@ -17,7 +17,7 @@ from mlflow.entities import Run
 from skin_resnet.commands.evaluate import evaluate
 from skin_resnet.commands.train import train
 from skin_resnet.config import EvaluateConfig, TrainConfig
-from skin_resnet.data.prepare import SEALED, open_test, prepare_data
+from skin_resnet.data.prepare import HIDDEN, open_test, prepare_data
 from skin_resnet.data.split import Split
 from skin_resnet.errors import UserError
 from skin_resnet.evaluation.assess import LEAK_BANNER
@@ -182,7 +182,7 @@ def test_training_cannot_see_the_diagnoses_of_the_test_images(config: TrainConfi
     data = prepare_data(config)
     sealed = data.select(data.split.test)
     assert sealed.dx.isna().all()
-    assert (sealed.target == SEALED).all()
+    assert (sealed.target == HIDDEN).all()
     assert data.select(data.split.train).dx.notna().all()
     opened = open_test(config, data)
     assert tuple(opened.image_id) == data.split.test
@@ -211,7 +211,7 @@ def test_a_leaking_split_is_refused_unless_told_and_then_every_report_says_so(
     sides = ["train", "test"] + ["train", "train", "val", "test"] * 9
     pd.DataFrame({"image_id": table.image_id, "split": sides[: len(table)]}).to_csv(split, index=False)
     leaking = config.with_changes(data=str(twin), split=str(split), epochs=1)
-    with pytest.raises(UserError, match=r"no split may share a lesion.*allow_leaks=true"):
+    with pytest.raises(UserError, match=r"leaks.*allow_leaks=true"):
         train(leaking)
     train(leaking.with_changes(allow_leaks="true"))
     latest = mlflow.search_runs(output_format="list", max_results=1)[0]

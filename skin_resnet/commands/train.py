@@ -100,7 +100,7 @@ def report(config: TrainConfig, result: TrainResult) -> str:
     """Tell a training in words, on the open run."""
     classes_in_val = result.data.select(result.data.split.val).dx.nunique()
     text = describe_training(result.history, result.best.epoch, config, classes_in_val)
-    if result.data.passport.leaks:
+    if result.data.leakage.leaks:
         text = f"{LEAK_BANNER}\n\n{text}"
     mlflow_run.log_text(text, "report.md")
     return text

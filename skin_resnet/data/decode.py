@@ -1,9 +1,10 @@
-"""From a picture's file or bytes to the pixels a network is fed, in training as in the served model."""
+"""Decode an image file or its bytes to the pixels a network sees, in training as in the served model."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from os import SEEK_END
 from pathlib import Path
+from stat import S_ISREG
 from typing import BinaryIO
 
 import numpy as np
@@ -15,22 +16,22 @@ from skin_resnet.errors import UserError
 MIN_SIDE = 16
 MAX_PIXELS = 64_000_000
 
-# What cameras and data sets use. Pillow knows forty more, one of which starts Ghostscript: not on a server.
+# What cameras and data sets use. Pillow has forty more, one of which starts Ghostscript: unsafe on a server.
 _FORMATS = ("BMP", "GIF", "JPEG", "PNG", "TIFF", "WEBP")
 
 
 class BadImageError(UserError):
-    """A picture that cannot be decoded. The message is the reason alone: the caller knows whose it is."""
+    """An image that cannot be decoded. The message is the reason only; the caller adds which image it is."""
 
 
 def decode_image(file: Path | BinaryIO, image_size: int) -> npt.NDArray[np.uint8]:
-    """Decode a picture to RGB (S, S, 3): upright, shorter side resized to S = `image_size`, centre cropped.
+    """Decode to RGB, uint8 (S, S, 3): upright, shorter side resized to S = `image_size`, center cropped.
 
-    Equal to the byte to torchvision's `Resize(S)` and `CenterCrop(S)` on the picture. An animation gives its
+    Identical to torchvision's `Resize(S)` and `CenterCrop(S)` on the PIL image. An animation gives its
     first frame, transparency becomes black (as a dermoscope's corners are), 16-bit grey is scaled to 8 bits.
 
     Raises:
-        BadImageError: Empty, no picture of a known format, truncated, too small, too large or too elongated.
+        BadImageError: Empty, not an image of a known format, truncated, too small, too large or elongated.
     """
     with open_image(file) as image:
         width, height = image.size
@@ -42,13 +43,16 @@ def decode_image(file: Path | BinaryIO, image_size: int) -> npt.NDArray[np.uint8
 
 @contextmanager
 def open_image(file: Path | BinaryIO) -> Iterator[Image.Image]:
-    """Open a picture, with its header checked and nothing decoded yet.
+    """Open an image and check its header, without decoding it yet.
 
     Raises:
-        BadImageError: The header is bad, or Pillow finds anything wrong while the picture is open.
+        BadImageError: Not a regular file, a bad header, or whatever else Pillow finds while it is open.
     """
     too_large = f"it has more than {MAX_PIXELS // 1_000_000} megapixels"
     try:
+        # Opening a named pipe would wait for its writer, perhaps for ever.
+        if isinstance(file, Path) and not S_ISREG(file.stat().st_mode):
+            raise BadImageError("it is not a regular file")
         with file.open("rb") if isinstance(file, Path) else nullcontext(file) as stream:
             if stream.seek(0, SEEK_END) == 0:
                 raise BadImageError("the file is empty")
@@ -64,7 +68,7 @@ def open_image(file: Path | BinaryIO) -> Iterator[Image.Image]:
     except (Image.DecompressionBombError, Image.DecompressionBombWarning):
         raise BadImageError(too_large) from None
     except UnidentifiedImageError:
-        raise BadImageError(f"it is no picture of a known format ({', '.join(_FORMATS)})") from None
+        raise BadImageError(f"it is not an image of a known format ({', '.join(_FORMATS)})") from None
     # For a broken file Pillow raises whatever its reader trips over: OSError, SyntaxError, struct.error, ...
     except Exception as error:
         raise BadImageError(f"it cannot be read ({str(error) or type(error).__name__})") from error
@@ -72,7 +76,7 @@ def open_image(file: Path | BinaryIO) -> Iterator[Image.Image]:
 
 def _convert_to_rgb(image: Image.Image) -> Image.Image:
     if image.mode in ("I", "F"):
-        raise BadImageError("it has 32 bits a pixel and no known white; save it with 8 or 16")
+        raise BadImageError("it has 32 bits per channel and no known white level; save it with 8 or 16")
     if image.mode.startswith("I;16"):  # Pillow's own conversion clips all above 255 to white
         image = Image.fromarray(np.rint(np.asarray(image) / 257).astype(np.uint8))
     if image.has_transparency_data:

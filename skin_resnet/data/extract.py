@@ -1,4 +1,4 @@
-"""The E of the ETL: any source becomes one checked table, a row an image."""
+"""Turn any source into one checked table with a row per image."""
 
 from pathlib import Path
 
@@ -6,12 +6,12 @@ import numpy as np
 import pandas as pd
 
 from skin_resnet.data.sources import read_source
-from skin_resnet.data.text_table import refuse_any
-from skin_resnet.errors import UserError
+from skin_resnet.data.tables import reject
+from skin_resnet.errors import UserError, expand
 from skin_resnet.labels import order_classes
 
-OLDEST_AGE = 130  # tables write 999 for an age that nobody knows
-# What a run's tables of predictions call their other columns.
+OLDEST_AGE = 130  # tables write 999 for an unknown age
+# The other columns of a run's table of predictions.
 _COLUMN_NAMES = ("image_id", "lesion_id", "dx", "prediction")
 
 
@@ -25,7 +25,7 @@ def extract(source: str, cache_dir: Path, fewest_classes: int = 2) -> pd.DataFra
         fewest_classes: How many there must be; a finished network can be tested on images of one.
 
     Returns:
-        A table sorted by image_id with image_id, lesion_id (the image_id where the source knows no lesions),
+        A table sorted by image_id with image_id, lesion_id (the image_id where the source has no lesion ids),
         dx (a categorical whose categories are the class order), target (int64, dx's place in that order),
         path (absolute), age (years, NaN where unknown), sex and localization ("unknown" where missing).
 
@@ -33,11 +33,9 @@ def extract(source: str, cache_dir: Path, fewest_classes: int = 2) -> pd.DataFra
         UserError: The source cannot be read, or breaks a rule that training relies on.
     """
     try:
-        raw = read_source(source, cache_dir.expanduser())
+        raw = read_source(source, expand(cache_dir))
     except OSError as error:
-        raise UserError(
-            f"data={source} must be readable, but: {error}; check it and its permissions."
-        ) from error
+        raise UserError(f"cannot read data={source}: {error}; check the path and its permissions.") from error
     _check_identities(raw)
     _check_classes(raw["dx"], fewest_classes)
     dx = pd.Categorical(raw["dx"], categories=order_classes(set(raw["dx"])), ordered=True)
@@ -57,52 +55,48 @@ def extract(source: str, cache_dir: Path, fewest_classes: int = 2) -> pd.DataFra
 
 
 def get_class_names(table: pd.DataFrame) -> tuple[str, ...]:
-    """Give the class order that an extracted table carries."""
+    """Return the class order of an extracted table."""
     return tuple(table["dx"].cat.categories)
 
 
 def has_lesion_ids(table: pd.DataFrame) -> bool:
-    """Say whether the source of an extracted table tells which images show the same lesion."""
+    """Return whether the source of an extracted table says which images show the same lesion."""
     return not table["lesion_id"].equals(table["image_id"])
 
 
 def _check_identities(raw: pd.DataFrame) -> None:
-    """Refuse what would let one image or lesion stand for two."""
+    """Reject what would let one image or lesion stand for two."""
     for column in ("image_id", "path"):
-        refuse_any(
+        reject(
             raw[column][raw[column].duplicated()],
-            rule=f"Every {column} must occur once",
-            problem="more than one row has",
-            remedy="give each image one row and an image_id of its own",
+            f"two rows have the same {column}",
+            "give each image one row and its own image_id",
         )
     if "lesion_id" in raw:
         diagnoses = raw.groupby("lesion_id")["dx"].nunique()
-        refuse_any(
+        reject(
             diagnoses.index[diagnoses > 1],
-            rule="All images of a lesion must have the same dx",
-            problem="they differ for lesion",
-            remedy="correct dx or lesion_id",
+            "images of one lesion have different dx, lesion_id",
+            "correct dx or lesion_id",
         )
 
 
 def _check_classes(dx: "pd.Series[str]", fewest: int) -> None:
-    """Refuse too few classes, and names that would be taken for one another or for a column."""
+    """Reject too few classes, and names that would be taken for one another or for a column."""
     names = pd.Series(sorted(dx.unique()), dtype="str")
     if len(names) < fewest:
-        raise UserError(f"data must have at least two classes, but every dx is {names[0]!r}; add another.")
-    refuse_any(
+        raise UserError(f"data has one class only ({names[0]!r}), but needs {fewest}; add another.")
+    reject(
         [name for name in names if not _can_name_metrics(name) or name in _COLUMN_NAMES],
-        rule=f"dx must name its class in a printable word or a few, and not be {', '.join(_COLUMN_NAMES)}",
-        problem="it is",
-        remedy="rename the class",
+        f"dx cannot name a class (not printable, over 100 characters, or one of {', '.join(_COLUMN_NAMES)})",
+        "rename the class",
     )
-    # MLflow's names of metrics have letters, digits and these signs only.
+    # MLflow's metric names have letters, digits and these signs only.
     spellings = names.str.casefold().str.replace(r"[^\w./ -]", "_", regex=True)
-    refuse_any(
+    reject(
         names[spellings.duplicated(keep=False)],
-        rule="Classes must differ by more than capitals and signs",
-        problem="another is spelt like",
-        remedy="give the same class the same name, and others another",
+        "two classes differ by capitals or punctuation only, one is",
+        "give equal classes equal names, and others a clearly different one",
     )
 
 
@@ -114,11 +108,10 @@ def _read_ages(raw: pd.DataFrame) -> "pd.Series[float]":
     if "age" not in raw:
         return pd.Series(np.nan, index=raw.index)
     ages = pd.to_numeric(raw["age"], errors="coerce").astype(float)
-    refuse_any(
+    reject(
         raw["age"][raw["age"].notna() & ~ages.between(0, OLDEST_AGE)],
-        rule=f"age must be a number of years up to {OLDEST_AGE} or empty",
-        problem="it is",
-        remedy="correct it",
+        f"age is not a number of years from 0 to {OLDEST_AGE}",
+        "correct it, or leave it empty where unknown",
     )
     return ages
 

@@ -1,9 +1,6 @@
-"""The leak passport: what the splits of a data set share, and how much of test that spoils."""
+"""The leakage report: what the splits of a data set share, and how many test images that affects."""
 
-import hashlib
-import os
 from collections.abc import Iterable
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from itertools import combinations
 from pathlib import Path
@@ -13,47 +10,43 @@ import numpy as np
 import numpy.typing as npt
 import pandas as pd
 import torch
-from PIL import Image
 
 from skin_resnet.data.extract import has_lesion_ids
 from skin_resnet.data.split import SPLITS, Split, count_classes, join_lesions
-from skin_resnet.data.text_table import read_text_table, refuse_any
+from skin_resnet.data.store import ImageStore
+from skin_resnet.data.tables import read_table, reject
 from skin_resnet.errors import UserError
 
-# What two splits may share. All but the last are proof; the last is for a person to look at.
+# What two splits may share. All but the last prove a leak; a person has to look at the last.
 KINDS = {
     "lesion": "the same lesion",
     "published": "one lesion, two ids",
     "duplicate": "the same pixels",
-    "near": "alike, to look at",
+    "near": "near duplicate, to check",
 }
 LEAKING_KINDS = ("lesion", "published", "duplicate")
 
 NEAR_SIMILARITY = 0.98
-_THUMBNAIL_SIDE = 16
 _COMPARED_AT_ONCE = 512
 _PAIR_COLUMNS = ("kind", "image_id", "dx", "split", "seen_id", "seen_dx", "seen_split", "similarity")
 _ALIASES = {"training": "train", "valid": "val", "validation": "val", "testing": "test"}
 
-Pixels = npt.NDArray[np.uint8]
-Rows = npt.NDArray[np.intp]
-
 
 @dataclass(frozen=True, kw_only=True, eq=False)
-class LeakPassport:
+class LeakageReport:
     """What an audit found.
 
     Attributes:
-        pairs: A row per two images in different splits that should not be: kind, image_id, dx and split of
-            the one, seen_id, seen_dx and seen_split of the other, whose split comes earlier among train, val
-            and test; similarity (1 is equal, NaN where it was not compared).
+        pairs: A row per two images that share something but are in different splits: kind, image_id, dx and
+            split of one, seen_id, seen_dx and seen_split of the other, whose split comes earlier among
+            train, val and test; similarity (1 is equal, NaN where it was not compared).
         class_counts: Images by class and split.
         class_distance: Total variation distance of each split's class shares to train's, 0 to 1.
-        class_p: The chance that lesions dealt out at random have classes as unequal (chi-square test).
+        class_p: p-value of the chi-square test that class and split are independent, over lesions.
         lesions: How many lesions the images show.
-        knows_lesions: Whether the source tells which images show one lesion; if not, "lesion" finds nothing.
+        knows_lesions: Whether the source says which images show one lesion; if not, "lesion" finds nothing.
         unused: Images of the data set that are in no split.
-        unread: Images of the split (of the data, for one of our own) that could not be read.
+        unread: Images of the split (of the data, for split=own) that could not be read.
     """
 
     pairs: pd.DataFrame = field(repr=False)
@@ -67,13 +60,13 @@ class LeakPassport:
 
     @property
     def leaks(self) -> bool:
-        """Say whether a split shares what proves a leak; images that are only alike do not."""
+        """Whether splits share what proves a leak; near duplicates alone do not."""
         return bool(self.pairs.kind.isin(LEAKING_KINDS).any())
 
     def count_touched(
         self, kinds: tuple[str, ...], split: str = "test", seen: tuple[str, ...] = ("train",)
     ) -> "pd.Series[int]":
-        """Count, class by class, a split's images that share something of these kinds with `seen` splits."""
+        """Count a split's images, by class, that share something of these kinds with the `seen` splits."""
         found = self.pairs[
             self.pairs.kind.isin(kinds) & (self.pairs.split == split) & self.pairs.seen_split.isin(seen)
         ]
@@ -81,7 +74,7 @@ class LeakPassport:
         return counts.reindex(self.class_counts.index, fill_value=0)
 
     def to_dict(self) -> dict[str, Any]:
-        """Give everything as JSON can hold it; `test_touched` is the price, by kind and class."""
+        """Return everything in JSON types; `test_touched` counts affected test images by kind and class."""
         kinds = {**{kind: (kind,) for kind in KINDS}, "any_leak": LEAKING_KINDS}
         pairs = self.pairs.astype(object).where(self.pairs.notna(), None)
         return {
@@ -99,29 +92,29 @@ class LeakPassport:
         }
 
 
-def audit_split(table: pd.DataFrame, split: Split, pixels: Pixels) -> LeakPassport:
+def audit_split(table: pd.DataFrame, split: Split, store: ImageStore) -> LeakageReport:
     """Find what images of different splits share.
 
     - lesion: their lesion id.
     - published: their lesion, though under two ids, as published (see `join_lesions`).
-    - duplicate: every pixel, whatever files those came in.
-    - near: almost every pixel, though they pass for two lesions. Pictures are reduced to 16 x 16 grey pixels
-      and correlated, in all eight orientations.
+    - duplicate: every pixel, from whatever file.
+    - near: almost every pixel, though they count as two lesions. The store's thumbnails of 16 x 16 grey
+      pixels are correlated in all eight orientations.
 
     The threshold of 0.98 was measured on HAM10000 at 150 px. Of 50,141,871 pairs of different lesions, 4
-    reach it (138 reach 0.97, none 0.985). Of 800 photos 99.9 % reach it when halved, blurred, brightened or
+    reach it (138 reach 0.97, none 0.985). Of 800 images 99.9 % reach it when halved, blurred, brightened or
     saved with JPEG quality 20; 95 % when cropped by 2 % on each side, 22 % when by 5 %. It does not
-    tell whether two photos show one lesion: 4 % of such pairs reach it. A perceptual hash (64-bit pHash) did
+    detect that two photos show one lesion: 4 % of such pairs reach it. A perceptual hash (64-bit pHash) did
     worse: at a distance of 2 it mistakes 161 pairs, and finds 40 % of the 2 % crops.
 
     Args:
         table: Rows from `extract`.
         split: Any assignment of its images; an image may be in none.
-        pixels: The images in the table's order, (N, S, S, 3).
+        store: Their digests and thumbnails.
     """
     side = table.image_id.map(dict(split.to_frame().to_numpy()))
     used = np.flatnonzero(side.notna())
-    digests, thumbnails = _read_fingerprints(pixels, used)
+    rows = store.find_rows(tuple(table.image_id.iloc[used]))
     images = pd.DataFrame(
         {
             "image_id": table.image_id,
@@ -132,12 +125,12 @@ def audit_split(table: pd.DataFrame, split: Split, pixels: Pixels) -> LeakPasspo
             "joined": join_lesions(table),
         }
     ).iloc[used]
-    images = images.reset_index(drop=True).assign(digest=digests)
+    images = images.reset_index(drop=True).assign(digest=[store.digests[row] for row in rows])
     counts = count_classes(table, split)
     shares = counts / counts.sum().clip(lower=1)
     distance = shares.sub(shares.train, axis=0).abs().sum() / 2
-    return LeakPassport(
-        pairs=_find_pairs(images, thumbnails),
+    return LeakageReport(
+        pairs=_find_pairs(images, _normalize_thumbnails(store.thumbnails[rows])),
         class_counts=counts,
         class_distance={name: float(distance[name]) for name in SPLITS[1:] if counts[name].any()},
         class_p=_compute_class_p(images),
@@ -148,22 +141,13 @@ def audit_split(table: pd.DataFrame, split: Split, pixels: Pixels) -> LeakPasspo
     )
 
 
-def _read_fingerprints(pixels: Pixels, rows: Rows) -> tuple[list[bytes], npt.NDArray[np.float32]]:
-    """Give each image's digest, and its thumbnail (n, 16, 16) shifted and scaled to mean 0 and length 1."""
-
-    def read(row: int) -> tuple[bytes, npt.NDArray[np.float32]]:
-        image = np.ascontiguousarray(pixels[row])
-        small = Image.fromarray(image).convert("L")
-        small = small.resize((_THUMBNAIL_SIDE, _THUMBNAIL_SIDE), Image.Resampling.LANCZOS)
-        return hashlib.blake2b(image.data, digest_size=16).digest(), np.asarray(small, np.float32)
-
-    with ThreadPoolExecutor(os.cpu_count()) as pool:
-        digests, grey = zip(*pool.map(read, rows), strict=True)
-    thumbnails = np.stack(grey)
-    thumbnails -= thumbnails.mean(axis=(1, 2), keepdims=True)
-    # A picture of one colour becomes zeros, which are like nothing: two such say nothing of a leak.
-    thumbnails /= np.linalg.norm(thumbnails, axis=(1, 2), keepdims=True).clip(min=1e-6)
-    return list(digests), thumbnails
+def _normalize_thumbnails(thumbnails: npt.NDArray[np.uint8]) -> npt.NDArray[np.float32]:
+    """Shift and scale each thumbnail (n, 16, 16) to mean 0 and length 1."""
+    shifted = thumbnails.astype(np.float32)
+    shifted -= shifted.mean(axis=(1, 2), keepdims=True)
+    # An image of one color becomes zeros, which correlate with nothing: two such are no sign of a leak.
+    shifted /= np.linalg.norm(shifted, axis=(1, 2), keepdims=True).clip(min=1e-6)
+    return shifted
 
 
 def _find_pairs(images: pd.DataFrame, thumbnails: npt.NDArray[np.float32]) -> pd.DataFrame:
@@ -175,7 +159,7 @@ def _find_pairs(images: pd.DataFrame, thumbnails: npt.NDArray[np.float32]) -> pd
     ]
     pairs = pd.concat(found, ignore_index=True).join(images, on="row")
     pairs = pairs.join(images.add_prefix("seen_"), on="seen_row")
-    # A lesion's own photos are joined too, and alike too: told once is enough. Equal pixels are always told.
+    # Images of one lesion are joined too, and often near duplicates: once is enough. Equal pixels count.
     is_one_lesion = (pairs.kind == "published") & (pairs.lesion_id == pairs.seen_lesion_id)
     is_known = (pairs.joined == pairs.seen_joined) | (pairs.digest == pairs.seen_digest)
     pairs = pairs[~is_one_lesion & ~((pairs.kind == "near") & is_known)]
@@ -217,7 +201,7 @@ def _find_alike(order: npt.NDArray[np.int64], thumbnails: npt.NDArray[np.float32
 
 
 def _compute_class_p(images: pd.DataFrame) -> float:
-    """Test whether class and split depend on each other (Pearson's chi-square), with a lesion as the unit."""
+    """Compute the p-value of Pearson's chi-square test of class against split, with a lesion as the unit."""
     lesions = images.drop_duplicates(["joined", "split"])
     observed = pd.crosstab(lesions.dx, lesions.split).to_numpy(np.float64)
     expected = observed.sum(1, keepdims=True) * observed.sum(0) / observed.sum()
@@ -229,41 +213,35 @@ def _compute_class_p(images: pd.DataFrame) -> float:
 
 
 def read_split(file: Path, image_ids: Iterable[str]) -> Split:
-    """Read a table of image_id and split (train, val, test or what else these are called); val may be empty.
+    """Read a table of image_id and split (train, val, test, or a usual synonym); val may be empty.
 
     Raises:
-        UserError: The file is no such table, names another image than these, names one twice, names
-            another split, or leaves train or test empty.
+        UserError: The file is not such a table, has an image that is not among these or has one twice, has
+            an unknown split, or leaves train or test empty.
     """
     try:
-        frame = read_text_table(file, ("image_id", "split"))
+        frame = read_table(file, ("image_id", "split"))
     except OSError as error:
-        raise UserError(
-            f"split must be own or a CSV of image_id,split, but {file}: {error.strerror}; check the path."
-        ) from None
+        raise UserError(f"cannot read split={file}: {error.strerror}; give own or a CSV.") from None
     frame["split"] = frame.split.str.lower().replace(_ALIASES)
-    refuse_any(
+    reject(
         frame.image_id[~frame.image_id.isin(set(image_ids))],
-        rule=f"Every image_id of {file.name} must be in the data",
-        problem="it does not have",
-        remedy="give the data that was split",
+        f"{file.name} has an image_id that is not in the data",
+        "give the data that was split",
     )
-    refuse_any(
+    reject(
         frame.image_id[frame.image_id.duplicated()],
-        rule=f"Every image_id must occur once in {file.name}",
-        problem="more than one row has",
-        remedy="an image can be in one split only: remove a row",
+        f"{file.name} has an image_id twice",
+        "an image can be in one split only: remove a row",
     )
-    refuse_any(
+    reject(
         frame.split[~frame.split.isin(SPLITS)],
-        rule=f"split must be {', '.join(SPLITS)} in every row of {file.name}",
-        problem="it is",
-        remedy="rename it, or leave the row out",
+        f"{file.name} has a split other than {', '.join(SPLITS)}",
+        "rename it, or leave the row out",
     )
-    refuse_any(
+    reject(
         [name for name in ("train", "test") if name not in set(frame.split)],
-        rule=f"{file.name} must have images in train and test",
-        problem="none is in",
-        remedy="check that this is the whole file",
+        f"{file.name} has no image in",
+        "check that the file is complete",
     )
     return Split.from_frame(frame)

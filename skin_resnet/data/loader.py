@@ -1,4 +1,4 @@
-"""The L of the ETL: batches of pixels and targets, on the device, in an order that a seed fixes."""
+"""Batches of pixels and targets, on the device, in an order that a seed fixes."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -18,7 +18,7 @@ class Batch:
     Attributes:
         pixels: uint8 (N, S, S, 3), on the device.
         targets: int64 (N,), on the device.
-        positions: int64 (N,), on the device: where in the split the images stand.
+        positions: int64 (N,), on the device: the images' positions in the split.
     """
 
     pixels: Tensor
@@ -28,22 +28,22 @@ class Batch:
 
 @dataclass(frozen=True, kw_only=True)
 class PixelSource:
-    """The store's pixels, where batches are gathered: on the accelerator if they fit, else on disk."""
+    """The store's pixels where batches are gathered: on the accelerator if they fit, else on disk."""
 
     pixels: NDArray[np.uint8] | Tensor
     device: torch.device
 
     def gather(self, rows: NDArray[np.int64]) -> Tensor:
-        """Give the pixels of some rows, uint8 (N, S, S, 3), on the device."""
+        """Return the pixels of some rows, uint8 (N, S, S, 3), on the device."""
         if isinstance(self.pixels, Tensor):
             return self.pixels[torch.from_numpy(rows).to(self.device)]
         return torch.from_numpy(self.pixels[rows]).to(self.device)
 
 
 def place_pixels(store: ImageStore, device: torch.device) -> PixelSource:
-    """Put the whole store on an accelerator if it takes less than half of the free memory there.
+    """Copy the whole store to an accelerator if it takes less than half of the free memory there.
 
-    HAM10000 at 224 px is 1.5 GB. On the CPU, the store stays a memory map that all processes share.
+    HAM10000 at 224 px is 1.5 GB. On the CPU, the store stays a memory map, shared by all processes.
     """
     if device.type == "cuda" and store.pixels.nbytes < torch.cuda.mem_get_info(device)[0] / 2:
         return PixelSource(pixels=torch.from_numpy(np.array(store.pixels)).to(device), device=device)
@@ -59,8 +59,8 @@ class Loader:
         rows: int64 (N,): the split's rows of the store.
         targets: int64 (N,), on the CPU.
         batch_size: Images per step, over all processes.
-        rank: This process's number, from 0.
-        world_size: How many processes share each batch.
+        rank: This process's index, from 0.
+        world_size: Number of processes that share each batch.
     """
 
     source: PixelSource
@@ -71,22 +71,22 @@ class Loader:
     world_size: int = 1
 
     def __len__(self) -> int:
-        """Count the batches of an epoch: as few as the batch size allows, each with two images a process.
+        """Count the batches of an epoch: as few as the batch size allows, with at least two images each.
 
-        BatchNorm cannot learn from one. With a tiny batch size, some batches are one image over it for that.
+        BatchNorm cannot train on one image per process, so some batches of a tiny size have one image more.
         """
         return max(1, min(-(-len(self.rows) // self.batch_size), len(self.rows) // (2 * self.world_size)))
 
     def shuffled(self, seed: int, epoch: int, first_step: int = 0) -> Iterator[Batch]:
-        """Give every image once, in the order that `seed` and `epoch` fix: for training.
+        """Yield every image once, in the order that `seed` and `epoch` fix: for training.
 
-        From batch `first_step` on, where the ones before have been learnt from already.
+        A resumed epoch starts at batch `first_step`.
         """
         order = np.random.default_rng((seed, epoch)).permutation(len(self.rows))
         return self._split_up(order, first_step)
 
     def ordered(self) -> Iterator[Batch]:
-        """Give every image once, in the split's order: for val and test."""
+        """Yield every image once, in the split's order: for val and test."""
         return self._split_up(np.arange(len(self.rows)))
 
     def _split_up(self, order: NDArray[np.int64], first_step: int = 0) -> Iterator[Batch]:

@@ -1,7 +1,7 @@
-"""The three steps of the ETL in a row: what every command that sees images begins with."""
+"""From a config to data ready to train on: table, split, image store and leakage report."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass
-from pathlib import Path
 
 import pandas as pd
 import torch
@@ -9,39 +9,46 @@ from lightning_fabric import Fabric
 
 from skin_resnet.config import TrainConfig
 from skin_resnet.data.extract import extract, get_class_names
-from skin_resnet.data.leakage import LeakPassport, audit_split, read_split
+from skin_resnet.data.leakage import LeakageReport, audit_split, read_split
 from skin_resnet.data.loader import Loader, PixelSource, place_pixels
 from skin_resnet.data.split import SPLITS, Split, split_lesions, thin_train
-from skin_resnet.data.store import ImageStore, open_store
-from skin_resnet.errors import UserError
+from skin_resnet.data.store import ImageStore, fingerprint_images, open_store
+from skin_resnet.errors import UserError, expand
 
-SEALED = -1  # the target of a test image, until the test is opened
+HIDDEN = -1  # the target of a test image, until the test evaluation
 
 
 @dataclass(frozen=True, kw_only=True)
 class PreparedData:
-    """A data set, ready to be trained on, its test sealed.
+    """A data set ready to be trained on, with the diagnoses of its test images hidden.
 
     Attributes:
         table: Rows from `extract`, without the images that could not be read; of test images, dx is missing
-            and target is `SEALED`.
-        split: Which of them train, choose the best epoch, and test.
+            and target is `HIDDEN`.
+        split: Which images are in train, val and test.
         store: Their pixels, in the table's order.
-        passport: What the splits share.
+        leakage: What the splits share.
+        split_fingerprints: By split, what `fingerprint_images` returns for it.
     """
 
     table: pd.DataFrame
     split: Split
     store: ImageStore
-    passport: LeakPassport
+    leakage: LeakageReport
+    split_fingerprints: Mapping[str, str]
 
     @property
     def classes(self) -> tuple[str, ...]:
         """The class order, which is the order of a model's outputs."""
         return get_class_names(self.table)
 
+    @property
+    def fingerprint(self) -> str:
+        """A text that changes with the split, with any diagnosis, and with any decoded pixel."""
+        return "-".join(self.split_fingerprints[name] for name in SPLITS)
+
     def select(self, image_ids: tuple[str, ...]) -> pd.DataFrame:
-        """Give the table's rows of some images, in the order of `image_ids`."""
+        """Return the table's rows of some images, in the order of `image_ids`."""
         return self.table.iloc[self.store.find_rows(image_ids)].reset_index(drop=True)
 
     def build_loader(
@@ -59,17 +66,52 @@ class PreparedData:
         )
 
     def place(self, fabric: Fabric) -> PixelSource:
-        """Put the pixels where batches are gathered."""
+        """Place the pixels where batches are gathered."""
         return place_pixels(self.store, fabric.device)
 
 
 def prepare_data(config: TrainConfig) -> PreparedData:
-    """Extract, transform and split the data set of a config, and seal its test.
+    """Read, decode, split and audit the data set of a config, and hide the diagnoses of its test images.
 
     Raises:
-        UserError: The data cannot be used, or the split given leaks; the message says what to do.
+        UserError: The data cannot be used, the split is too small, or a given split leaks.
     """
     table, store = read_images(config)
+    split = _choose_split(config, table, store)
+    leakage = audit_split(table, split, store)
+    if leakage.leaks and config.allow_leaks == "false":
+        shared = leakage.pairs.iloc[0]
+        raise UserError(
+            f"{config.split} leaks: {shared.image_id} ({shared.split}) and {shared.seen_id} "
+            f"({shared.seen_split}) show one lesion; run audit, or pass allow_leaks=true to train anyway."
+        )
+    is_test = table.image_id.isin(split.test)
+    return PreparedData(
+        table=table.assign(dx=table.dx.mask(is_test), target=table.target.mask(is_test, HIDDEN)),
+        split=split,
+        store=store,
+        leakage=leakage,
+        split_fingerprints={
+            name: fingerprint_images(table[table.image_id.isin(getattr(split, name))], store)
+            for name in SPLITS
+        },
+    )
+
+
+def read_images(config: TrainConfig) -> tuple[pd.DataFrame, ImageStore]:
+    """Return the table of a config's images that can be read, and their pixels."""
+    table = extract(config.data, config.cache_dir)
+    store = open_store(table, config.image_size, config.cache_dir, config.on_bad_image)
+    return table[table.image_id.isin(store.image_ids)].reset_index(drop=True), store
+
+
+def open_test(config: TrainConfig, data: PreparedData) -> pd.DataFrame:
+    """Return the rows of the test images with their diagnoses. Only the test evaluation may call this."""
+    table, _ = read_images(config)
+    return table.iloc[data.store.find_rows(data.split.test)].reset_index(drop=True)
+
+
+def _choose_split(config: TrainConfig, table: pd.DataFrame, store: ImageStore) -> Split:
     if config.split == "own":
         split = split_lesions(
             table,
@@ -78,37 +120,15 @@ def prepare_data(config: TrainConfig) -> PreparedData:
             seed=config.split_seed,
         )
     else:
-        split = read_split(Path(config.split).expanduser(), [*table.image_id, *store.skipped])
+        split = read_split(expand(config.split), [*table.image_id, *store.skipped])
         split = split.without(set(store.skipped))
-        for name in SPLITS:
-            if not getattr(split, name):
-                raise UserError(
-                    f"train, val and test each need an image that can be read, but {config.split} has none "
-                    f"in {name}; add some."
-                )
     if config.train_fraction < 1:
         split = thin_train(table, split, config.train_fraction, config.split_seed)
-    passport = audit_split(table, split, store.pixels)
-    if passport.leaks and config.allow_leaks == "false":
-        shared = passport.pairs.iloc[0]
-        raise UserError(
-            f"no split may share a lesion with another, but in {config.split} {shared.image_id} "
-            f"({shared.split}) and {shared.seen_id} ({shared.seen_split}) show one; run audit, or pass "
-            "allow_leaks=true to train all the same."
-        )
-    is_test = table.image_id.isin(split.test)
-    sealed = table.assign(dx=table.dx.mask(is_test), target=table.target.mask(is_test, SEALED))
-    return PreparedData(table=sealed, split=split, store=store, passport=passport)
-
-
-def read_images(config: TrainConfig) -> tuple[pd.DataFrame, ImageStore]:
-    """Extract and transform: give the table of a config's images that can be read, and their pixels."""
-    table = extract(config.data, config.cache_dir)
-    store = open_store(table, config.image_size, config.cache_dir, config.on_bad_image)
-    return table[table.image_id.isin(store.image_ids)].reset_index(drop=True), store
-
-
-def open_test(config: TrainConfig, data: PreparedData) -> pd.DataFrame:
-    """Break the seal: give the rows of the test images with their diagnoses. Only a test may call this."""
-    table, _ = read_images(config)
-    return table.iloc[data.store.find_rows(data.split.test)].reset_index(drop=True)
+    # BatchNorm cannot train on a single image.
+    for name, fewest in (("train", 2 * config.devices), ("val", 1), ("test", 1)):
+        if (count := len(getattr(split, name))) < fewest:
+            raise UserError(
+                f"{name} needs {fewest} readable images or more, but has {count}; add images, or change the "
+                "split's options."
+            )
+    return split

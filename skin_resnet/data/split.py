@@ -1,4 +1,4 @@
-"""Train, val and test by lesion: two photos of one lesion never end up on two sides."""
+"""Split into train, val and test by lesion: images of one lesion never end up in two splits."""
 
 import hashlib
 from dataclasses import dataclass, replace
@@ -14,101 +14,101 @@ SPLITS = ("train", "val", "test")
 
 @dataclass(frozen=True, kw_only=True)
 class Split:
-    """Which images train the network, choose its best epoch, and test it; image ids, each sorted."""
+    """The image ids for training, for choosing the best epoch, and for the test; each sorted."""
 
     train: tuple[str, ...]
     val: tuple[str, ...]
     test: tuple[str, ...]
 
     def to_frame(self) -> pd.DataFrame:
-        """Give the split as a table of image_id and split, sorted by image_id."""
+        """Return a table of image_id and split, sorted by image_id."""
         rows = [(image_id, name) for name in SPLITS for image_id in getattr(self, name)]
         return pd.DataFrame(sorted(rows), columns=["image_id", "split"])
 
     @classmethod
     def from_frame(cls, frame: pd.DataFrame) -> "Split":
-        """Read a table of image_id and split back."""
+        """Build a split from a table of image_id and split."""
         return cls(**{name: tuple(sorted(frame.image_id[frame.split == name])) for name in SPLITS})
 
     def without(self, image_ids: set[str]) -> "Split":
-        """Leave images out."""
+        """Return the split without these images."""
         frame = self.to_frame()
         return Split.from_frame(frame[~frame.image_id.isin(image_ids)])
 
     @property
     def hash(self) -> str:
-        """Twelve hex digits that name this split: equal if and only if every image is on the same side."""
+        """Twelve hex digits, equal for two splits if and only if every image is in the same split."""
         return hashlib.sha256(self.to_frame().to_csv(index=False).encode()).hexdigest()[:12]
 
 
 def split_lesions(table: pd.DataFrame, *, val_fraction: float, test_fraction: float, seed: int) -> Split:
     """Split the images by lesion, stratified by class.
 
-    Lesions are put in an order drawn from `seed` and their own name, so the split depends neither on the
-    order of the rows nor on other classes. Each class fills test, then val, each up to its fraction of the
-    images; a class with three lesions or more is in all three.
+    Lesions are ordered by a hash of `seed` and their id, so the split depends neither on the order of the
+    rows nor on other classes. Each class fills test, then val, each up to its fraction of the
+    images; a class with three or more lesions is in all three.
 
     Args:
         table: Rows from `extract`.
         val_fraction: Share of each class's images for val.
         test_fraction: Share of each class's images for test.
-        seed: Which of the possible splits.
+        seed: Seed of the order.
 
     Raises:
-        UserError: A part would be empty.
+        UserError: A split would be empty.
     """
     lesions = pd.DataFrame({"group": join_lesions(table), "target": table.target, "image_id": table.image_id})
-    sides: dict[str, str] = {}
+    split_of: dict[str, str] = {}
     for _, members in lesions.groupby("target"):
         sizes = members.groupby("group").size()
         order = sorted(sizes.index, key=lambda group: hashlib.sha256(f"{seed}:{group}".encode()).digest())
-        sides.update(_fill_sides(sizes[order], test_fraction, val_fraction))
-    side = lesions.group.map(sides)
-    split = Split.from_frame(pd.DataFrame({"image_id": table.image_id, "split": side}))
+        split_of.update(_assign_lesions(sizes[order], test_fraction, val_fraction))
+    split = Split.from_frame(lesions.assign(split=lesions.group.map(split_of)))
     for name in SPLITS:
         if not getattr(split, name):
             raise UserError(
-                f"train, val and test each need a lesion, but {name} would be empty with "
-                f"{lesions.group.nunique()} lesions in all; add images or raise {name}_fraction."
+                f"no lesion is left for {name}: the data has {lesions.group.nunique()} in all; "
+                f"add images or raise {name}_fraction."
             )
     return split
 
 
-def _fill_sides(sizes: "pd.Series[int]", test_fraction: float, val_fraction: float) -> dict[str, str]:
-    sides = dict.fromkeys(sizes.index, "train")
+def _assign_lesions(sizes: "pd.Series[int]", test_fraction: float, val_fraction: float) -> dict[str, str]:
+    """Fill test, then val, from the front of one class's lesions; the rest is train."""
+    split_of = dict.fromkeys(sizes.index, "train")
     remaining = list(sizes.index)
     for name, fraction in (("test", test_fraction), ("val", val_fraction)):
         target = fraction * sizes.sum()
         filled = 0
-        # One lesion at least, while two are left for the other parts.
+        # At least one lesion, as long as the other splits can have one each.
         while len(remaining) > 2 - (name == "val") and (
             filled == 0 or filled + sizes[remaining[0]] / 2 <= target
         ):
             group = remaining.pop(0)
-            sides[group] = name
+            split_of[group] = name
             filled += sizes[group]
-    return sides
+    return split_of
 
 
 def thin_train(table: pd.DataFrame, split: Split, fraction: float, seed: int) -> Split:
-    """Keep a share of the training lesions of each class, one at least; val and test stay as they are.
+    """Keep a fraction of each class's training lesions, at least one; val and test stay as they are.
 
-    The lesions of a smaller share are among those of a larger one.
+    The lesions of a smaller fraction are among those of a larger one.
     """
     rows = table[table.image_id.isin(split.train)]
     lesions = join_lesions(rows)
     kept: set[str] = set()
     for _, groups in lesions.groupby(rows.target):
         order = sorted(set(groups), key=lambda group: hashlib.sha256(f"{seed}:{group}".encode()).digest())
-        # From the other end than val and test were filled, which have taken the first.
+        # From the end: val and test have taken the first.
         kept.update(order[-max(1, round(fraction * len(order))) :])
     return replace(split, train=tuple(sorted(rows.image_id[lesions.isin(kept)])))
 
 
 def join_lesions(table: pd.DataFrame) -> "pd.Series[str]":
-    """Name each image's lesion, with lesions joined that are published as one.
+    """Return each image's lesion id, with lesions joined that are published as the same one.
 
-    HAM10000 lists 18 pairs of photos of one lesion under two lesion ids.
+    HAM10000 lists 18 pairs of images of one lesion under two lesion ids.
     Source: Abhishek, Jain, Hamarneh, Scientific Data 12:196 (2025).
     """
     pairs = pd.read_csv(str(resources.files("skin_resnet.data") / "same_lesion_pairs.csv"))
@@ -129,14 +129,14 @@ def join_lesions(table: pd.DataFrame) -> "pd.Series[str]":
 
 
 def drop_seen(table: pd.DataFrame, split: Split) -> pd.DataFrame:
-    """Leave out the images that were in train or val, and every other photo of their lesions."""
+    """Return the rows without the images in train and val, and without other images of their lesions."""
     lesions = join_lesions(table)
-    learnt = lesions[table.image_id.isin({*split.train, *split.val})]
-    return table[~lesions.isin(set(learnt))].reset_index(drop=True)
+    seen = lesions[table.image_id.isin({*split.train, *split.val})]
+    return table[~lesions.isin(set(seen))].reset_index(drop=True)
 
 
 def count_classes(table: pd.DataFrame, split: Split) -> pd.DataFrame:
-    """Count each class's images in each part: rows are classes, columns train, val and test."""
-    side = table.image_id.map(dict(split.to_frame().to_numpy()))
-    counts = pd.crosstab(table.dx, side, dropna=False)
+    """Count images by class (rows) and split (columns train, val and test)."""
+    name = table.image_id.map(dict(split.to_frame().to_numpy()))
+    counts = pd.crosstab(table.dx, name, dropna=False)
     return counts.reindex(index=table.dx.cat.categories, columns=list(SPLITS), fill_value=0).astype(np.int64)

@@ -1,18 +1,16 @@
-"""The T of the ETL: images are decoded once into a uint8 array on disk, which every later run shares."""
+"""The image store: images are decoded once into a uint8 array on disk, which all later runs share."""
 
+import functools
 import hashlib
 import json
 import logging
 import os
-import shutil
 import time
 import warnings
 import zlib
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import suppress
 from dataclasses import dataclass, field, replace
-from functools import partial
 from pathlib import Path
 from typing import Any, BinaryIO, Literal
 
@@ -20,41 +18,48 @@ import numpy as np
 import numpy.typing as npt
 import pandas as pd
 import torch
+from PIL import Image
 from torch import Tensor
 
 from skin_resnet.config import OnBadImage
+from skin_resnet.data.cache import build_once
 from skin_resnet.data.decode import BadImageError, decode_image, open_image
-from skin_resnet.data.folders import name_aside, remove_leftovers, write_aside
-from skin_resnet.errors import UserError
+from skin_resnet.errors import UserError, expand
 
 # Source: torchvision's ImageNet weights, `torchvision.transforms._presets.ImageClassification`.
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
 
 AUTO_IMAGE_SIZE = 224
-_STORE_VERSION = 1
+THUMBNAIL_SIDE = 16
+_STORE_VERSION = 2
 _DECODED_AT_ONCE = 256  # bounds the memory: 40 MB at 224 px, 800 MB at 1024
 _CHECKED_AT_ONCE = 1 << 24
 
 ImageSize = int | Literal["auto"]
+Pixels = npt.NDArray[np.uint8]
 
 _logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class ImageStore:
-    """The decoded pictures of a table, in its order and without the skipped ones.
+    """The decoded images of a table, in its order and without the skipped ones.
 
     Attributes:
         pixels: uint8 (N, S, S, 3), mapped read-only from disk.
-        image_ids: Whose picture each row is.
+        thumbnails: Grey, uint8 (N, 16, 16).
+        digests: A hash of each image's pixels.
+        image_ids: The id of each image.
         image_size: S, in pixels.
-        key: What the store was made from, hashed; the name of its folder.
-        skipped: Why a picture was left out, by image id.
-        build_s: What building cost this process; 0 for a store it found.
+        key: A hash of what the store was made from; the name of its folder.
+        skipped: Why an image was left out, by image id.
+        build_s: Seconds this process spent building it; 0 if it was there.
     """
 
-    pixels: np.memmap[Any, np.dtype[np.uint8]] = field(repr=False)
+    pixels: Pixels = field(repr=False)
+    thumbnails: Pixels = field(repr=False)
+    digests: tuple[str, ...] = field(repr=False)
     image_ids: tuple[str, ...] = field(repr=False)
     image_size: int
     key: str
@@ -62,7 +67,7 @@ class ImageStore:
     build_s: float = 0.0
 
     def find_rows(self, image_ids: Sequence[str]) -> npt.NDArray[np.int64]:
-        """Give the row of each image, int64 (len(image_ids),).
+        """Return the row of each image, int64 (len(image_ids),).
 
         Raises:
             KeyError: An image is not in the store, as the skipped ones are not.
@@ -85,48 +90,63 @@ def normalize(images: Tensor) -> Tensor:
 def open_store(
     table: pd.DataFrame, image_size: ImageSize, cache_dir: Path, on_bad_image: OnBadImage
 ) -> ImageStore:
-    """Open the store of the table's pictures (columns image_id, path); where there is none, build it first.
+    """Open the store of the table's images (columns image_id, path), and build it first if there is none.
 
-    It lies in `cache_dir/stores/<key>/`. The key covers what is asked for and each file's image id, size and
-    modification time, but not its folder. A build is written beside and renamed when whole, so processes may
-    call this at once; a damaged store is built anew. `auto` is 224, or the shorter side of the smallest good
-    picture where that is less.
+    It is kept in `cache_dir/stores/<key>/`. The key covers what is asked for and each file's image id, size
+    and modification time, but not its folder. Processes may call this at once; a damaged store is built
+    again. `auto` is 224, or the shorter side of the smallest good image if that is less.
 
     Raises:
-        UserError: A picture is bad (on_bad_image=stop), all are, or `cache_dir` cannot be used.
+        UserError: An image is bad (on_bad_image=stop), all are, or `cache_dir` cannot be used.
     """
-    with warnings.catch_warnings():
-        # Pillow's, about pictures that `decode` refuses with their name, or reads as it documents.
-        warnings.simplefilter("ignore")
-        return _open_store(table, image_size, cache_dir, on_bad_image)
-
-
-def _open_store(
-    table: pd.DataFrame, image_size: ImageSize, cache_dir: Path, on_bad_image: OnBadImage
-) -> ImageStore:
     key = _compute_key(table, image_size, on_bad_image)
-    folder = cache_dir.expanduser() / "stores" / key
-    try:
-        remove_leftovers(folder.parent)
-        if (found := _read_store(folder)) is not None:
-            return found
-        started = time.perf_counter()
+    folder = expand(cache_dir) / "stores" / key
+
+    def is_built(_: Path) -> bool:
+        if _read_store(folder):
+            return True
+        if folder.exists():
+            _logger.warning("the image store %s is damaged; decoding the images again", folder)
+        return False
+
+    def build(unfinished: Path) -> None:
         _logger.info("decoding %d images into %s", len(table), folder)
-        with write_aside(folder) as unfinished:
+        with warnings.catch_warnings():
+            # Pillow's, about images that `decode` names when it rejects them, or reads as it documents.
+            warnings.simplefilter("ignore")
             _build_store(unfinished, key, table, image_size, on_bad_image)
-        build_s = time.perf_counter() - started
-        _logger.info("decoded %d images in %.1f s", len(table), build_s)
-        built = _read_store(folder)
+
+    try:
+        if (store := _read_store(folder)) is not None:
+            return store
+        started = time.perf_counter()
+        build_s = time.perf_counter() - started if build_once(folder, is_built, build) else 0.0
+        store = _read_store(folder)
     except OSError as error:
         problem = f"{error.strerror or error} at {error.filename or folder}"
     else:
-        if built is not None:
-            return replace(built, build_s=build_s)
-        problem = f"what was written to {folder} reads back damaged"
+        if store is not None:
+            if build_s:
+                _logger.info("decoded %d images in %.1f s", len(table), build_s)
+            return replace(store, build_s=build_s)
+        problem = f"{folder} is damaged right after it was written"
     raise UserError(
-        f"cache_dir must be a folder on a sound disk with room for the decoded images, but {problem}; "
-        "make room or choose another cache_dir."
+        f"cannot keep decoded images in cache_dir: {problem}; make room or choose another cache_dir."
     )
+
+
+def fingerprint_images(table: pd.DataFrame, store: ImageStore) -> str:
+    """Return 16 hex digits that change with any of the table's image ids, diagnoses and decoded pixels."""
+    digests = [store.digests[row] for row in store.find_rows(tuple(table.image_id))]
+    images = sorted(zip(table.image_id, table.dx.astype(str), digests, strict=True))
+    return hashlib.sha256(json.dumps(images).encode()).hexdigest()[:16]
+
+
+def describe_image(pixels: Pixels) -> tuple[str, Pixels]:
+    """Return the digest of an image's pixels (S, S, 3), and its thumbnail, grey (16, 16)."""
+    small = Image.fromarray(pixels).convert("L")
+    small = small.resize((THUMBNAIL_SIDE, THUMBNAIL_SIDE), Image.Resampling.LANCZOS)
+    return hashlib.blake2b(pixels.tobytes(), digest_size=16).hexdigest(), np.array(small)
 
 
 def _compute_key(table: pd.DataFrame, image_size: ImageSize, on_bad_image: OnBadImage) -> str:
@@ -150,7 +170,7 @@ def _read_shorter_side(path: str) -> int:
     try:
         with open_image(Path(path)) as image:
             return min(*image.size, AUTO_IMAGE_SIZE)
-    except BadImageError:  # no say in the size; decoding will name it
+    except BadImageError:  # decoding will name it
         return AUTO_IMAGE_SIZE
 
 
@@ -158,59 +178,67 @@ def _build_store(
     folder: Path, key: str, table: pd.DataFrame, image_size: ImageSize, on_bad_image: OnBadImage
 ) -> None:
     size = _choose_image_size(table["path"]) if image_size == "auto" else image_size
-    skipped = _write_pixels(folder / "pixels.npy", table, size, on_bad_image)
-    good = table[~table["image_id"].isin(list(skipped))]
-    # A small picture with a good header and a broken body must not shrink all others.
-    if skipped and image_size == "auto" and (larger := _choose_image_size(good["path"])) > size:
-        size = larger
-        skipped = _write_pixels(folder / "pixels.npy", table, size, on_bad_image)
-    contents = {
-        "version": _STORE_VERSION,
-        "key": key,
-        "image_size": size,
-        "image_ids": [image_id for image_id in table["image_id"] if image_id not in skipped],
-        "skipped": skipped,
-    }
-    checksum = _compute_checksum(folder, contents)
+    contents = _write_images(folder, table, size, on_bad_image)
+    # A small image with a good header and a broken body must not shrink all others.
+    if contents["skipped"] and image_size == "auto":
+        good = table[~table["image_id"].isin(list(contents["skipped"]))]
+        if (larger := _choose_image_size(good["path"])) > size:
+            contents = _write_images(folder, table, larger, on_bad_image)
+    contents["key"] = key
+    contents["checksum"] = _compute_checksum(folder, contents)
     with (folder / "store.json").open("w", encoding="utf-8") as file:
-        json.dump(contents | {"checksum": checksum}, file)
+        json.dump(contents, file)
         file.flush()
         os.fsync(file.fileno())
 
 
-def _write_pixels(
-    path: Path, table: pd.DataFrame, image_size: int, on_bad_image: OnBadImage
-) -> dict[str, str]:
-    """Decode the pictures, in order, into an .npy file; give by image id why a picture was left out."""
+def _write_images(
+    folder: Path, table: pd.DataFrame, image_size: int, on_bad_image: OnBadImage
+) -> dict[str, Any]:
+    """Decode the images, in order, into .npy files; return what store.json says of them."""
     image_ids, paths = list(table["image_id"]), list(table["path"])
     skipped: dict[str, str] = {}
+    digests, thumbnails = [], []
+
+    def decode(path: str) -> tuple[Pixels, str, Pixels] | BadImageError:
+        try:
+            pixels = decode_image(Path(path), image_size)
+        except BadImageError as error:
+            return error
+        return pixels, *describe_image(pixels)
+
     # Written, not mapped: on a full disk a write raises, where a map ends the process (SIGBUS).
-    with path.open("wb") as file, ThreadPoolExecutor(os.cpu_count()) as pool:
+    with (folder / "pixels.npy").open("wb") as file, ThreadPoolExecutor(os.cpu_count()) as pool:
         _write_npy_header(file, len(paths), image_size)
         for start in range(0, len(paths), _DECODED_AT_ONCE):
-            part = slice(start, start + _DECODED_AT_ONCE)
-            decoded = pool.map(partial(_try_decode, image_size=image_size), paths[part])
-            for image_id, image_path, result in zip(image_ids[part], paths[part], decoded, strict=True):
-                if not isinstance(result, BadImageError):
-                    file.write(result.data)
-                elif on_bad_image == "skip":
+            block = slice(start, start + _DECODED_AT_ONCE)
+            decoded = pool.map(decode, paths[block])
+            for image_id, path, result in zip(image_ids[block], paths[block], decoded, strict=True):
+                if isinstance(result, BadImageError):
+                    if on_bad_image == "stop":
+                        raise UserError(
+                            f"cannot read image {image_id} ({path}): {result}; repair or remove it, or pass "
+                            "on_bad_image=skip."
+                        )
                     skipped[image_id] = str(result)
-                else:
-                    raise UserError(
-                        f"Every image must be readable, but {image_id} ({image_path}) is not: {result}; "
-                        "repair or remove it, or pass on_bad_image=skip."
-                    )
-        if len(skipped) == len(paths):
+                    continue
+                pixels, digest, thumbnail = result
+                file.write(pixels.data)
+                digests.append(digest)
+                thumbnails.append(thumbnail)
+        if not digests:
             reason = next(iter(skipped.values()), "there is none")
             raise UserError(
-                f"One image at least must be readable, but none of {len(paths)} is (the first: {reason}); "
-                "check that the data was copied whole."
+                f"none of {len(paths)} images can be read (the first: {reason}); check that the data was "
+                "copied completely."
             )
         file.seek(0)
-        _write_npy_header(file, len(paths) - len(skipped), image_size)
+        _write_npy_header(file, len(digests), image_size)
         file.flush()
         os.fsync(file.fileno())
-    return skipped
+    np.save(folder / "thumbnails.npy", np.stack(thumbnails))
+    good = [image_id for image_id in image_ids if image_id not in skipped]
+    return {"image_size": image_size, "image_ids": good, "skipped": skipped, "digests": digests}
 
 
 def _write_npy_header(file: BinaryIO, rows: int, image_size: int) -> None:
@@ -219,44 +247,45 @@ def _write_npy_header(file: BinaryIO, rows: int, image_size: int) -> None:
     np.lib.format.write_array_header_1_0(file, header)
 
 
-def _try_decode(path: str, image_size: int) -> npt.NDArray[np.uint8] | BadImageError:
-    try:
-        return decode_image(Path(path), image_size)
-    except BadImageError as error:
-        return error
-
-
 def _compute_checksum(folder: Path, contents: dict[str, Any]) -> int:
-    """Compute the CRC-32 of the pixel file and of store.json: at 1 to 6 GB/s, each opening affords it."""
+    """Compute the CRC-32 of store.json and the arrays, at 1 to 6 GB/s."""
     checksum = zlib.crc32(json.dumps(contents, sort_keys=True).encode())
-    with (folder / "pixels.npy").open("rb") as file:
-        while chunk := file.read(_CHECKED_AT_ONCE):
-            checksum = zlib.crc32(chunk, checksum)
+    for name in ("thumbnails.npy", "pixels.npy"):
+        with (folder / name).open("rb") as file:
+            while chunk := file.read(_CHECKED_AT_ONCE):
+                checksum = zlib.crc32(chunk, checksum)
     return checksum
 
 
 def _read_store(folder: Path) -> ImageStore | None:
-    """Open the store in this folder; None where there is none, or a damaged one, which is removed."""
-    if not folder.exists():
-        return None
+    """Open the store in this folder; None if there is none, or a damaged one."""
     try:
-        contents = json.loads((folder / "store.json").read_text(encoding="utf-8"))
-        checksum = contents.pop("checksum")
-        if contents["key"] != folder.name:
-            raise ValueError("it is another one's copy")
-        if checksum != _compute_checksum(folder, contents):
-            raise ValueError("its checksum is wrong")
+        # With these, a process computes the checksum again only of files that were written meanwhile.
+        files = [os.stat(folder / name) for name in ("store.json", "thumbnails.npy", "pixels.npy")]
+        stamps = tuple((file.st_ino, file.st_size, file.st_mtime_ns) for file in files)
+        contents = _read_checked(folder, stamps)
         return ImageStore(
             pixels=np.load(folder / "pixels.npy", mmap_mode="r"),
+            thumbnails=np.load(folder / "thumbnails.npy"),
+            digests=tuple(contents["digests"]),
             image_ids=tuple(contents["image_ids"]),
             image_size=contents["image_size"],
             key=folder.name,
             skipped=contents["skipped"],
         )
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        _logger.warning("the store %s is damaged (%s) and built anew", folder, error)
-        aside = name_aside(folder)
-        with suppress(FileNotFoundError):  # another process was quicker
-            folder.rename(aside)
-        shutil.rmtree(aside, ignore_errors=True)
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return None
+
+
+@functools.lru_cache(maxsize=8)
+def _read_checked(folder: Path, stamps: tuple[tuple[int, int, int], ...]) -> dict[str, Any]:
+    """Read store.json.
+
+    Raises:
+        ValueError: It does not fit the folder's name or the checksum.
+    """
+    contents: dict[str, Any] = json.loads((folder / "store.json").read_text(encoding="utf-8"))
+    checksum = contents.pop("checksum")
+    if contents["key"] != folder.name or checksum != _compute_checksum(folder, contents):
+        raise ValueError(f"{folder} is damaged")
+    return contents

@@ -2,14 +2,14 @@
 
 import pandas as pd
 
-from skin_resnet.data.leakage import KINDS, LEAKING_KINDS, LeakPassport
+from skin_resnet.data.leakage import KINDS, LEAKING_KINDS, LeakageReport
 from skin_resnet.data.split import SPLITS
 from skin_resnet.evaluation.formatting import format_table
 
 _LISTED = 10  # pairs of a kind on the page; the file has all
 
 
-def format_passport(passport: LeakPassport) -> str:
+def format_passport(passport: LeakageReport) -> str:
     """Write a passport as Markdown that also reads well on a terminal."""
     verdict = "it leaks" if passport.leaks else "clean" if passport.knows_lesions else "no leak found"
     sizes = passport.class_counts.sum()
@@ -27,7 +27,7 @@ def format_passport(passport: LeakPassport) -> str:
     return "\n\n".join(sections)
 
 
-def _remark(passport: LeakPassport) -> list[str]:
+def _remark(passport: LeakageReport) -> list[str]:
     size = passport.class_counts.test
     touched = passport.count_touched(LEAKING_KINDS, seen=("train", "val"))
     remarks = ["No test image shows what train or val show too."]
@@ -48,7 +48,7 @@ def _remark(passport: LeakPassport) -> list[str]:
     return remarks
 
 
-def _format_shared(passport: LeakPassport) -> str:
+def _format_shared(passport: LeakageReport) -> str:
     rows = []
     for kind, name in KINDS.items():
         row = [name, f"{(passport.pairs.kind == kind).sum():,}"]
@@ -59,7 +59,7 @@ def _format_shared(passport: LeakPassport) -> str:
     return format_table(["shared", "pairs", "test & train", "test & val", "val & train"], rows)
 
 
-def _format_price(passport: LeakPassport) -> list[str]:
+def _format_price(passport: LeakageReport) -> list[str]:
     size = passport.class_counts.test
     touched = pd.DataFrame({kind: passport.count_touched((kind,)) for kind in KINDS})
     if not touched.any(axis=None):
@@ -71,7 +71,7 @@ def _format_price(passport: LeakPassport) -> list[str]:
     return [f"## The price: test images that share it with train\n\n{table}"]
 
 
-def _format_classes(passport: LeakPassport) -> str:
+def _format_classes(passport: LeakageReport) -> str:
     counts = passport.class_counts
     rows = [
         [str(dx), *(_share(counts[name][dx], counts[name].sum()) for name in SPLITS)] for dx in counts.index
@@ -85,7 +85,7 @@ def _format_classes(passport: LeakPassport) -> str:
     )
 
 
-def _list_pairs(passport: LeakPassport) -> list[str]:
+def _list_pairs(passport: LeakageReport) -> list[str]:
     sections = []
     for kind, name in KINDS.items():
         pairs = passport.pairs[passport.pairs.kind == kind]

@@ -105,7 +105,7 @@ def log_data(data: PreparedData, source: str, fingerprint: str) -> None:
     """Log the data set, the split as a CSV, and the split's hash and class counts."""
     frame = data.split.to_frame()
     mlflow.log_text(frame.to_csv(index=False), "data/split.csv")
-    mlflow.log_text(data.passport.class_counts.to_csv(), "data/class_counts.csv")
+    mlflow.log_text(data.leakage.class_counts.to_csv(), "data/class_counts.csv")
     mlflow.set_tags(
         {
             "split.hash": data.split.hash,

@@ -109,7 +109,7 @@ class _Training:
             mlflow_run.log_params(config)
             log_setting.log_setting(data, fabric.device, str(fabric.strategy.precision.precision), start)
             log_setting.log_data(data, config.data, self._fingerprint)
-            log_setting.log_passport(data.passport.to_dict(), format_passport(data.passport))
+            log_setting.log_passport(data.leakage.to_dict(), format_passport(data.leakage))
 
     def run(self, on_epoch: Callable[[EpochResult], None] | None) -> None:
         """Train, epoch by epoch; what is saved is never behind what is logged."""
@@ -218,6 +218,6 @@ def _describe_checkpoint(
             "test": list(data.split.test),
         },
         "baseline_class": data.select(data.split.train).dx.mode()[0],
-        "leaks": data.passport.leaks,
+        "leaks": data.leakage.leaks,
         "run_id": run_id or "",
     }

@@ -1,6 +1,7 @@
 """Pictures: those that are refused, and those that are read as `skin_resnet.data.decode` documents."""
 
 import io
+import os
 import struct
 import zlib
 from collections.abc import Callable
@@ -62,13 +63,18 @@ def flip_bits() -> bytes:
     return bytes(whole)
 
 
-def with_link_to_nowhere(folder: Path) -> Options:
-    for number in range(8):
-        dx = ("mole", "wart")[number % 2]
-        (folder / "data" / dx).mkdir(parents=True, exist_ok=True)
-        draw(number).save(folder / "data" / dx / f"{dx}_{number}.png")
-    (folder / "data" / "mole" / "photo_11.png").symlink_to("gone.png")
-    return {"data": str(folder / "data")}
+def with_class_folders(put: Callable[[Path], object]) -> Callable[[Path], Options]:
+    """Write a folder per class, and put something that is not a file among the images."""
+
+    def make(folder: Path) -> Options:
+        for number in range(8):
+            dx = ("mole", "wart")[number % 2]
+            (folder / "data" / dx).mkdir(parents=True, exist_ok=True)
+            draw(number).save(folder / "data" / dx / f"{dx}_{number}.png")
+        put(folder / "data" / "mole" / "photo_11.png")
+        return {"data": str(folder / "data")}
+
+    return make
 
 
 def with_long_and_thin(folder: Path) -> Options:
@@ -88,12 +94,10 @@ EPS = b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 32 32\n%%EndComments\n"
 
 # The first message of `told` names the picture, the second the reason, which is also what a skip lists.
 PICTURES = [
-    BadInput(
-        name=name, make=make, told=("Every image must be readable, but photo_11", reason), command="audit"
-    )
+    BadInput(name=name, make=make, told=("cannot read image photo_11", reason), command="audit")
     for name, make, reason in [
         ("zero bytes", with_picture(lambda: b""), "the file is empty"),
-        ("one byte", with_picture(lambda: b"\xff", "photo_11.jpg"), "no picture of a known format"),
+        ("one byte", with_picture(lambda: b"\xff", "photo_11.jpg"), "not an image of a known format"),
         ("JPEG cut off", with_picture(lambda: cut(draw(11), "x.jpg"), "photo_11.jpg"), "cannot be read"),
         ("PNG cut off", with_picture(lambda: cut(draw(11), "x.png")), "cannot be read"),
         ("WebP cut off", with_picture(lambda: cut(draw(11), "x.webp"), "photo_11.webp"), "cannot be read"),
@@ -102,21 +106,26 @@ PICTURES = [
         (
             "text named jpg",
             with_picture(lambda: b"<html>404</html>", "photo_11.jpg"),
-            "no picture of a known",
+            "not an image of a known",
         ),
-        ("PostScript", with_picture(lambda: EPS, "photo_11.jpg"), "no picture of a known format"),
+        ("PostScript", with_picture(lambda: EPS, "photo_11.jpg"), "not an image of a known format"),
         ("100 megapixels", with_picture(lambda: build_png(10_000, 10_000, b"")), "more than 64 megapixels"),
         ("400 megapixels", with_picture(lambda: build_png(20_000, 20_000, b"")), "more than 64 megapixels"),
         ("broken EXIF", with_picture(lambda: draw(11), exif=b"Exif\0\0II*\0\xff"), "cannot be read"),
         ("1 px", with_picture(lambda: Image.new("RGB", (1, 1))), "1x1 has a side under 16 px"),
         ("0 px", with_picture(lambda: build_png(0, 0, b"")), "photo_11"),
-        ("32 bits a pixel", with_picture(lambda: Image.new("F", (SIZE, SIZE)), "photo_11.tif"), "32 bits a"),
-        ("link to nowhere", with_link_to_nowhere, "No such file"),
+        (
+            "32 bits a pixel",
+            with_picture(lambda: Image.new("F", (SIZE, SIZE)), "photo_11.tif"),
+            "32 bits per",
+        ),
+        ("link to nowhere", with_class_folders(lambda path: path.symlink_to("gone.png")), "No such file"),
+        ("named pipe", with_class_folders(os.mkfifo), "not a regular file"),
     ]
 ]
 
 STOPPING = [
-    BadInput(name="nothing readable", make=with_nothing_readable, told=("One image at least", "none of 12")),
+    BadInput(name="nothing readable", make=with_nothing_readable, told=("none of 12",)),
     BadInput(name="long and thin", make=with_long_and_thin, told=("photo_11", "16x3000000 is too elongated")),
 ]
 
