@@ -1,214 +1,172 @@
-"""The command doctor: does all that a training needs work here? Looks, and makes nothing."""
+"""The command doctor: check the packages, the device, the disks and the tracking store; create nothing."""
 
-import contextlib
-import importlib
+import importlib.metadata
 import os
+import platform
 import shutil
-import subprocess
 import sys
-import tempfile
-import textwrap
+import tomllib
 import warnings
-from collections.abc import Callable, Iterator
-from functools import partial
 from pathlib import Path
 
 import skin_resnet
-from skin_resnet.commands.environment import (
-    INSTALL,
-    Finding,
-    check_device,
-    check_memory,
-    check_packages,
-    check_python,
-    describe_error,
-    format_bytes,
-)
 from skin_resnet.config import DoctorConfig
-from skin_resnet.data.folders import explain_unwritable, find_existing, find_leftovers
+from skin_resnet.errors import UserError
 
-SOMETHING_IS_WRONG = 1  # the command's exit code
-_COLUMNS, _LINES = 100, 24
-_ENOUGH_DISK = 2_000_000_000  # bytes: decoded images and checkpoints of one training
-_COMMANDS = ("train", "evaluate", "compare", "audit", "reproduce")
-_ROOT = Path(skin_resnet.__file__).parent.parent
+_SHOWN = ("torch", "torchvision", "lightning-fabric", "mlflow", "optuna")
+_MIN_FREE_BYTES = 2_000_000_000  # the decoded images and the checkpoints of one training
+_INSTALL = "run `make setup`, or `python -m pip install -r requirements.lock`"
+_DISTRIBUTION = "skin-resnet"
 
 
 def doctor(config: DoctorConfig) -> int:
-    """Print, on one screen, what is here and what is wrong.
+    """Print what each check finds.
 
     Returns:
-        The exit code: 0 when nothing is wrong, else 1.
+        The exit code: 0 if there is no problem, else 1.
     """
-    problems: dict[str, None] = {}  # one cause may be found twice
-    used = 0
-    with _set_variable("MLFLOW_DISABLE_TELEMETRY", "true"):  # which writes an id into the user's home
-        # Not Path.expanduser, which raises where there is no home.
-        for finding in _look(
-            *(Path(os.path.expanduser(p)) for p in (config.cache_dir, config.checkpoint_dir))
-        ):
-            used += _print(_wrap(finding.text, f"{finding.topic:10}", most=2))
-            problems |= dict.fromkeys(finding.problems)
-    if not problems:
-        _print(["", "nothing is wrong"])
-        return 0
-    _print_problems(list(problems), _LINES - used)
-    return SOMETHING_IS_WRONG
+    os.environ["MLFLOW_DISABLE_TELEMETRY"] = "true"  # it would write an id into the home folder
+    checks = {
+        "python": check_python,
+        "packages": check_packages,
+        "device": check_device,
+        "disk": lambda: check_disk({"cache_dir": config.cache_dir, "checkpoint_dir": config.checkpoint_dir}),
+        "tracking": check_tracking,
+    }
+    problems = 0
+    for topic, check in checks.items():
+        try:
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")
+                text = check()
+        except Exception as error:  # what is broken here breaks in ways that nobody can list
+            problems += 1
+            name = "" if isinstance(error, UserError) else f"{type(error).__name__}: "
+            text = f"PROBLEM: {name}{' '.join(str(error).split())}"
+        # As they are found: importing torch and MLflow takes seconds.
+        print(f"{topic:10}{text}", flush=True)
+    print("no problems found" if not problems else f"problems found: {problems}")
+    return min(problems, 1)
 
 
-def _look(cache_dir: Path, checkpoint_dir: Path) -> Iterator[Finding]:
-    """Yield each finding as soon as it is there: importing torch and MLflow takes seconds."""
-    places = {"cache_dir": cache_dir, "checkpoint_dir": checkpoint_dir}
-    yield _try("code", _check_code)
-    yield _try("python", check_python)
-    yield _try("packages", partial(check_packages, _ROOT))
-    yield _try("memory", check_memory)
-    yield _try("store", partial(_check_store, cache_dir))
-    yield _try("device", check_device)
-    yield _try("tracking", partial(_check_tracking, places))
-    yield _try("disk", partial(_check_disks, places))
-    yield _try("commands", _check_commands)
+def check_python() -> str:
+    """Return the interpreter's version and place, and the number of cores it may use."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    return f"{platform.python_version()} on {platform.system()}, {cores} cores, {sys.executable}"
 
 
-def _try(topic: str, check: Callable[[], Finding]) -> Finding:
+def check_packages() -> str:
+    """Return the versions of the main packages.
+
+    Raises:
+        UserError: One that we require is not installed, or in another version.
+    """
+    from packaging.requirements import Requirement  # comes with MLflow, so it may be missing
+
+    wrong = []
+    for requirement in map(Requirement, read_requirements()):
+        if requirement.marker and not requirement.marker.evaluate({"extra": ""}):
+            continue
+        version = _find_version(requirement.name)
+        if not version or not requirement.specifier.contains(version, prereleases=True):
+            wrong.append(f"{requirement} ({version or 'not installed'})")
+    if wrong:
+        raise UserError(f"{', '.join(wrong)}; {_INSTALL}")
+    return ", ".join(f"{name} {_find_version(name)}" for name in _SHOWN)
+
+
+def read_requirements() -> list[str]:
+    """Return what this package requires: from its checkout, or from its metadata where it is installed."""
+    project = Path(skin_resnet.__file__).parent.parent / "pyproject.toml"
+    if project.is_file():
+        return list(tomllib.loads(project.read_text(encoding="utf-8"))["project"]["dependencies"])
+    return importlib.metadata.requires(_DISTRIBUTION) or []
+
+
+def _find_version(name: str) -> str | None:
     try:
-        return check()
-    except ImportError as error:
-        text, problem = f"cannot be told ({describe_error(error)})", _tell_import(error)
-    except Exception as error:  # what is broken here breaks in ways that nobody can list
-        text = f"cannot be told ({describe_error(error)})"
-        problem = f"{topic} must be there to be read, but got {describe_error(error)}; mend that."
-    return Finding(topic=topic, text=text, problems=(problem,))
+        return importlib.metadata.version(name)
+    except importlib.metadata.PackageNotFoundError:
+        return None
 
 
-def _tell_import(error: BaseException) -> str:
-    return (
-        f"every module must import, but got {describe_error(error)}; {INSTALL}, or undo changes to the code."
-    )
+def check_device() -> str:
+    """Return what `device=auto` trains on.
+
+    Raises:
+        UserError: There is a GPU that torch cannot use.
+    """
+    import torch
+
+    if torch.cuda.is_available():
+        gpus = []
+        for number in range(torch.cuda.device_count()):
+            torch.ones(2, device=f"cuda:{number}").sum().item()  # fails if torch was built for other GPUs
+            free, total = torch.cuda.mem_get_info(number)
+            name = torch.cuda.get_device_name(number)
+            gpus.append(f"{name} ({format_bytes(free)} free of {format_bytes(total)})")
+        return f"CUDA {torch.version.cuda}: {', '.join(gpus)}"
+    if torch.backends.mps.is_available():
+        return "Apple MPS"
+    is_hidden = os.environ.get("CUDA_VISIBLE_DEVICES", "0") in {"", "-1"}
+    if not is_hidden and count_gpus():
+        cuda = torch.version.cuda
+        fix = (
+            f"run nvidia-smi, and update the driver to one for CUDA {cuda}"
+            if cuda
+            else "install it with CUDA"
+        )
+        raise UserError(
+            f"torch {torch.__version__} would train on the CPU: it cannot use the NVIDIA GPU; {fix}"
+        )
+    return f"CPU, {torch.get_num_threads()} threads{', GPUs hidden by CUDA_VISIBLE_DEVICES' * is_hidden}"
 
 
-def _check_code() -> Finding:
-    def ask_git(*arguments: str) -> str:
-        # Without optional locks, as git would refresh its index.
-        command = ["git", "--no-optional-locks", "-C", str(_ROOT), *arguments]
-        return subprocess.run(command, capture_output=True, text=True, check=True, timeout=10).stdout.strip()
+def count_gpus() -> int:
+    """Return how many NVIDIA GPUs the driver sees, without torch."""
+    import pynvml
 
     try:
-        commit = ask_git("rev-parse", "--short", "HEAD")
-        changed = ask_git("status", "--porcelain", "--", skin_resnet.__name__)
-    except (OSError, subprocess.SubprocessError):
-        return Finding(topic="code", text=f"{_ROOT}, no git checkout")
-    return Finding(
-        topic="code", text=f"{_ROOT}, commit {commit}{' and changes that are not in it' if changed else ''}"
-    )
+        pynvml.nvmlInit()
+        return int(pynvml.nvmlDeviceGetCount())
+    except pynvml.NVMLError:  # no driver, or a broken one
+        return int(Path("/dev/nvidia0").exists())
 
 
-def _check_store(cache_dir: Path) -> Finding:
-    folders = [folder for folder in (cache_dir / "stores").glob("*") if folder.is_dir()]
-    leftovers = [*find_leftovers(cache_dir), *find_leftovers(cache_dir / "stores")]
-    built = [folder for folder in folders if folder.suffix != ".tmp"]
-    text = f"{cache_dir}: {_count(built, 'decoded store')}"
-    if building := [folder for folder in folders if folder not in built + leftovers]:
-        text += f"; {len(building)} being built, or killed within the hour"
-    if leftovers:
-        text += f"; {_count(leftovers, 'leftover')} of killed builds, which the next build removes"
-    return Finding(topic="store", text=text)
+def check_disk(folders: dict[str, Path]) -> str:
+    """Return the free space for each folder, by its option.
+
+    Raises:
+        UserError: A folder is not writable, or there is little space.
+    """
+    texts, problems = [], []
+    for option, folder in folders.items():
+        place = Path(os.path.expanduser(folder)).absolute()
+        while not os.path.lexists(place):
+            place = place.parent
+        if not place.is_dir() or not os.access(place, os.W_OK | os.X_OK):
+            problems.append(f"{option}={folder} is not a writable folder; choose another")
+            continue
+        free = shutil.disk_usage(place).free
+        texts.append(f"{format_bytes(free)} free for {option}")
+        if free < _MIN_FREE_BYTES:
+            problems.append(f"{texts[-1]}; {format_bytes(_MIN_FREE_BYTES)} are needed")
+    if problems:
+        raise UserError("; ".join(problems))
+    return ", ".join(texts)
 
 
-def _count(folders: list[Path], noun: str) -> str:
-    """Write how many folders there are, and their size together."""
-    size = 0
-    for path in (path for folder in folders for path in folder.rglob("*")):
-        with contextlib.suppress(OSError):  # its owner may be removing it
-            size += path.stat().st_size if path.is_file() else 0
-    return f"{len(folders)} {noun}{'' if len(folders) == 1 else 's'} ({format_bytes(size)})"
+def check_tracking() -> str:
+    """Return where runs are tracked.
+
+    Raises:
+        UserError: The tracking store cannot be used.
+    """
+    from skin_resnet.tracking.store import check_store
+
+    return check_store()
 
 
-def _check_tracking(places: dict[str, Path]) -> Finding:
-    """Ask the tracking store; where it keeps artifacts on this machine, they join the places to write to."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # MLflow's about itself
-        from skin_resnet.tracking.probe import probe_tracking
-
-        state = probe_tracking()
-    if state.artifacts:
-        places["artifacts"] = state.artifacts
-    return Finding(topic="tracking", text=state.text, problems=(state.problem,) if state.problem else ())
-
-
-def _check_disks(places: dict[str, Path]) -> Finding:
-    problems: list[str] = []
-    rooms: dict[int, tuple[list[str], int]] = {}  # by device: who shares it, and its free bytes
-    for name, path in places.items():
-        if reason := explain_unwritable(path):
-            problems.append(f"{name} must be a folder that can be written, but {reason}; choose another.")
-        with contextlib.suppress(OSError):  # a link to nowhere
-            existing = find_existing(path)
-            names, _ = rooms.get(os.stat(existing).st_dev, ([], 0))
-            rooms[os.stat(existing).st_dev] = ([*names, name], shutil.disk_usage(existing).free)
-    problems += [
-        f"2 GB at least must be free for {' and '.join(names)}, but {format_bytes(free)} is; make room."
-        for names, free in rooms.values()
-        if free < _ENOUGH_DISK
-    ]
-    text = "; ".join(f"{format_bytes(free)} free for {', '.join(names)}" for names, free in rooms.values())
-    return Finding(topic="disk", text=text or "nothing to measure", problems=tuple(problems))
-
-
-def _check_commands() -> Finding:
-    problems = {}
-    # Matplotlib writes a list of fonts when it is imported.
-    with tempfile.TemporaryDirectory() as scratch, _set_variable("MPLCONFIGDIR", scratch):
-        for command in _COMMANDS:
-            try:
-                with warnings.catch_warnings():
-                    warnings.simplefilter("ignore")
-                    importlib.import_module(f"skin_resnet.{command}")
-            except Exception as error:  # an import can fail in any way
-                problems[command] = _tell_import(error)
-    able = ", ".join(command for command in _COMMANDS if command not in problems)
-    text = f"{able or 'none'} can start" + (f"; {', '.join(problems)} cannot" if problems else "")
-    return Finding(topic="commands", text=text, problems=tuple(problems.values()))
-
-
-@contextlib.contextmanager
-def _set_variable(name: str, value: str) -> Iterator[None]:
-    before = os.environ.get(name)
-    os.environ[name] = value
-    try:
-        yield
-    finally:
-        del os.environ[name]
-        if before is not None:
-            os.environ[name] = before
-
-
-def _print_problems(problems: list[str], room: int) -> None:
-    heading = "1 thing is wrong:" if len(problems) == 1 else f"{len(problems)} things are wrong:"
-    lines = ["", heading]
-    for number, problem in enumerate(problems, 1):
-        wrapped = _wrap(problem, f"{number}. ", most=3)
-        if len(lines) + len(wrapped) + (number < len(problems)) > room:
-            lines.append(f"and {len(problems) - number + 1} more; mend these and look again")
-            break
-        lines += wrapped
-    _print(lines)
-
-
-def _wrap(text: str, heading: str, most: int) -> list[str]:
-    return textwrap.wrap(
-        " ".join(text.split()),
-        width=_COLUMNS,
-        initial_indent=heading,
-        subsequent_indent=" " * len(heading),
-        max_lines=most,
-        placeholder=" ...",
-        break_on_hyphens=False,
-    )
-
-
-def _print(lines: list[str]) -> int:
-    encoding = sys.stdout.encoding or "ascii"
-    for line in lines:  # a path may have letters that the terminal has not
-        print(line.encode(encoding, "backslashreplace").decode(encoding), flush=True)
-    return len(lines)
+def format_bytes(count: float) -> str:
+    """Return a number of bytes as GB or MB."""
+    return f"{count / 1e9:.1f} GB" if count >= 1e8 else f"{count / 1e6:.1f} MB"

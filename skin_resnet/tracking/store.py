@@ -1,0 +1,214 @@
+"""The tracking store: checked within seconds, and its sqlite database created whole or not at all."""
+
+import logging
+import os
+import re
+import sqlite3
+import time
+from contextlib import closing, suppress
+from functools import cache
+from pathlib import Path
+
+import mlflow
+import requests
+import sqlalchemy
+from filelock import FileLock
+from mlflow.store.tracking import DEFAULT_LOCAL_FILE_AND_ARTIFACT_PATH as _ARTIFACTS
+from mlflow.store.tracking.sqlalchemy_store import SqlAlchemyStore
+from sqlalchemy.engine import URL, make_url
+from sqlalchemy.exc import SQLAlchemyError
+from sqlalchemy.pool import NullPool
+
+from skin_resnet.errors import UserError
+
+# How an absent server or a failing database shows itself.
+OUTAGES = (mlflow.MlflowException, requests.RequestException, SQLAlchemyError)
+
+_TIMEOUT_S = 4
+_DATABASES = {"sqlite", "postgresql", "mysql", "mssql"}
+_TABLES = {"experiments", "runs", "metrics", "params", "tags"}
+# The drivers whose option `connect_timeout` is in seconds.
+_DRIVERS_WITH_TIMEOUT = {"psycopg", "psycopg2", "pymysql", "mysqldb"}
+
+
+def hide_password(text: str) -> str:
+    """Return a URI, or a text that contains some, without user names and passwords."""
+    return re.sub(r"(?<=://)[^\s/?#]*@", "***@", text)
+
+
+def prepare_store() -> None:
+    """Check the tracking store and create its sqlite database if there is none, once per process and URI.
+
+    Processes may do so at the same time, and be killed at any moment: the database appears when it is whole.
+
+    Raises:
+        UserError: The store cannot be used.
+    """
+    quiet_mlflow()
+    _prepare(mlflow.get_tracking_uri(), Path.cwd())
+
+
+@cache
+def _prepare(uri: str, folder: Path) -> None:
+    """Prepare the store at a URI, which may be relative to the folder."""
+    try:
+        file = _find_sqlite_file(uri)
+        if file and not _is_complete(file):
+            _create_database(make_url(uri), file)
+        _check_connection(uri)
+        _create_experiment()
+    except UserError:
+        raise
+    except Exception as error:  # drivers, servers and damaged files fail in ways that nobody can list
+        raise _explain(uri, error) from None
+
+
+def check_store() -> str:
+    """Check the tracking store without creating it, and return where it is.
+
+    Raises:
+        UserError: The store cannot be used.
+    """
+    quiet_mlflow()
+    uri = mlflow.get_tracking_uri()
+    try:
+        file = _find_sqlite_file(uri)
+        if file and not _is_complete(file):
+            return f"{hide_password(uri)}, created by the first run"
+        _check_connection(uri)
+    except UserError:
+        raise
+    except Exception as error:  # as above
+        raise _explain(uri, error) from None
+    return hide_password(uri)
+
+
+def quiet_mlflow() -> None:
+    """Limit what MLflow prints, and how often it retries an absent server."""
+    logging.getLogger("mlflow").setLevel(logging.WARNING)
+    # Its tracebacks and urllib3's retries; the exceptions themselves are raised and reported.
+    for name in ("mlflow.store.db.utils", "urllib3"):
+        logging.getLogger(name).setLevel(logging.CRITICAL)
+    os.environ.setdefault("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false")
+    # With MLflow's seven retries each epoch would wait for minutes while the server is away.
+    os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "2")
+
+
+def _explain(uri: str, error: Exception) -> UserError:
+    if isinstance(error, requests.ConnectionError | requests.Timeout):
+        reason = "no server answers there"
+    else:
+        reason = " ".join(str(getattr(error, "orig", None) or error).split()) or type(error).__name__
+    return UserError(
+        f"cannot track runs in {hide_password(uri)}: {hide_password(reason)[:240]}; check "
+        "MLFLOW_TRACKING_URI, or unset it to use ./mlflow.db"
+    )
+
+
+def _find_sqlite_file(uri: str) -> Path | None:
+    """Return the file of a sqlite URI; None for other stores, and for databases in memory."""
+    if not uri.startswith("sqlite"):
+        return None
+    url = make_url(uri)
+    url.get_dialect()  # fails for an unknown driver
+    name = url.database or ":memory:"
+    return None if name.startswith((":memory:", "file:")) else Path(name).absolute()
+
+
+def _is_complete(file: Path) -> bool:
+    """Return whether a sqlite file is a database of MLflow; False if it is absent, empty or half created.
+
+    Raises:
+        UserError: It is something else, or holds runs but is damaged.
+        sqlite3.Error: It cannot be read.
+    """
+    if file.is_dir():
+        raise UserError(
+            f"the tracking database {file} is a folder; set MLFLOW_TRACKING_URI to a file in it, like "
+            f"sqlite:///{file}/mlflow.db"
+        )
+    if not file.exists() or not file.stat().st_size:
+        return False
+    if not os.access(file, os.R_OK | os.W_OK):
+        raise UserError(f"the tracking database {file} is not writable; change its permissions")
+    # Not read-only: what a killed writer left half done is rolled back.
+    with closing(sqlite3.connect(f"{file.as_uri()}?mode=rw", uri=True, timeout=_TIMEOUT_S)) as database:
+        tables = {name for (name,) in database.execute("SELECT name FROM sqlite_master WHERE type = 'table'")}
+
+        def count(table: str) -> int:
+            return table in tables and int(database.execute(f"SELECT count(*) FROM {table}").fetchone()[0])
+
+        # MLflow creates its tables in many steps, and then an experiment; without one nothing can be lost.
+        if count("experiments"):
+            if count("alembic_version") and tables >= _TABLES:
+                return True
+        elif not tables or ("experiments" in tables and (tables >= _TABLES or tables <= _TABLES)):
+            return False
+    missing = ", ".join(sorted((_TABLES | {"alembic_version"}) - tables)) or "schema version"
+    raise UserError(
+        f"{file} is not a complete MLflow database (no {missing}); restore it from a backup, move it away, "
+        "or set MLFLOW_TRACKING_URI to another file"
+    )
+
+
+def _create_database(url: URL, file: Path) -> None:
+    """Create a sqlite database beside its place, and move it there when it is whole."""
+    file.parent.mkdir(parents=True, exist_ok=True)
+    lock = Path(f"{file}.lock")
+    with FileLock(lock, timeout=60):
+        if not _wait_until_complete(file):
+            partial = file.with_name(f"{file.name}.partial")
+            _remove(partial)  # of a process that was killed
+            partial_uri = url.set(database=str(partial)).render_as_string()
+            # Where experiments keep their artifacts is fixed now: below the current folder, as MLflow has it.
+            store = SqlAlchemyStore(partial_uri, _ARTIFACTS)  # type: ignore[no-untyped-call]
+            store.engine.dispose()
+            _remove(file)  # sqlite would apply an old journal to the new database
+            partial.replace(file)
+        # Whoever still waits for this lock, or makes a new one, finds the database complete.
+        with suppress(OSError):
+            lock.unlink()
+
+
+def _wait_until_complete(file: Path) -> bool:
+    """Wait as long as something writes to an incomplete database; return whether it is complete then.
+
+    `mlflow run` and `mlflow server` create it without our lock.
+    """
+    while not (is_complete := _is_complete(file)):
+        if not file.exists() or time.time() - file.stat().st_mtime > _TIMEOUT_S:
+            break
+        time.sleep(0.2)
+    return is_complete
+
+
+def _remove(database: Path) -> None:
+    for suffix in ("-journal", "-wal", "-shm", ""):
+        Path(f"{database}{suffix}").unlink(missing_ok=True)
+
+
+def _check_connection(uri: str) -> None:
+    """Connect once, with a time limit, before MLflow does so, which retries for two minutes.
+
+    Raises:
+        Exception: The store does not answer, or not as MLflow does.
+    """
+    scheme = uri.partition(":")[0]
+    if scheme in {"http", "https"}:
+        # Any answer will do: not every server behind a proxy has this page.
+        requests.get(f"{uri.rstrip('/')}/health", timeout=_TIMEOUT_S, stream=True).close()
+    elif scheme.partition("+")[0] in _DATABASES:
+        url = make_url(uri)
+        if url.get_driver_name() in _DRIVERS_WITH_TIMEOUT and "connect_timeout" not in url.query:
+            url = url.update_query_dict({"connect_timeout": str(_TIMEOUT_S)})
+        sqlalchemy.create_engine(url, poolclass=NullPool).connect().close()
+    mlflow.MlflowClient().search_experiments(max_results=1)
+
+
+def _create_experiment() -> None:
+    """Create the experiment that the environment names: MLflow fails if two processes do so at once."""
+    name = os.environ.get("MLFLOW_EXPERIMENT_NAME")
+    client = mlflow.MlflowClient()
+    if name and not client.get_experiment_by_name(name):
+        with suppress(mlflow.MlflowException):  # another process was faster, or the run says what is wrong
+            client.create_experiment(name)
