@@ -7,6 +7,7 @@ from pydantic import Field, model_validator
 
 from skin_resnet.config import TrainConfig
 from skin_resnet.errors import UserError
+from skin_resnet.options import Text
 
 # What a trial can be judged by, and which way is better.
 DIRECTIONS: dict[str, Literal["maximize", "minimize"]] = {
@@ -37,10 +38,9 @@ class SearchConfig(TrainConfig):
         le=100,
         description="Seeds to retrain winner and baseline recipe with before the test; 0: no retraining.",
     )
-    study_name: str = Field("search", min_length=1, max_length=200, description="An existing study resumes.")
-    storage: str = Field(
+    study_name: Text = Field("search", description="An existing study resumes.")
+    storage: Text = Field(
         "sqlite:///optuna.db",
-        min_length=1,
         description="Optuna storage: sqlite:///FILE, or postgresql+psycopg://... for many machines.",
     )
     sampler: Literal["tpe", "gp", "random"] = Field(
@@ -57,9 +57,8 @@ class SearchConfig(TrainConfig):
     max_gap: float = Field(
         0.0, ge=0, le=1, description="Largest train-val gap in balanced accuracy of a winner; 0: no limit."
     )
-    fix: str = Field(
+    fix: Text = Field(
         "none",
-        min_length=1,
         description="Hyperparameters to fix or narrow: optimizer=sgd,lr=0.001..0.1,augment=light|strong. "
         "Trials 0 and 1, the baselines, are not affected.",
     )
@@ -70,8 +69,8 @@ class SearchConfig(TrainConfig):
         description="Seconds between a trial's heartbeats. A trial that misses four was killed and is run "
         "again, up to 3 times; the baselines without limit.",
     )
-    model_name: str = Field(
-        "skin-resnet", min_length=1, description="Registered model to add the winner to, without / and :."
+    model_name: Text = Field(
+        "skin-resnet", description="Registered model to add the winner to, without / and :."
     )
 
     @model_validator(mode="after")
@@ -94,10 +93,9 @@ class SearchConfig(TrainConfig):
                 "postgresql+psycopg://..."
             )
         # MLflow would refuse the name only after everything has been trained and tested.
-        if re.search("[/:]", self.model_name) or len(self.model_name) > 250:
+        if re.search("[/:]", self.model_name):
             raise UserError(
-                f"model_name: {self.model_name[:60]!r} is not a name of a registered model; use up to 250 "
-                "characters without / and :"
+                f"model_name: {self.model_name[:60]!r} cannot be registered; use a name without / and :"
             )
         # The default does not count as a choice: `mlflow run` passes every option.
         if self.best_by not in {type(self).model_fields["best_by"].default, self.training.best_by}:

@@ -84,7 +84,7 @@ def describe_winner(retrained: Sequence[Retrained], scores: pd.DataFrame | None,
     winner, seeds = recipes[-1], len(retrained) // len(recipes)
     mean, in_study = compute_mean(retrained, winner, "val"), best.user_attrs["val/balanced_accuracy"]
     # The best of many trials is in part a lucky one, which shows as a fall.
-    luck = ": the best of many trials is in part a lucky one" if mean < in_study else ""
+    luck = ": the best of many trials is in part a lucky one" if round(mean, 3) < round(in_study, 3) else ""
     return "\n".join(
         [
             f"Mean of {seeds} seed{'s' * (seeds > 1)}; intervals (95 %) by bootstrap over lesions.",

@@ -48,7 +48,7 @@ def open_study(config: SearchConfig) -> Study:
     space = build_space(config)
     with report_storage_errors(config, OSError, ImportError, RuntimeError, CommandError):
         storage = _open_storage(config)
-    with report_storage_errors(config), lock(config.storage, CLAIM):
+    with report_storage_errors(config, KeyError), lock(config.storage, CLAIM):
         study = optuna.create_study(
             storage=storage,
             study_name=config.study_name,
