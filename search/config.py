@@ -1,4 +1,4 @@
-"""The search's own options; every training option comes with them from `TrainConfig`."""
+"""The search's own options; every training option is inherited from `TrainConfig`."""
 
 import re
 from typing import Any, Literal, Self
@@ -7,6 +7,7 @@ from pydantic import Field, model_validator
 
 from skin_resnet.config import TrainConfig
 from skin_resnet.errors import UserError
+from skin_resnet.options import Text
 
 # What a trial can be judged by, and which way is better.
 DIRECTIONS: dict[str, Literal["maximize", "minimize"]] = {
@@ -19,89 +20,93 @@ _IN_MEMORY = {"sqlite:///", "sqlite:///:memory:"}
 
 
 class SearchConfig(TrainConfig):
-    """Search for the recipe that does not overfit; training options pass through to every trial."""
+    """Search for the recipe that does not overfit; training options apply to every trial."""
 
     n_trials: int = Field(
         30,
         ge=2,
         le=100_000,
-        description="Trials in all, with the two baselines, pruned and failed ones; more continue a study.",
+        description="Total number of trials, including the two baselines, pruned and failed ones; a larger "
+        "number continues a finished study.",
     )
-    workers: int = Field(1, ge=1, le=256, description="Processes that train at the same time here.")
+    workers: int = Field(
+        1, ge=1, le=256, description="Trials in parallel on this machine, one process each, one GPU each."
+    )
     seeds: int = Field(
         3,
         ge=0,
         le=100,
-        description="Seeds to retrain winner and seed recipe with, before the test; 0: no test.",
+        description="Seeds to retrain winner and baseline recipe with before the test; 0: no retraining.",
     )
-    study_name: str = Field("search", min_length=1, description="The same name continues the same study.")
-    storage: str = Field(
+    study_name: Text = Field("search", description="An existing study resumes.")
+    storage: Text = Field(
         "sqlite:///optuna.db",
-        min_length=1,
-        description="Where the study is kept: sqlite:///FILE, or postgresql+psycopg://... for many machines.",
+        description="Optuna storage: sqlite:///FILE, or postgresql+psycopg://... for many machines.",
     )
     sampler: Literal["tpe", "gp", "random"] = Field(
-        "tpe", description="Who chooses the next trial; gp learns nothing from pruned ones."
+        "tpe", description="Optuna sampler; gp does not learn from pruned trials."
     )
     pruner: Literal["median", "hyperband", "halving", "none"] = Field(
-        "median", description="Who stops trials that promise nothing, but never the baselines."
+        "median", description="Optuna pruner; the two baselines are never pruned."
     )
     objectives: str = Field(
         "val_balanced_accuracy",
-        description="What judges trials: val_balanced_accuracy, val_macro_auc, val_loss, gap; several, with "
-        "commas, give a Pareto front, the first one the winner, and none is pruned.",
+        description="val_balanced_accuracy, val_macro_auc, val_loss or gap. Several, comma-separated, give a "
+        "Pareto front without pruning; the first one chooses the winner.",
     )
     max_gap: float = Field(
-        0.0,
-        ge=0,
-        le=1,
-        description="Largest generalization gap (balanced accuracy, train minus val) of a winner; 0: any.",
+        0.0, ge=0, le=1, description="Largest train-val gap in balanced accuracy of a winner; 0: no limit."
     )
-    fix: str = Field(
+    fix: Text = Field(
         "none",
-        min_length=1,
-        description="Parts of the space fixed or narrowed: optimizer=sgd,lr=0.001..0.1,augment=light|strong; "
-        "trials 0 and 1, the baselines, stay as they are.",
+        description="Hyperparameters to fix or narrow: optimizer=sgd,lr=0.001..0.1,augment=light|strong. "
+        "Trials 0 and 1, the baselines, are not affected.",
     )
     heartbeat_s: int = Field(
         15,
         ge=1,
         le=3600,
-        description="Seconds between a trial's signs of life; one that misses four is run again.",
+        description="Seconds between a trial's heartbeats. A trial that misses four was killed and is run "
+        "again, up to 3 times; the baselines without limit.",
     )
-    model_name: str = Field(
-        "skin-resnet", min_length=1, description="The registered model whose champion the winner challenges."
+    model_name: Text = Field(
+        "skin-resnet", description="Registered model to add the winner to, without / and :."
     )
 
     @model_validator(mode="after")
     def _check_search(self) -> Self:
         for name in self.objective_names:
             if name not in DIRECTIONS:
-                raise UserError(f"objectives: must be of {', '.join(DIRECTIONS)}, but got {name!r}.")
+                raise UserError(f"objectives: {name!r} is none of {', '.join(DIRECTIONS)}")
         if len(set(self.objective_names)) < len(self.objective_names):
-            raise UserError(f"objectives: must name each one once, but got {self.objectives!r}.")
+            raise UserError(f"objectives: {self.objectives!r} repeats an objective; name each one once")
         if self.devices != 1:
-            raise UserError(f"devices: must be 1 in a search, but got {self.devices}; use workers.")
+            raise UserError(f"devices: a search needs devices=1, not {self.devices}; use workers instead")
         if self.resume != "none":
             raise UserError(
-                f"resume: must be none in a search, but got {self.resume!r}; a search given again with the "
-                "same study_name goes on by itself."
+                f"resume: a search has no resume={self.resume}; the same study_name resumes a study"
             )
         # In memory, each process would have a study of its own.
         if not self.storage.startswith(("sqlite:///", "postgresql")) or self.storage in _IN_MEMORY:
             raise UserError(
-                f"storage: must be sqlite:///FILE or postgresql+psycopg://..., but got {self.storage!r}."
+                f"storage: {hide_password(self.storage)!r} is not supported; use sqlite:///FILE or "
+                "postgresql+psycopg://..."
             )
-        # Its default is no wish: `mlflow run` gives every option.
+        # MLflow would refuse the name only after everything has been trained and tested.
+        if re.search("[/:]", self.model_name):
+            raise UserError(
+                f"model_name: {self.model_name[:60]!r} cannot be registered; use a name without / and :"
+            )
+        # The default does not count as a choice: `mlflow run` passes every option.
         if self.best_by not in {type(self).model_fields["best_by"].default, self.training.best_by}:
             raise UserError(
-                f"best_by: must be what objectives names first, but got {self.best_by!r}; leave it out, "
-                f"or give objectives=val_{self.best_by}."
+                f"best_by: {self.best_by!r} contradicts objectives={self.objectives}; leave it out, or use "
+                f"objectives=val_{self.best_by}"
             )
         return self
 
     def to_params(self) -> dict[str, str]:
-        """Give every field as text; a run that others can read shows no password."""
+        """Return every field as text, without the storage's password: others can read the run."""
         return super().to_params() | {"storage": hide_password(self.storage)}
 
     @property
@@ -111,7 +116,7 @@ class SearchConfig(TrainConfig):
 
     @property
     def training(self) -> TrainConfig:
-        """The training options, as trial 1 has them; the first objective on val chooses the best epoch."""
+        """The training options of trial 1; the first objective on val chooses the best epoch."""
         values: dict[str, Any] = {name: getattr(self, name) for name in TrainConfig.model_fields}
         on_val = [name for name in self.objective_names if name != "gap"]
         if on_val:
@@ -120,5 +125,5 @@ class SearchConfig(TrainConfig):
 
 
 def hide_password(url: str) -> str:
-    """Write a database's URL without its password."""
+    """Return a database URL without its password."""
     return re.sub(r"(://[^:/@]*):[^@]*@", r"\1:***@", url)

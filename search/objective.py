@@ -1,8 +1,13 @@
-"""A trial: a training in a child run, judged by val, stopped early where it promises nothing."""
+"""A trial: one training in a child run, judged on val, and stopped early if it is not promising."""
 
 import gc
+import itertools
+import logging
 import math
+import time
 from collections.abc import Callable
+from contextlib import ExitStack
+from typing import TypeVar
 
 import torch
 from optuna import Trial, TrialPruned
@@ -13,21 +18,63 @@ from skin_resnet.config import TrainConfig
 from skin_resnet.errors import UserError
 from skin_resnet.evaluation.metrics import EpochResult
 from skin_resnet.tracking import search_runs
+from skin_resnet.tracking.run import OUTAGES
+from skin_resnet.training import interrupts
 from skin_resnet.training.run import TrainResult, run_training
 from skin_resnet.training.state import is_out_of_memory
 
-Train = Callable[[TrainConfig, Callable[[EpochResult], None]], TrainResult]
+_logger = logging.getLogger(__name__)
+_RETRY_S = 1.0
+_OUTAGE_CODES = ("INTERNAL_ERROR", "TEMPORARILY_UNAVAILABLE")
+T = TypeVar("T")
+Train = Callable[..., TrainResult]  # `run_training`, or what tests put in its place
+
+
+class TrialFailed(Exception):  # noqa: N818 (like TrialPruned)
+    """A trial's training failed: the trial counts, and the search continues."""
+
+
+class NotTracked(UserError):  # noqa: N818
+    """A trial's run could not be opened or recorded: the trial does not count, and is run again."""
+
+
+def wait_for_server(call: Callable[[], T], check_alive: Callable[[], None] = interrupts.check) -> T:
+    """Return what a call to MLflow returns; while the tracking server is away, wait and call again.
+
+    Raises:
+        Exception: What the call raised other than for an outage, or `check_alive`.
+    """
+    for attempt in itertools.count():
+        try:
+            return call()
+        except (UserError, *OUTAGES) as error:
+            if not is_outage(error):
+                raise
+            if attempt == 0:
+                _logger.warning("MLflow does not answer, waiting for it (%.200s)", error)
+        for _ in range(min(2**attempt, 30)):
+            check_alive()
+            time.sleep(_RETRY_S)
+    raise AssertionError("unreachable")
+
+
+def is_outage(error: BaseException | None) -> bool:
+    """Return whether an error, or what it came from, says that the tracking server is away for now."""
+    if isinstance(error, OUTAGES):
+        # MLflow's own errors have a code; one about the request itself would only come again.
+        return getattr(error, "error_code", _OUTAGE_CODES[0]) in _OUTAGE_CODES
+    return error is not None and is_outage(error.__context__)
 
 
 class Objective:
-    """What Optuna calls with each trial.
+    """What Optuna calls for each trial.
 
     Args:
         config: The search's.
-        study_id: Marks the child runs.
-        parent_run_id: Whose children they are.
+        study_id: Tag of the child runs.
+        parent_run_id: The search's run.
         check_alive: Called after each epoch; what it raises interrupts the trial, which is then run again.
-        train: Trains a config; another one is for tests.
+        train: Trains a config.
     """
 
     def __init__(
@@ -47,23 +94,23 @@ class Objective:
         self._train = train
 
     def __call__(self, trial: Trial) -> float | tuple[float, ...]:
-        """Train with what the trial suggests; give its values.
+        """Train with what the trial suggests; return its values.
 
         Raises:
-            TrialPruned: The pruner saw no promise in it.
+            TrialPruned: The pruner stopped it.
+            TrialFailed: The training failed, or its best epoch has no finite values.
         """
         try:
-            config = self._choose(trial)
-            best = self._train_with_less_memory(trial, config)
+            best = self._train_with_less_memory(trial, self._choose(trial))
             values = tuple(read_objective(name, best) for name in self._config.objective_names)
             if not all(map(math.isfinite, values)):
-                raise UserError(f"objectives must be finite, but the best epoch gave {values}.")
-        except TrialPruned:
+                raise UserError(f"the best epoch has the objectives {values}, which are not finite")
+        except (TrialPruned, NotTracked):
             raise
         except Exception as error:
-            # What has no reason was killed, and is run again.
+            # A trial that failed without a reason was killed, and is run again.
             trial.set_user_attr("failure", f"{type(error).__name__}: {error}"[:2000])
-            raise
+            raise TrialFailed from error
         for name in ("train", "val"):
             for key, value in getattr(best, name).to_dict(name).items():
                 trial.set_user_attr(key, value)
@@ -75,14 +122,14 @@ class Objective:
 
     def _choose(self, trial: Trial) -> TrainConfig:
         changes = self._space.suggest(trial)
-        # A baseline is itself to the last option; what it suggests is its nearest place in the space.
+        # A baseline trains with exactly its options; what it suggests is its nearest place in the space.
         baseline = trial.user_attrs.get("baseline")
         config = self._training.with_changes(**(changes if baseline is None else BASELINES[baseline]))
         trial.set_user_attr("config", config.model_dump_json())
         return config
 
     def _train_with_less_memory(self, trial: Trial, config: TrainConfig) -> EpochResult:
-        """Train; where memory runs out, once more with half the batch, in a child run of its own."""
+        """Train; if memory runs out, once more with half the batch size, in a child run of its own."""
         on_epoch = self._build_on_epoch(trial)
         try:
             return self._train_in_child(trial, config, on_epoch)
@@ -100,16 +147,24 @@ class Objective:
     def _train_in_child(
         self, trial: Trial, config: TrainConfig, on_epoch: Callable[[EpochResult], None]
     ) -> EpochResult:
-        baseline = trial.user_attrs.get("baseline")
-        name = f"trial {trial.number}" + (f", {baseline}" if baseline else "")
+        name = ", ".join(filter(None, (f"trial {trial.number}", trial.user_attrs.get("baseline"))))
         tags = {**self._tags, search_runs.TRIAL: str(trial.number)}
-        with search_runs.open_child(self._parent_run_id, name, tags, pruned=TrialPruned) as run_id:
+        with ExitStack() as stack:
+
+            def open_child() -> str:
+                child = search_runs.open_child(self._parent_run_id, name, tags, pruned=TrialPruned)
+                return stack.enter_context(child)
+
+            try:
+                run_id = wait_for_server(open_child, self._check_alive)
+            except (UserError, *OUTAGES) as error:
+                raise NotTracked(f"trial {trial.number} has no MLflow run ({error})") from error
             trial.set_user_attr("run_id", run_id)
             return self._train(config, on_epoch).best
 
     def _build_on_epoch(self, trial: Trial) -> Callable[[EpochResult], None]:
         names = self._config.objective_names
-        # The baselines are what all else is measured by: they are run to their end.
+        # The baselines are what all else is compared with: they always run to their end.
         can_be_pruned = len(names) == 1 and names[0] != "gap" and "baseline" not in trial.user_attrs
         reported: set[int] = set()
 
@@ -129,6 +184,6 @@ class Objective:
 
 
 def read_objective(name: str, result: EpochResult) -> float:
-    """Read what an epoch scores by an objective's name."""
+    """Return an epoch's value of an objective."""
     value: float = result.gap if name == "gap" else getattr(result.val, name.removeprefix("val_"))
     return value

@@ -1,13 +1,21 @@
-"""The command `search`: from a space of recipes to the one that holds on test."""
+"""The command `search`: trials, then the winner retrained, tested once and registered."""
 
+import pandas as pd
 from optuna import Study
 
-from search import report, winner
+from search import plots, report, winner
 from search.config import SearchConfig
-from search.storage import lock, try_lock
-from search.study import close_killed_runs, name_session, open_study
-from search.trials import choose_best, count_done, drop_retried, find_baseline, summarize
-from search.workers import run_workers
+from search.study import (
+    choose_best,
+    count_done,
+    drop_retried,
+    get_study_id,
+    lock,
+    open_study,
+    report_storage_errors,
+    summarize,
+)
+from search.workers import close_killed_runs, name_session, run_workers
 from skin_resnet.data.prepare import prepare_data
 from skin_resnet.errors import UserError
 from skin_resnet.tracking import run as mlflow_run
@@ -15,83 +23,89 @@ from skin_resnet.tracking import search_runs
 
 
 def search(config: SearchConfig) -> None:
-    """Run a study in an MLflow run of its own, or go on with it; then retrain its winner and test it.
+    """Start or resume a study in an MLflow run of its own; then retrain its winner and test it.
 
     Raises:
         UserError: Something the user gave cannot be used; the run ends FAILED.
     """
-    # The run first: it makes the store's tables, once for all workers, and holds what may fail from here on.
-    with mlflow_run.open_run("search under way") as run_id:
+    with mlflow_run.open_run("search under way") as run_id, report_storage_errors(config):
         mlflow_run.log_params(config)
-        study, _ = open_study(config)
+        study = open_study(config)
         with lock(config.storage, name_session(run_id)):
-            mlflow_run.set_tags(
-                {search_runs.STUDY: study.user_attrs["id"], "search.study": config.study_name}
-            )
-            note = _search(config, study, run_id)
-        print(f"\n{note}")
-        mlflow_run.log_text(note, "report.md")
-        mlflow_run.log_note(note)
+            mlflow_run.set_tags({search_runs.STUDY: get_study_id(study), "search.study": config.study_name})
+            page = _search(config, study, run_id)
+        print(f"\n{page}")
+        mlflow_run.log_text(page, "report.md")
+        mlflow_run.log_note(page)
     print(f"\n{mlflow_run.describe_location(run_id)}")
 
 
 def _search(config: SearchConfig, study: Study, run_id: str) -> str:
-    """Run the trials, then choose a winner; give the page."""
+    """Run the trials, then choose a winner; return the page."""
     closed = close_killed_runs(config, study)
     done = count_done(study.get_trials(deepcopy=False))
-    print(f"study {config.study_name}: {done} of {config.n_trials} trials are done", end="")
-    print(f"; {len(closed)} runs of killed processes were closed" if closed else "", flush=True)
-    prepare_data(config.training)  # before there are workers: they would all decode the same pictures
+    print(f"study {config.study_name}: {done} of {config.n_trials} trials done", end="")
+    print(f"; closed {len(closed)} runs of killed processes" if closed else "", flush=True)
+    prepare_data(config.training)  # before there are workers, which would all decode the same images
     run_workers(config, study, run_id)
     close_killed_runs(config, study)
-    trials = study.get_trials(deepcopy=False)
-    search_runs.log_progress(run_id, summarize(config, trials), len(drop_retried(trials)))
+    done = len(drop_retried(study.get_trials(deepcopy=False)))
+    search_runs.log_progress(run_id, summarize(config, study), done)
     # Of several searches on one study, the first to come here retrains, tests and reports.
-    with try_lock(config.storage, f"winner-{study.user_attrs['id']}") as is_first:
-        return _conclude(config, study, run_id) if is_first else "Another search is at the winner."
+    with lock(config.storage, f"winner-{get_study_id(study)}", wait=False) as is_first:
+        return _conclude(config, study, run_id) if is_first else "Another search is testing the winner."
 
 
 def _conclude(config: SearchConfig, study: Study, run_id: str) -> str:
-    """Choose the winner, retrain it, test it, register it, and write the page."""
-    trials = study.get_trials(deepcopy=False)
-    best = choose_best(config, drop_retried(trials))
+    """Choose the winner, retrain, test and register it; return the page."""
+    best = choose_best(config, study)
     if best is None:
-        raise UserError(
-            f"a search needs a trial that finished, but none of {len(drop_retried(trials))} did; "
-            "their runs say why."
-        )
-    report.log_figures(config, study, best)
+        raise UserError("no trial has finished; their runs say why")
+    for name, figure in plots.plot_trials(config, study).items():
+        mlflow_run.log_figure(figure, f"figures/{name}.png")
+    trials = study.get_trials(deepcopy=False)
+    recipes = winner.choose_recipes(config, trials, best)
     pages = [
         f"### Search {config.study_name}: {config.arch} on {config.data}",
-        report.describe_trials(config, trials, best),
+        report.describe_trials(config, study, best),
     ]
-    recipes = winner.choose_recipes(config, trials, best)
-    command = winner.write_command(list(recipes.values())[-1])
     if config.seeds == 0:
-        baseline = find_baseline(trials, winner.SEED)
-        runs = {winner.SEED: baseline, winner.WINNER: best} if baseline else {winner.WINNER: best}
-        report.log_curves({name: trial.user_attrs["run_id"] for name, trial in runs.items()})
+        baseline = winner.find_baseline(trials)
+        runs = {winner.BASELINE: baseline, winner.WINNER: best} if baseline else {winner.WINNER: best}
+        _log_curves({name: trial.user_attrs["run_id"] for name, trial in runs.items()})
     else:
-        pages.append(_retrain_and_test(config, study, run_id))
+        settings = {name: each.model_dump_json() for name, each in recipes.items()}
+        settings |= {"seeds": str(config.seeds), "test": config.test}
+        before = study.user_attrs.get("verdict", {})
+        if before.get("settings") == settings:
+            pages.append(f"{before['page']}\n\nFrom run {before['run_id']}; test was not evaluated again.")
+        else:
+            page = _retrain_and_test(config, study, run_id)
+            study.set_user_attr("verdict", {"settings": settings, "page": page, "run_id": run_id})
+            pages.append(page)
+    command = winner.write_command(list(recipes.values())[-1])
     mlflow_run.log_text(command + "\n", "retrain.sh")
     return "\n\n".join([*pages, f"To train it again:\n\n```sh\n{command}\n```"])
 
 
 def _retrain_and_test(config: SearchConfig, study: Study, run_id: str) -> str:
-    trials = study.get_trials(deepcopy=False)
-    best = choose_best(config, drop_retried(trials))
+    best = choose_best(config, study)
     assert best is not None, "there is a winner to retrain"
-    recipes = winner.choose_recipes(config, trials, best)
-    asked = {name: each.model_dump_json() for name, each in recipes.items()}
-    asked |= {"seeds": str(config.seeds), "test": config.test}
-    before = study.user_attrs.get("verdict", {})
-    if before.get("asked") == asked:
-        return f"{before['page']}\n\nAs run {before['run_id']} found; test was not opened again."
+    recipes = winner.choose_recipes(config, study.get_trials(deepcopy=False), best)
     retrained = winner.retrain(config, study, recipes, run_id)
     first = {each.recipe: each.run_id for each in reversed(retrained)}
-    report.log_curves({name: first[name] for name in recipes})
-    verdict, warning = winner.score_on_test(retrained) if config.test == "at_end" else (None, "")
-    told = [report.describe_verdict(retrained, verdict, best), warning, winner.register(config, retrained)]
-    page = "\n\n".join(filter(None, told))
-    study.set_user_attr("verdict", {"asked": asked, "page": page, "run_id": run_id})
-    return page
+    _log_curves({name: first[name] for name in recipes})
+    scores, warning = winner.evaluate_on_test(retrained) if config.test == "at_end" else (None, "")
+    parts = [
+        report.describe_winner(retrained, scores, best),
+        warning,
+        winner.register(config, retrained, scores),
+    ]
+    return "\n\n".join(filter(None, parts))
+
+
+def _log_curves(runs: dict[str, str]) -> None:
+    """Log the curves of baseline recipe and winner side by side, from their runs by recipe."""
+    histories = {name: pd.DataFrame(search_runs.read_curves(run_id)) for name, run_id in runs.items()}
+    images = search_runs.read_tag(next(iter(runs.values())), "split.val")
+    mlflow_run.log_figure(plots.plot_recipes(histories, images), "figures/recipes.png")

@@ -1,182 +1,164 @@
-"""What is tuned, within which bounds, and the two recipes that every study begins with."""
+"""The search space, and the two baselines that every study begins with."""
 
-import dataclasses
 import difflib
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from optuna.distributions import CategoricalDistribution, FloatDistribution
 from optuna.trial import Trial
 
 from search.config import SearchConfig
 from skin_resnet.config import TrainConfig
 from skin_resnet.errors import UserError
 
-# The recipe of the student project that this one grew out of: what overfitted, and is to be beaten.
-SEED_RECIPE: Mapping[str, Any] = {
+# The recipe of the student project that this one grew out of: it overfitted, and is to be beaten.
+BASELINE_RECIPE: Mapping[str, Any] = {
     "optimizer": "adam", "lr": 1e-3, "lr_schedule": "constant", "warmup_epochs": 0.0, "weight_decay": 0.0,
     "grad_clip": 0.0, "class_weighting": "none", "augment": "none", "mixup": 0.0, "cutmix": 0.0,
     "label_smoothing": 0.0, "dropout": 0.0, "stochastic_depth": 0.0, "ema_decay": 0.0, "patience": 0,
 }  # fmt: skip
-# What trials 0 and 1 change in the options given: the second is the options as they stand.
-BASELINES: Mapping[str, Mapping[str, Any]] = {"seed recipe": SEED_RECIPE, "defaults": {}}
+# What trials 0 and 1 change in the given options; trial 1 is the options as given.
+BASELINES: Mapping[str, Mapping[str, Any]] = {"baseline recipe": BASELINE_RECIPE, "defaults": {}}
 
-# A good rate for one optimizer is a wild one for another, so both of these are tuned as multiples of what the
-# optimizer usually takes: each range is its own, and what one teaches of the multiple helps the others.
-USUAL: Mapping[str, Mapping[str, float]] = {
+# A good rate for one optimizer is far off for another, so these two are tuned as multiples of the optimizer's
+# typical value: what the sampler learns about the multiple with one optimizer helps with the others.
+TYPICAL: Mapping[str, Mapping[str, float]] = {
     "lr": {"adam": 5e-4, "adamw": 5e-4, "sgd": 0.02},
     "weight_decay": {"adam": 1e-4, "adamw": 0.05, "sgd": 5e-4},
 }
-FACTOR = "_factor"  # ends the name of such a multiple in the study
+FACTOR = "_factor"  # suffix of such a multiple's name in the study
+
+Hyperparameter = CategoricalDistribution | FloatDistribution
 
 
-@dataclass(frozen=True, kw_only=True)
-class Choice:
-    """One of several values."""
-
-    values: tuple[Any, ...]
-
-
-@dataclass(frozen=True, kw_only=True)
-class Range:
-    """A number between two bounds, both included; `log`: chosen by its magnitude."""
-
-    low: float
-    high: float
-    step: float | None = None
-    log: bool = False
-
-
-Part = Choice | Range
-
-
-def build_parts(epochs: int) -> dict[str, Part]:
-    """Give what is tuned by name of option; `_factor` marks a multiple of the optimizer's usual value."""
+def build_hyperparameters(epochs: int) -> dict[str, Hyperparameter]:
+    """Return the full space: the distribution of each tuned option or multiple (`_factor`) by name."""
     return {
-        "optimizer": Choice(values=("adam", "adamw", "sgd")),
-        "lr" + FACTOR: Range(low=0.05, high=10, log=True),
-        "weight_decay" + FACTOR: Range(low=0, high=4),
-        "lr_schedule": Choice(values=("constant", "cosine", "onecycle", "plateau")),
-        "warmup_epochs": Range(low=0, high=max(1, min(5, epochs // 5)), step=0.5),
-        "augment": Choice(values=("none", "light", "standard", "strong")),
-        "mixup": Range(low=0, high=0.4, step=0.1),
-        "cutmix": Range(low=0, high=1, step=0.25),
-        "label_smoothing": Range(low=0, high=0.2, step=0.05),
-        "dropout": Range(low=0, high=0.5, step=0.1),
-        "stochastic_depth": Range(low=0, high=0.2, step=0.05),
-        "ema_decay": Choice(values=(0.0, 0.99, 0.999)),
-        "class_weighting": Choice(values=("none", "sqrt", "balanced")),
+        "optimizer": CategoricalDistribution(("adam", "adamw", "sgd")),
+        "lr" + FACTOR: FloatDistribution(0.05, 10, log=True),
+        "weight_decay" + FACTOR: FloatDistribution(0, 4),
+        "lr_schedule": CategoricalDistribution(("constant", "cosine", "onecycle", "plateau")),
+        "warmup_epochs": FloatDistribution(0, max(1, min(5, epochs // 5)), step=0.5),
+        "augment": CategoricalDistribution(("none", "light", "standard", "strong")),
+        "mixup": FloatDistribution(0, 0.4, step=0.1),
+        "cutmix": FloatDistribution(0, 1, step=0.25),
+        "label_smoothing": FloatDistribution(0, 0.2, step=0.05),
+        "dropout": FloatDistribution(0, 0.5, step=0.1),
+        "stochastic_depth": FloatDistribution(0, 0.2, step=0.05),
+        "ema_decay": CategoricalDistribution((0.0, 0.99, 0.999)),
+        "class_weighting": CategoricalDistribution(("none", "sqrt", "balanced")),
     }
 
 
 @dataclass(frozen=True, kw_only=True)
 class Space:
-    """What is tuned.
+    """The search space.
 
     Attributes:
-        parts: By name, the optimizer first where it is tuned.
-        fixed: Options that have one value in all trials but the baselines.
+        hyperparameters: Distributions by name, the optimizer first where it is tuned.
+        fixed: Options that have one value in all trials except the baselines.
     """
 
-    parts: Mapping[str, Part]
+    hyperparameters: Mapping[str, Hyperparameter]
     fixed: Mapping[str, Any]
 
     def suggest(self, trial: Trial) -> dict[str, Any]:
-        """Ask a trial for its values; give the options that they change."""
-        suggested = {name: self._suggest(trial, name, part) for name, part in self.parts.items()}
+        """Return training options with values suggested by a trial."""
+        suggested: dict[str, Any] = {}
+        for name, each in self.hyperparameters.items():
+            if isinstance(each, CategoricalDistribution):
+                suggested[name] = trial.suggest_categorical(name, each.choices)
+            else:
+                suggested[name] = trial.suggest_float(name, each.low, each.high, step=each.step, log=each.log)
         return self.to_options({**self.fixed, **suggested})
 
     @staticmethod
-    def _suggest(trial: Trial, name: str, part: Part) -> Any:
-        if isinstance(part, Choice):
-            return trial.suggest_categorical(name, part.values)
-        return trial.suggest_float(name, part.low, part.high, step=part.step, log=part.log)
-
-    @staticmethod
     def to_options(params: Mapping[str, Any]) -> dict[str, Any]:
-        """Turn the values of a trial into training options: multiples become what they are multiples of."""
+        """Convert a trial's params to training options: multiples become values."""
         options = {name: value for name, value in params.items() if not name.endswith(FACTOR)}
-        for name, usual in USUAL.items():
+        for name, typical in TYPICAL.items():
             if name + FACTOR in params:
-                options[name] = params[name + FACTOR] * usual[params["optimizer"]]
-        # Six digits read well on a run, and say more than anyone can tell apart.
+                options[name] = params[name + FACTOR] * typical[params["optimizer"]]
+        # Six digits are readable on a run, and finer than any difference they make.
         return {
             name: float(f"{value:.6g}") if isinstance(value, float) else value
             for name, value in options.items()
         }
 
     def locate(self, config: TrainConfig) -> dict[str, Any]:
-        """Give the place of a config in the space; the nearest one, where a part of it lies outside."""
-        place: dict[str, Any] = {}
-        for name, part in self.parts.items():
+        """Return the params of a config; the nearest ones where a value lies outside the space."""
+        params: dict[str, Any] = {}
+        for name, each in self.hyperparameters.items():
             value = getattr(config, name.removesuffix(FACTOR))
+            if isinstance(each, CategoricalDistribution):
+                params[name] = value if value in each.choices else each.choices[0]
+                continue
             if name.endswith(FACTOR):
-                value /= USUAL[name.removesuffix(FACTOR)][config.optimizer]
-            if isinstance(part, Choice):
-                place[name] = value if value in part.values else part.values[0]
-            else:
-                value = min(max(value, part.low), part.high)
-                if part.step:
-                    value = part.low + round((value - part.low) / part.step) * part.step
-                place[name] = value
-        return place
+                value /= TYPICAL[name.removesuffix(FACTOR)][config.optimizer]
+            value = min(max(value, each.low), each.high)
+            if each.step:
+                value = each.low + round((value - each.low) / each.step) * each.step
+            params[name] = value
+        return params
 
 
 def build_space(config: SearchConfig) -> Space:
-    """Build the space, with `config.fix` applied.
+    """Build the space, narrowed by `config.fix`.
 
     Raises:
-        UserError: `fix` names something that is not tuned, or gives it a value it cannot have.
+        UserError: `fix` names something that is not tuned, or a value it cannot have.
     """
-    parts, fixed = build_parts(config.epochs), dict[str, Any]()
-    for name, text in _read_fix(config.fix, [part.removesuffix(FACTOR) for part in parts]).items():
-        part = _narrow(config.training, name, text, parts.pop(name if name in parts else name + FACTOR))
-        if isinstance(part, Choice) and len(part.values) == 1:
-            fixed[name] = part.values[0]
+    tuned, fixed = build_hyperparameters(config.epochs), dict[str, Any]()
+    for name, text in _parse_fix(config.fix, [each.removesuffix(FACTOR) for each in tuned]).items():
+        each = _narrow(config.training, name, text, tuned.pop(name if name in tuned else name + FACTOR))
+        if isinstance(each, CategoricalDistribution) and len(each.choices) == 1:
+            fixed[name] = each.choices[0]
         else:
-            parts = {name: part, **parts} if name == "optimizer" else {**parts, name: part}
-    if "optimizer" not in parts:
+            tuned = {name: each, **tuned} if name == "optimizer" else {**tuned, name: each}
+    if "optimizer" not in tuned:
         fixed.setdefault("optimizer", config.optimizer)
-    return Space(parts=parts, fixed=fixed)
+    return Space(hyperparameters=tuned, fixed=fixed)
 
 
-def _read_fix(fix: str, tuned: list[str]) -> dict[str, str]:
-    """Read `NAME=TEXT,...`; give the texts by name."""
+def _parse_fix(fix: str, tuned: list[str]) -> dict[str, str]:
+    """Parse `NAME=TEXT,...`."""
     texts: dict[str, str] = {}
     for entry in [] if fix == "none" else fix.split(","):
         name, _, text = (piece.strip() for piece in entry.partition("="))
         if name not in tuned:
             near = difflib.get_close_matches(name, tuned, 1)
-            hint = f"; did you mean {near[0]}?" if near else "."
-            names = ", ".join(tuned)
-            raise UserError(f"fix: must be NAME=VALUE with a name of {names}, but got {entry!r}{hint}")
+            hint = f"did you mean {near[0]}?" if near else f"the space has {', '.join(tuned)}"
+            raise UserError(f"fix: {name!r} is not a tuned hyperparameter; {hint}")
         if not text:
-            raise UserError(f"fix: must be NAME=VALUE, VALUE|VALUE or LOW..HIGH, but got {entry!r}.")
+            raise UserError(f"fix: {entry!r} has no value; write NAME=VALUE, VALUE|VALUE or LOW..HIGH")
         if name in texts:
-            raise UserError(f"fix: must name each part once, but got {name} twice; write {name}=VALUE|VALUE.")
+            raise UserError(f"fix: {name} is given twice; write {name}=VALUE|VALUE")
         texts[name] = text
     return texts
 
 
-def _narrow(training: TrainConfig, name: str, text: str, part: Part) -> Part:
-    """Read `value`, `value|value` or `low..high`, each checked as the option's value."""
+def _narrow(training: TrainConfig, name: str, text: str, each: Hyperparameter) -> Hyperparameter:
+    """Parse `value`, `value|value` or `low..high`; each value is checked like the option's own."""
     if ".." not in text:
-        values = [_read_value(training, name, piece.strip()) for piece in text.split("|")]
-        return Choice(values=tuple(dict.fromkeys(values)))
-    if isinstance(part, Choice):
-        choices = ", ".join(map(str, part.values))
-        raise UserError(f"fix: {name} must be VALUE or VALUE|VALUE of {choices}, but got {text!r}.")
-    values = [_read_value(training, name, piece.strip()) for piece in text.split("..")]
+        values = [_parse_value(training, name, piece.strip()) for piece in text.split("|")]
+        return CategoricalDistribution(tuple(dict.fromkeys(values)))
+    if isinstance(each, CategoricalDistribution):
+        raise UserError(
+            f"fix: {name} has no range {text!r}; its values are {'|'.join(map(str, each.choices))}"
+        )
+    values = [_parse_value(training, name, piece.strip()) for piece in text.split("..")]
     if len(values) != 2 or values[0] >= values[1]:
-        raise UserError(f"fix: {name} must be LOW..HIGH with LOW below HIGH, but got {text!r}.")
+        raise UserError(f"fix: {name}={text} is not a range; write LOW..HIGH with LOW below HIGH")
     low, high = values
-    steps = (high - low) / (part.step or math.inf)
-    step = part.step if part.step and math.isclose(steps, round(steps)) else None
-    return dataclasses.replace(part, low=low, high=high, step=step)
+    # Optuna would shorten a range that is not a multiple of the step.
+    steps = (high - low) / (each.step or math.inf)
+    step = each.step if each.step and math.isclose(steps, round(steps)) else None
+    return FloatDistribution(low, high, log=each.log, step=step)
 
 
-def _read_value(training: TrainConfig, name: str, text: str) -> Any:
+def _parse_value(training: TrainConfig, name: str, text: str) -> Any:
     try:
         return getattr(training.with_changes(**{name: text}), name)
     except UserError as error:

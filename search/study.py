@@ -1,157 +1,168 @@
-"""The study: its trials, who may begin one, and what becomes of those whose process was killed."""
+"""The study: its storage and locks, its sampler and pruner, and what its trials say."""
 
-import time
+import contextlib
 import uuid
 import warnings
-from collections.abc import Callable
-from contextlib import ExitStack
+import zlib
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
 
 import numpy as np
 import optuna
-from optuna import Study, Trial
-from optuna.exceptions import ExperimentalWarning
+import sqlalchemy
+from alembic.util import CommandError
+from filelock import FileLock, Timeout
+from optuna import Study
+from optuna.exceptions import ExperimentalWarning, StorageInternalError
 from optuna.pruners import BasePruner, HyperbandPruner, MedianPruner, NopPruner, SuccessiveHalvingPruner
 from optuna.samplers import BaseSampler, GPSampler, RandomSampler, TPESampler
 from optuna.storages import RDBStorage
-from optuna.trial import TrialState, create_trial
+from optuna.trial import FrozenTrial, TrialState
+from sqlalchemy.engine import make_url
+from sqlalchemy.exc import SQLAlchemyError
+from sqlalchemy.pool import NullPool
 
-from search.config import DIRECTIONS, SearchConfig
-from search.objective import Objective
+from search.config import DIRECTIONS, SearchConfig, hide_password
 from search.space import BASELINES, build_space
-from search.storage import lock, open_storage, try_lock
-from search.trials import drop_retried, find_to_retry, get_history, has_state
 from skin_resnet.errors import UserError
-from skin_resnet.tracking import search_runs
 
 CLAIM = "claim"  # the lock that is held while a trial is chosen
-# Options that a resumed study may be given anew: they change where and how much is trained, not what.
+MAX_RETRIES = 3  # of a trial whose process was killed: it may be the trial that kills it
+_MARK = "skin-resnet search"  # the user attribute that tells our studies from others
+GRACE = 4  # heartbeats that a trial may miss before it counts as killed
+_LOCKED_S = 60.0  # how long to wait for a SQLite file that another process has locked
+# Options that a resumed study may change: where and how much is trained, not what.
 _MAY_CHANGE = {
     "n_trials", "workers", "seeds", "storage", "sampler", "pruner", "heartbeat_s", "model_name", "test",
     "device", "precision", "checkpoint_dir", "checkpoint_minutes", "cache_dir",
 }  # fmt: skip
 
 
-def open_study(config: SearchConfig) -> tuple[Study, RDBStorage]:
-    """Open the study of a config, or begin it with its two baselines queued.
+def open_study(config: SearchConfig) -> Study:
+    """Open the study of a config, or create it with its two baselines queued.
 
     Raises:
-        UserError: The storage cannot be used, or a study of this name asks for something else.
+        UserError: The storage cannot be used, or a study of this name is another one.
     """
     optuna.logging.set_verbosity(optuna.logging.ERROR)
     space = build_space(config)
-    storage = open_storage(config.storage, config.heartbeat_s)
-    with lock(config.storage, CLAIM):
+    with report_storage_errors(config, OSError, ImportError, RuntimeError, CommandError):
+        storage = _open_storage(config)
+    with report_storage_errors(config, KeyError), lock(config.storage, CLAIM):
         study = optuna.create_study(
             storage=storage,
             study_name=config.study_name,
             directions=[DIRECTIONS[name] for name in config.objective_names],
             load_if_exists=True,
         )
-        asked = {name: text for name, text in config.to_params().items() if name not in _MAY_CHANGE}
-        before = study.user_attrs.get("asked", asked)
-        for name, text in asked.items():
-            if before.get(name, text) != text:
-                raise UserError(
-                    f"study_name: {config.study_name!r} was begun with {name}={before[name]}, but got "
-                    f"{name}={text}; give another name, or the same options."
-                )
-        if "id" not in study.user_attrs:
-            study.set_user_attr("asked", asked)
-            study.set_user_attr("id", uuid.uuid4().hex)
+        _check_study(config, study)
         known = {trial.user_attrs.get("baseline") for trial in study.get_trials(deepcopy=False)}
         for name, changes in BASELINES.items():
             if name not in known:
-                place = space.locate(config.training.with_changes(**changes))
-                study.enqueue_trial(place, user_attrs={"baseline": name})
-    return study, storage
+                params = space.locate(config.training.with_changes(**changes))
+                study.enqueue_trial(params, user_attrs={"baseline": name})
+    return study
 
 
-def work(config: SearchConfig, objective: Objective, check_alive: Callable[[], None] = lambda: None) -> None:
-    """Run trials until the study has `n_trials` and none is left unfinished by anyone.
+@contextlib.contextmanager
+def report_storage_errors(config: SearchConfig, *more: type[Exception]) -> Iterator[None]:
+    """Turn errors of the storage in this block, and `more`, into a `UserError`."""
+    errors: tuple[type[Exception], ...] = (StorageInternalError, SQLAlchemyError, *more)
+    try:
+        yield
+    except errors as error:
+        # Optuna hides the database's own words in the cause.
+        reason = " ".join(str(error.__cause__ or error).split("\n[SQL")[0].split())[:300]
+        raise UserError(
+            f"storage: cannot use {hide_password(config.storage)} ({reason}); the same command continues the "
+            "search once it works"
+        ) from None
+
+
+def _open_storage(config: SearchConfig) -> RDBStorage:
+    is_sqlite = config.storage.startswith("sqlite")
+    # Several processes that create the tables at once would fail.
+    with lock(config.storage, "schema"), warnings.catch_warnings():
+        warnings.simplefilter("ignore", ExperimentalWarning)
+        return RDBStorage(
+            config.storage,
+            engine_kwargs={"connect_args": {"timeout": _LOCKED_S}} if is_sqlite else {"pool_pre_ping": True},
+            heartbeat_interval=config.heartbeat_s,
+            grace_period=GRACE * config.heartbeat_s,
+        )
+
+
+def _check_study(config: SearchConfig, study: Study) -> None:
+    """Mark a new study as ours; compare an old one's options with the config's."""
+    options = {name: text for name, text in config.to_params().items() if name not in _MAY_CHANGE}
+    directions = [direction.name.lower() for direction in study.directions]
+    is_new = not study.user_attrs and not study.get_trials(deepcopy=False)
+    if is_new and directions == [DIRECTIONS[name] for name in config.objective_names]:
+        study.set_user_attr(_MARK, {"id": uuid.uuid4().hex, "options": options})
+    elif _MARK not in study.user_attrs:
+        raise UserError(
+            f"study_name: {config.study_name!r} in {hide_password(config.storage)} is another program's; "
+            "choose another study_name"
+        )
+    before = study.user_attrs[_MARK]["options"]
+    for name, text in options.items():
+        if before.get(name, text) != text:
+            raise UserError(
+                f"study_name: {config.study_name!r} was started with {name}={before[name]}, not {text}; "
+                "choose another study_name, or the same options"
+            )
+
+
+def get_study_id(study: Study) -> str:
+    """Return the id that a study's runs are tagged with."""
+    return str(study.user_attrs[_MARK]["id"])
+
+
+@contextlib.contextmanager
+def lock(url: str, name: str, *, wait: bool = True) -> Iterator[bool]:
+    """Hold a lock that all processes with this storage share; yield whether it is held.
+
+    The operating system, or PostgreSQL, releases it when the process dies, however it dies.
 
     Args:
-        config: The search's.
-        objective: Trains a trial.
-        check_alive: What it raises ends the work.
+        url: The storage's URL.
+        name: The lock's.
+        wait: Until it is free; else do without it.
     """
-    study, storage = open_study(config)
-    while True:
-        with ExitStack() as claim:
-            claim.enter_context(lock(config.storage, CLAIM))
-            check_alive()
-            if requeue_killed(study):
-                close_killed_runs(config, study)
-            trials = study.get_trials(deepcopy=False)
-            if has_state(trials, TrialState.WAITING) or len(drop_retried(trials)) < config.n_trials:
-                study.sampler = build_sampler(config, len(trials))
-                study.pruner = build_pruner(config)
-                _run_one(study, storage, objective, claim)
-                continue
-        if not has_state(trials, TrialState.RUNNING):
-            return
-        time.sleep(min(2.0, config.heartbeat_s / 2))  # whoever runs the last ones may be killed
+    if not url.startswith("sqlite"):
+        with _lock_postgresql(url, name, wait=wait) as is_held:
+            yield is_held
+        return
+    folder = Path(f"{make_url(url).database}.locks")
+    folder.mkdir(exist_ok=True)
+    file_lock = FileLock(folder / name)
+    try:
+        file_lock.acquire(timeout=-1 if wait else 0)
+    except Timeout:
+        yield False
+        return
+    try:
+        yield True
+    finally:
+        file_lock.release()
 
 
-def _run_one(study: Study, storage: RDBStorage, objective: Objective, claim: ExitStack) -> None:
-    """Choose a trial, let go of the claim, and run it."""
-
-    def run(trial: Trial) -> float | tuple[float, ...]:
-        # From here on, a missing heartbeat tells that it was killed; before, the missing mark does.
-        storage.record_heartbeat(trial._trial_id)
-        trial.set_user_attr("claimed", True)
-        claim.close()
-        return objective(trial)
-
-    study.optimize(run, n_trials=1, catch=(Exception,))
-
-
-def requeue_killed(study: Study) -> int:
-    """Queue each trial whose process was killed or interrupted once more; give how many. Needs the claim."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", ExperimentalWarning)
-        optuna.storages.fail_stale_trials(study)
-    for trial in study.get_trials(deepcopy=False, states=(TrialState.RUNNING,)):
-        if "claimed" not in trial.user_attrs:
-            study.tell(trial.number, state=TrialState.FAIL)
-    killed = find_to_retry(study.get_trials(deepcopy=False))
-    for trial in killed:
-        history = [*get_history(trial), trial.number]
-        study.add_trial(
-            create_trial(
-                state=TrialState.WAITING,
-                params=trial.params,
-                distributions=trial.distributions,
-                user_attrs={k: v for k, v in trial.user_attrs.items() if k == "baseline"},
-                # As Optuna's own retry callback names them.
-                system_attrs={**trial.system_attrs, "failed_trial": history[0], "retry_history": history},
-            )
-        )
-    return len(killed)
-
-
-def close_killed_runs(config: SearchConfig, study: Study) -> list[str]:
-    """End the MLflow runs of killed trials and of killed searches as KILLED; give their ids."""
-    trials = study.get_trials(deepcopy=False)
-
-    def is_alive(run_id: str, tags: dict[str, str]) -> bool:
-        if search_runs.TRIAL in tags:
-            trial = trials[int(tags[search_runs.TRIAL])]
-            return trial.state == TrialState.RUNNING and trial.user_attrs.get("run_id", run_id) == run_id
-        with try_lock(config.storage, name_session(tags.get("mlflow.parentRunId", run_id))) as is_free:
-            return not is_free
-
-    return search_runs.close_killed(study.user_attrs["id"], is_alive)
-
-
-def name_session(run_id: str) -> str:
-    """Name the lock that a search holds for as long as its process lives."""
-    return f"session-{run_id}"
+@contextlib.contextmanager
+def _lock_postgresql(url: str, name: str, *, wait: bool) -> Iterator[bool]:
+    key = zlib.crc32(f"skin-resnet search {name}".encode())
+    engine = sqlalchemy.create_engine(url, poolclass=NullPool, isolation_level="AUTOCOMMIT")
+    with engine.connect() as connection:
+        if wait:
+            connection.execute(sqlalchemy.select(sqlalchemy.func.pg_advisory_lock(key)))
+            yield True
+        else:
+            yield bool(connection.scalar(sqlalchemy.select(sqlalchemy.func.pg_try_advisory_lock(key))))
 
 
 def build_sampler(config: SearchConfig, trials_so_far: int) -> BaseSampler:
-    """Build the sampler for one trial: its seed counts trials, so that a resumed study replays no draws."""
+    """Build the sampler for one trial; its seed counts trials, so that a resumed study repeats no draws."""
     seed = int(np.random.SeedSequence((config.seed, trials_so_far)).generate_state(1)[0])
-    # Optuna's 10, but never more than a third of a short study at random.
+    # Optuna's 10, but at most a third of a short study at random.
     startup = min(10, max(3, config.n_trials // 3))
     if config.sampler == "random":
         return RandomSampler(seed=seed)
@@ -170,3 +181,80 @@ def build_pruner(config: SearchConfig) -> BasePruner:
     if config.pruner == "halving":
         return SuccessiveHalvingPruner(min_resource=first)
     return NopPruner()
+
+
+def get_retry_history(trial: FrozenTrial) -> list[int]:
+    """Return the numbers of the killed trials that a trial repeats, under Optuna's name for them."""
+    return list(trial.system_attrs.get("retry_history", []))
+
+
+def drop_retried(trials: Sequence[FrozenTrial]) -> list[FrozenTrial]:
+    """Return each trial once, however often it was run again."""
+    retried = {number for trial in trials for number in get_retry_history(trial)}
+    return [trial for trial in trials if trial.number not in retried]
+
+
+def find_to_retry(trials: Sequence[FrozenTrial]) -> list[FrozenTrial]:
+    """Return the trials to run again: killed, or ended before they began to train.
+
+    Baselines always; others unless they were killed in training more than `MAX_RETRIES` times.
+    """
+
+    def count_kills(trial: FrozenTrial) -> int:
+        return sum("run_id" in trials[n].user_attrs for n in (*get_retry_history(trial), trial.number))
+
+    return [
+        trial
+        for trial in drop_retried(trials)
+        if trial.state == TrialState.FAIL
+        and "failure" not in trial.user_attrs  # a trial that failed by itself says why
+        and ("baseline" in trial.user_attrs or count_kills(trial) <= MAX_RETRIES)
+    ]
+
+
+def count_done(trials: Sequence[FrozenTrial]) -> int:
+    """Count the trials that have ended for good, each once."""
+    return sum(trial.state.is_finished() for trial in drop_retried(trials)) - len(find_to_retry(trials))
+
+
+def has_state(trials: Iterable[FrozenTrial], state: TrialState) -> bool:
+    """Return whether any trial is in a state."""
+    return any(trial.state == state for trial in trials)
+
+
+def find_front(config: SearchConfig, study: Study) -> list[FrozenTrial]:
+    """Return the Pareto front within `max_gap`, the best by the first objective first.
+
+    Of a single objective that is the best trial, and those that equal it.
+    """
+    signs = [-1 if DIRECTIONS[name] == "maximize" else 1 for name in config.objective_names]
+    return sorted(
+        study.best_trials,
+        key=lambda trial: (*(s * v for s, v in zip(signs, trial.values, strict=True)), trial.number),
+    )
+
+
+def choose_best(config: SearchConfig, study: Study) -> FrozenTrial | None:
+    """Return the first trial of the front, or the one nearest to `max_gap` where none keeps to it."""
+    complete = study.get_trials(deepcopy=False, states=(TrialState.COMPLETE,))
+    return next(
+        iter(find_front(config, study)),
+        min(complete, key=lambda trial: trial.user_attrs["gap"], default=None),
+    )
+
+
+def summarize(config: SearchConfig, study: Study) -> dict[str, float]:
+    """Return a study's progress as metrics of its run."""
+    trials = study.get_trials(deepcopy=False)
+    kept, to_retry = drop_retried(trials), find_to_retry(trials)
+    metrics = {
+        "search/trials_done": count_done(trials),
+        "search/trials_pruned": sum(trial.state == TrialState.PRUNED for trial in kept),
+        "search/trials_failed": sum(trial.state == TrialState.FAIL for trial in kept) - len(to_retry),
+        "search/trials_run_again": len(trials) - len(kept),
+    }
+    best = choose_best(config, study)
+    if best is not None:
+        metrics |= {f"search/best_{n}": v for n, v in zip(config.objective_names, best.values, strict=True)}
+        metrics["search/best_trial"] = best.number
+    return {name: float(value) for name, value in metrics.items()}

@@ -1,25 +1,35 @@
-"""The winner: retrained with several seeds beside the seed recipe, and only then tested, once."""
+"""The winner: retrained with several seeds beside the baseline recipe, tested once, and registered."""
 
 import shlex
-from dataclasses import dataclass
-from pathlib import Path
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import numpy as np
+import pandas as pd
+from numpy.typing import NDArray
 from optuna import Study
-from optuna.trial import FrozenTrial
+from optuna.trial import FrozenTrial, TrialState
 
 from search.config import SearchConfig
-from search.space import SEED_RECIPE
-from search.trials import find_baseline
-from search.verdict import Verdict, compare_recipes
+from search.objective import wait_for_server
+from search.space import BASELINE_RECIPE
+from search.study import get_study_id
 from skin_resnet.commands.compare import read_predictions
 from skin_resnet.commands.evaluate import assess_and_log
 from skin_resnet.commands.train import break_seal, report
 from skin_resnet.config import TrainConfig
 from skin_resnet.data.prepare import prepare_data
 from skin_resnet.data.split import join_lesions
-from skin_resnet.evaluation.metrics import Predictions
+from skin_resnet.errors import UserError
+from skin_resnet.evaluation.metrics import (
+    HEADLINES,
+    Predictions,
+    compute_metrics,
+    compute_percentiles,
+    compute_weighted,
+    draw_lesions,
+)
 from skin_resnet.options import format_value
 from skin_resnet.tracking import history as finished_runs
 from skin_resnet.tracking import run as mlflow_run
@@ -27,48 +37,53 @@ from skin_resnet.tracking import search_runs
 from skin_resnet.training.checkpoint import read_checkpoint
 from skin_resnet.training.run import run_training
 
-SEED, WINNER = "seed recipe", "winner"
+MAJORITY, BASELINE, WINNER, DIFFERENCE = "majority class", "baseline recipe", "winner", "difference"
 
 
 @dataclass(frozen=True, kw_only=True)
 class Retrained:
-    """A recipe trained once more, with a seed of its own.
+    """A recipe trained once more, with another seed.
 
     Attributes:
+        config: As JSON.
         val: Balanced accuracy on val, at its best epoch.
-        gap: The generalization gap there.
+        gap: The train-val gap there.
     """
 
     recipe: str
-    config: TrainConfig
+    config: str
     run_id: str
-    checkpoint: Path
     model_uri: str
     val: float
     gap: float
 
 
-def get_config(trial: FrozenTrial) -> TrainConfig:
-    """Give what a trial trained with."""
-    return TrainConfig.model_validate_json(trial.user_attrs["config"])
-
-
 def choose_recipes(
-    config: SearchConfig, trials: list[FrozenTrial], best: FrozenTrial
+    config: SearchConfig, trials: Sequence[FrozenTrial], best: FrozenTrial
 ) -> dict[str, TrainConfig]:
-    """Give the seed recipe and the winner; the seed recipe alone where it won."""
-    seed_trial = find_baseline(trials, SEED)
-    seed = get_config(seed_trial) if seed_trial else config.training.with_changes(**SEED_RECIPE)
-    winner = get_config(best)
-    return {SEED: seed} if winner == seed else {SEED: seed, WINNER: winner}
+    """Return baseline recipe and winner; the baseline recipe alone if it won."""
+    baseline = find_baseline(trials)
+    fallback = config.training.with_changes(**BASELINE_RECIPE)
+    recipes = {BASELINE: _read_config(baseline) if baseline else fallback, WINNER: _read_config(best)}
+    return recipes if recipes[WINNER] != recipes[BASELINE] else {BASELINE: recipes[BASELINE]}
+
+
+def find_baseline(trials: Sequence[FrozenTrial]) -> FrozenTrial | None:
+    """Return the finished trial of the baseline recipe."""
+    finished = (trial for trial in trials if trial.state == TrialState.COMPLETE)
+    return next((trial for trial in finished if trial.user_attrs.get("baseline") == BASELINE), None)
+
+
+def _read_config(trial: FrozenTrial) -> TrainConfig:
+    return TrainConfig.model_validate_json(trial.user_attrs["config"])
 
 
 def retrain(
     config: SearchConfig, study: Study, recipes: dict[str, TrainConfig], parent_run_id: str
 ) -> list[Retrained]:
-    """Train each recipe with `config.seeds` seeds, in child runs; what a killed search finished is kept.
+    """Train each recipe with `config.seeds` seeds, in child runs; skip what a killed search has finished.
 
-    None is the seed of the trials: with that one, the winner would only repeat what made it the winner.
+    The trials' own seed is not among them: it may be what made the winner win.
     """
     return [
         _retrain_once(study, recipe, each.with_changes(seed=each.seed + number), parent_run_id)
@@ -80,72 +95,127 @@ def retrain(
 def _retrain_once(study: Study, recipe: str, config: TrainConfig, parent_run_id: str) -> Retrained:
     key = f"retrained {recipe}, seed {config.seed}"
     kept: dict[str, Any] = study.user_attrs.get(key, {})
-    if kept.get("config") != config.model_dump_json() or not Path(kept["checkpoint"]).is_file():
-        kept = _train_in_child(study, recipe, config, parent_run_id)
-        study.set_user_attr(key, kept)
-    checkpoint = Path(kept["checkpoint"])
-    rest = {name: kept[name] for name in ("run_id", "model_uri", "val", "gap")}
-    return Retrained(recipe=recipe, config=config, checkpoint=checkpoint, **rest)
+    if kept.get("config") == config.model_dump_json() and _has_checkpoint(kept["run_id"]):
+        return Retrained(**kept)
+    retrained = _train_in_child(study, recipe, config, parent_run_id)
+    study.set_user_attr(key, asdict(retrained))
+    return retrained
 
 
-def _train_in_child(study: Study, recipe: str, config: TrainConfig, parent_run_id: str) -> dict[str, Any]:
-    print(f"\n{recipe}, seed {config.seed}")
-    tags = {search_runs.STUDY: study.user_attrs["id"], "search.recipe": recipe}
-    with search_runs.open_child(parent_run_id, f"{recipe}, seed {config.seed}", tags) as run_id:
+def _has_checkpoint(run_id: str) -> bool:
+    try:
+        wait_for_server(lambda: finished_runs.download_checkpoint(run_id))
+    except UserError:
+        return False  # somebody has deleted it
+    return True
+
+
+def _train_in_child(study: Study, recipe: str, config: TrainConfig, parent_run_id: str) -> Retrained:
+    name = f"{recipe}, seed {config.seed}"
+    print(f"\n{name}")
+    tags = {search_runs.STUDY: get_study_id(study), "search.recipe": recipe}
+    with search_runs.open_child(parent_run_id, name, tags) as run_id:
         result = run_training(config)
         mlflow_run.log_note(report(config, result))
         model_uri = mlflow_run.log_model(result.checkpoint, result.data.classes)
-    return {
-        "config": config.model_dump_json(),
-        "run_id": run_id,
-        "checkpoint": str(result.checkpoint.resolve()),
-        "model_uri": model_uri,
-        "val": result.best.val.balanced_accuracy,
-        "gap": result.best.gap,
-    }
+    result.checkpoint.unlink()  # it is logged
+    return Retrained(
+        recipe=recipe,
+        config=config.model_dump_json(),
+        run_id=run_id,
+        model_uri=model_uri,
+        val=result.best.val.balanced_accuracy,
+        gap=result.best.gap,
+    )
 
 
-def score_on_test(retrained: list[Retrained]) -> tuple[Verdict, str]:
-    """Open test, once for all recipes and seeds; log each one's scores on its run.
+def evaluate_on_test(retrained: Sequence[Retrained]) -> tuple[pd.DataFrame, str]:
+    """Evaluate all recipes and seeds on test, and log each one's metrics on its run.
 
     Returns:
-        What test says, and a warning where it was opened before, or leaks.
+        What `compare_recipes` returns, and a warning if test was evaluated before, or leaks.
     """
-    config = retrained[0].config
+    config = TrainConfig.model_validate_json(retrained[0].config)
     data = prepare_data(config)
     table, warning = break_seal(config, data)
     predictions: dict[str, list[Predictions]] = {}
     for each in retrained:
+        checkpoint = read_checkpoint(finished_runs.download_checkpoint(each.run_id))
         with search_runs.reopen_child(each.run_id):
-            assess_and_log(read_checkpoint(each.checkpoint), table, data.store, each.config, "test")
+            assess_and_log(checkpoint, table, data.store, config, "test")
         run = finished_runs.read_run(each.run_id, "test")
         predictions.setdefault(each.recipe, []).append(read_predictions(run.predictions))
     return compare_recipes(predictions, join_lesions(table).to_numpy(str)), warning
 
 
-def register(config: SearchConfig, retrained: list[Retrained]) -> str:
-    """Register the winner's model that is the best on val; tell in a sentence."""
-    best = max(choose_winners(retrained), key=lambda each: each.val)
-    split_hash = prepare_data(best.config).split.hash
-    return search_runs.register_model(best.model_uri, config.model_name, best.val, split_hash)
+def compare_recipes(recipes: Mapping[str, Sequence[Predictions]], lesions: NDArray[np.str_]) -> pd.DataFrame:
+    """Compute each recipe's mean metrics over its seeds, beside the majority class, and their difference.
+
+    All are computed on the same drawn lesions: what is hard for both recipes cancels in their difference. The
+    intervals say what other lesions would have changed, not what other seeds would have.
+
+    Args:
+        recipes: Predictions of the same N images by recipe, one per seed.
+        lesions: Lesion of each image, (N,).
+
+    Returns:
+        Columns value, low, high; index recipe and metric. The difference is the winner minus the baseline
+        recipe, and missing if that won.
+    """
+    first = next(iter(recipes.values()))[0]
+    # The same for each image: how frequent each class is.
+    shares = np.bincount(first.targets, minlength=first.probabilities.shape[1]) / len(first.targets)
+    constant = replace(first, probabilities=np.tile(shares, (len(first.targets), 1)))
+    weights = draw_lesions(lesions)
+    values: dict[tuple[str, str], tuple[float, Any]] = {}
+    for recipe, seeds in {MAJORITY: [constant], **recipes}.items():
+        metrics = [compute_metrics(each) for each in seeds]
+        draws = [compute_weighted(each, weights) for each in seeds]
+        for name in HEADLINES:
+            mean = float(np.mean([getattr(each, name) for each in metrics]))
+            values[recipe, name] = (mean, np.mean([each[name] for each in draws], axis=0))
+    if WINNER in recipes:
+        for name in HEADLINES:
+            pairs = zip(values[WINNER, name], values[BASELINE, name], strict=True)
+            values[DIFFERENCE, name] = tuple(winner - baseline for winner, baseline in pairs)
+    return pd.DataFrame.from_dict(
+        {key: (value, *compute_percentiles(draws)) for key, (value, draws) in values.items()},
+        orient="index",
+        columns=["value", "low", "high"],
+    ).set_axis(pd.MultiIndex.from_tuples(values, names=["recipe", "metric"]))
 
 
-def choose_winners(retrained: list[Retrained]) -> list[Retrained]:
-    """Give the retrained runs of the winner, which may be the seed recipe."""
-    return [each for each in retrained if each.recipe == retrained[-1].recipe]
+def register(config: SearchConfig, retrained: Sequence[Retrained], scores: pd.DataFrame | None) -> str:
+    """Register the winner's model with the highest val score; return a sentence about it.
+
+    A winner that is not better than always predicting the majority class is not registered.
+    """
+    winners = [each for each in retrained if each.recipe == retrained[-1].recipe]
+    best = max(winners, key=lambda each: each.val)
+    data = prepare_data(TrainConfig.model_validate_json(best.config))
+    split, score, baseline = "val", compute_mean(retrained, best.recipe, "val"), 1 / len(data.classes)
+    if scores is not None:
+        split, score = "test", scores.value[best.recipe, "balanced_accuracy"]
+        baseline = scores.value[MAJORITY, "balanced_accuracy"]
+    if score <= baseline:
+        return (
+            f"**Not registered: its balanced accuracy on {split}, {score:.3f}, is not above "
+            f"{baseline:.3f}, the majority class's.**"
+        )
+    return search_runs.register_model(best.model_uri, config.model_name, best.val, data.split.hash)
 
 
-def compute_mean(retrained: list[Retrained], recipe: str, name: str) -> float:
-    """Average `val` or `gap` over a recipe's seeds."""
+def compute_mean(retrained: Sequence[Retrained], recipe: str, name: str) -> float:
+    """Return the mean of `val` or `gap` over a recipe's seeds."""
     return float(np.mean([getattr(each, name) for each in retrained if each.recipe == recipe]))
 
 
 def write_command(config: TrainConfig) -> str:
-    """Write the command that trains with a config: the options that differ from the defaults."""
+    """Return the command that trains with a config: the options that differ from the defaults."""
     defaults = TrainConfig.model_validate({})
     options = [
         f"--{name}={format_value(value)}"
         for name, value in config.model_dump().items()
         if value != getattr(defaults, name)
     ]
-    return shlex.join(["python", "-m", "skin_resnet", "train", *options])
+    return shlex.join(["skin-resnet", "train", *options])

@@ -50,7 +50,7 @@ def test_imports_run_one_way(file: Path) -> None:
     [
         ("mlflow", "tracking/"),
         ("optuna", "search/"),
-        ("matplotlib", "evaluation/plots/"),
+        ("matplotlib", "/plots"),
         ("torchvision.models", "model/weights.py"),
     ],
 )

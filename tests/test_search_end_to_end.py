@@ -17,7 +17,7 @@ import pytest
 from mlflow.entities import Run
 from optuna.trial import FrozenTrial, TrialState
 
-from search.trials import count_done, drop_retried
+from search.study import count_done, drop_retried
 
 ROOT = Path(__file__).parent.parent
 pytestmark = pytest.mark.slow
@@ -83,7 +83,7 @@ class Search:
         kept = drop_retried(trials)
         assert len(kept) == count_done(trials) == n_trials
         assert {trial.state for trial in kept} <= {TrialState.COMPLETE, TrialState.PRUNED}
-        assert Counter(t.user_attrs.get("baseline") for t in kept) >= Counter(["seed recipe", "defaults"])
+        assert Counter(t.user_attrs.get("baseline") for t in kept) >= Counter(["baseline recipe", "defaults"])
         runs = {run.info.run_id: run for run in self.read_runs()}
         assert not [run for run in runs.values() if run.info.status == "RUNNING"]
         for trial in kept:

@@ -14,8 +14,7 @@ import optuna
 import pytest
 from optuna.trial import TrialState
 
-from search.storage import lock, try_lock
-from search.trials import count_done
+from search.study import count_done, lock
 
 ROOT = Path(__file__).parent.parent
 pytest.importorskip("psycopg")
@@ -51,9 +50,9 @@ def storage() -> Iterator[str]:
 @needs_server
 def test_a_lock_is_held_by_one_and_free_afterwards(storage: str) -> None:
     with lock(storage, "a"):
-        with try_lock(storage, "a") as got, try_lock(storage, "b") as got_other:
+        with lock(storage, "a", wait=False) as got, lock(storage, "b", wait=False) as got_other:
             assert (got, got_other) == (False, True)
-    with try_lock(storage, "a") as got:
+    with lock(storage, "a", wait=False) as got:
         assert got
 
 
@@ -97,4 +96,4 @@ def test_two_searches_at_once_share_a_study_and_count_its_trials_once(
     database.engine.dispose()
     assert len(trials) == count_done(trials) == 5
     assert {trial.state for trial in trials} <= {TrialState.COMPLETE, TrialState.PRUNED}
-    assert [trial.user_attrs.get("baseline") for trial in trials[:3]] == ["seed recipe", "defaults", None]
+    assert [trial.user_attrs.get("baseline") for trial in trials[:3]] == ["baseline recipe", "defaults", None]

@@ -4,7 +4,7 @@ import optuna
 import pytest
 
 from search.config import SearchConfig
-from search.space import BASELINES, USUAL, Choice, Range, build_space
+from search.space import BASELINES, TYPICAL, build_space
 from skin_resnet.config import TrainConfig
 from skin_resnet.errors import UserError
 from skin_resnet.options import format_value
@@ -27,7 +27,7 @@ def test_whatever_is_suggested_can_be_trained(epochs: int) -> None:
 
 def test_each_optimizer_has_a_range_of_its_own() -> None:
     found = suggest(SearchConfig(), 200)
-    for name, usual in USUAL.items():
+    for name, usual in TYPICAL.items():
         for optimizer, value in usual.items():
             values = [options[name] for options in found if options["optimizer"] == optimizer]
             assert max(values) <= 10.001 * value
@@ -47,16 +47,16 @@ def test_a_space_is_narrowed_and_fixed_from_the_command_line() -> None:
 @pytest.mark.parametrize(
     ("fix", "told"),
     [
-        ("epochs=3", "a name of optimizer, lr, "),
-        ("optimizer", "fix: must be NAME=VALUE, VALUE|VALUE or LOW..HIGH, but got 'optimizer'."),
-        ("optimiser=sgd", "but got 'optimiser=sgd'; did you mean optimizer?"),
-        ("lr_factor=1..2", "a name of optimizer, lr, "),
-        ("augment=light,augment=strong", "must name each part once, but got augment twice"),
-        ("optimizer=lion", "optimizer should be 'adam', 'adamw' or 'sgd', not 'lion'"),
-        ("lr=0..1", "lr should be greater than 0"),
+        ("seed=3", "optimizer, lr, "),
+        ("optimizer", "'optimizer' has no value"),
+        ("optimiser=sgd", "did you mean optimizer?"),
+        ("lr_factor=1..2", "lr_factor"),
+        ("augment=light,augment=strong", "augment is given twice"),
+        ("optimizer=lion", "lion"),
+        ("lr=0..1", "greater than 0"),
         ("lr=1..0.1", "LOW..HIGH"),
         ("lr=1..2..3", "LOW..HIGH"),
-        ("augment=none..strong", "VALUE or VALUE|VALUE of none, light, standard, strong, but got"),
+        ("augment=none..strong", "none|light|standard|strong"),
     ],
 )
 def test_a_fix_that_cannot_be_is_refused_in_one_line(fix: str, told: str) -> None:
@@ -71,17 +71,12 @@ def test_a_baseline_has_a_place_in_every_space(fix: str, baseline: str) -> None:
     config = SearchConfig(fix=fix)
     space = build_space(config)
     place = space.locate(config.training.with_changes(**BASELINES[baseline]))
-    assert set(place) == set(space.parts)
+    assert set(place) == set(space.hyperparameters)
     study = optuna.create_study()
     study.enqueue_trial(place)
     space.suggest(study.ask())  # Optuna warns, here an error, of a value outside
-    for name, part in space.parts.items():
-        value = place[name]
-        match part:
-            case Choice():
-                assert value in part.values
-            case Range():
-                assert part.low <= value <= part.high
+    for name, each in space.hyperparameters.items():
+        assert each._contains(each.to_internal_repr(place[name])), name
 
 
 def test_the_whole_space_holds_both_baselines_exactly() -> None:
@@ -113,14 +108,16 @@ def test_a_run_shows_no_password(storage: str, shown: str) -> None:
 @pytest.mark.parametrize(
     ("options", "told"),
     [
-        ({"objectives": "accuracy"}, "must be of val_balanced_accuracy"),
-        ({"objectives": "gap,gap"}, "each one once"),
+        ({"objectives": "accuracy"}, "val_balanced_accuracy"),
+        ({"objectives": "gap,gap"}, "once"),
         ({"devices": 2}, "use workers"),
-        ({"resume": "auto"}, "goes on by itself"),
+        ({"resume": "auto"}, "study_name"),
         ({"storage": "mysql://x"}, "sqlite:///FILE"),
         ({"storage": "sqlite:///:memory:"}, "sqlite:///FILE"),
-        ({"best_by": "loss"}, "best_by: must be what objectives names first, .* give objectives=val_loss"),
+        ({"best_by": "loss"}, "best_by: .*objectives=val_loss"),
         ({"n_trials": 1}, "n_trials"),
+        ({"model_name": "a/b"}, "model_name: 'a/b'"),
+        ({"model_name": "a:b"}, "model_name: 'a:b'"),
     ],
 )
 def test_a_search_that_cannot_be_is_refused(options: dict[str, object], told: str) -> None:

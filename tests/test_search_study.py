@@ -3,7 +3,9 @@
 What trains here is a function that makes epochs up; whole trainings are in test_search_end_to_end.py.
 """
 
+import contextlib
 import itertools
+import sqlite3
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import SimpleNamespace
@@ -15,13 +17,25 @@ import torch
 from mlflow.entities import Run
 from optuna.trial import FrozenTrial, TrialState
 
+from search import objective, workers
 from search.config import SearchConfig
-from search.objective import Objective
+from search.objective import NotTracked, Objective
 from search.run import search
-from search.space import SEED_RECIPE
-from search.storage import lock, try_lock
-from search.study import build_pruner, build_sampler, close_killed_runs, name_session, open_study, work
-from search.trials import MAX_RETRIES, choose_best, count_done, drop_retried, find_front, summarize
+from search.space import BASELINE_RECIPE
+from search.study import (
+    MAX_RETRIES,
+    build_pruner,
+    build_sampler,
+    choose_best,
+    count_done,
+    drop_retried,
+    find_front,
+    get_study_id,
+    lock,
+    open_study,
+    summarize,
+)
+from search.workers import close_killed_runs, name_session, work
 from skin_resnet.config import TrainConfig
 from skin_resnet.errors import UserError
 from skin_resnet.evaluation.metrics import EpochResult, Metrics
@@ -73,8 +87,8 @@ def train_well(config: TrainConfig, on_epoch: Callable[[EpochResult], None]) -> 
 
 
 def run(config: SearchConfig, parent: str, train: Train = train_well) -> list[FrozenTrial]:
-    study, _ = open_study(config)
-    work(config, Objective(config, study.user_attrs["id"], parent, train=train))
+    study = open_study(config)
+    work(config, Objective(config, get_study_id(study), parent, train=train))
     return study.get_trials()
 
 
@@ -110,13 +124,18 @@ def test_n_trials_is_the_total_also_of_a_resumed_study(tmp_path: Path, parent: s
     assert {trial.user_attrs["run_id"] for trial in trials} == {r.info.run_id for (r,) in children.values()}
 
 
-def test_trials_0_and_1_are_the_seed_recipe_and_the_options_as_given(tmp_path: Path, parent: str) -> None:
+def test_trials_0_and_1_are_the_baseline_recipe_and_the_options_as_given(tmp_path: Path, parent: str) -> None:
     config = make_config(tmp_path, lr=3e-4, fix="augment=strong")
     trials = run(config, parent)
     configs = [TrainConfig.model_validate_json(trial.user_attrs["config"]) for trial in trials]
-    assert configs[0] == config.training.with_changes(**SEED_RECIPE)
+    assert configs[0] == config.training.with_changes(**BASELINE_RECIPE)
     assert configs[1] == config.training
-    assert [trial.user_attrs.get("baseline") for trial in trials] == ["seed recipe", "defaults", None, None]
+    assert [trial.user_attrs.get("baseline") for trial in trials] == [
+        "baseline recipe",
+        "defaults",
+        None,
+        None,
+    ]
     assert {each.augment for each in configs[2:]} == {"strong"}
 
 
@@ -145,7 +164,7 @@ def test_a_pruned_trial_ends_killed_and_baselines_are_never_pruned(tmp_path: Pat
         (child,) = children[str(trial.number)]
         assert (child.info.status, child.data.tags["search.state"]) == ("KILLED", "PRUNED")
         assert trial.user_attrs["epochs"] == max(trial.intermediate_values) < 6
-    assert summarize(config, trials)["search/trials_pruned"] == 3
+    assert summarize(config, open_study(config))["search/trials_pruned"] == 3
 
 
 def test_a_failed_trial_ends_failed_with_its_reason_and_counts(tmp_path: Path, parent: str) -> None:
@@ -210,20 +229,28 @@ def test_an_interrupted_trial_is_run_again_and_counted_once(tmp_path: Path, pare
     assert trials[3].system_attrs["failed_trial"] == 2
 
 
-def test_a_trial_that_always_kills_its_process_is_given_up(tmp_path: Path, parent: str) -> None:
+@pytest.mark.parametrize("is_baseline", [False, True])
+def test_a_trial_that_always_kills_its_process_is_given_up_unless_it_is_a_baseline(
+    tmp_path: Path, parent: str, is_baseline: bool
+) -> None:
     def die(config: TrainConfig, on_epoch: Callable[[EpochResult], None]) -> SimpleNamespace:
-        if config.optimizer == "adam" and config.grad_clip == 0:  # the seed recipe
+        if config.patience == 0 if is_baseline else config.augment == "strong":
             raise KeyboardInterrupt
         return train_well(config, on_epoch)
 
-    config = make_config(tmp_path)
+    config = make_config(tmp_path, patience=3, fix="augment=strong", n_trials=3)
     for _ in range(MAX_RETRIES + 1):
         with pytest.raises(KeyboardInterrupt):
             run(config, parent, die)
+    if is_baseline:
+        with pytest.raises(KeyboardInterrupt):
+            run(config, parent, die)
+        assert count_done(open_study(config).trials) == 1, "the defaults"
+        return
     trials = run(config, parent, die)
-    assert count_done(trials) == 4
-    assert [trial.state for trial in drop_retried(trials)].count(State.COMPLETE) == 3
-    assert summarize(config, trials)["search/trials_failed"] == 1
+    assert count_done(trials) == 3
+    assert [trial.state for trial in drop_retried(trials)].count(State.COMPLETE) == 2
+    assert summarize(config, open_study(config))["search/trials_failed"] == 1
 
 
 def test_a_process_killed_before_its_first_heartbeat_loses_no_trial(tmp_path: Path, parent: str) -> None:
@@ -234,14 +261,14 @@ def test_a_process_killed_before_its_first_heartbeat_loses_no_trial(tmp_path: Pa
     assert [trial.state for trial in drop_retried(trials)] == [State.COMPLETE] * 4
     assert [t.user_attrs["baseline"] for t in drop_retried(trials) if "baseline" in t.user_attrs] == [
         "defaults",
-        "seed recipe",
+        "baseline recipe",
     ]
 
 
 def test_runs_that_nobody_works_on_are_closed_and_others_are_not(tmp_path: Path, experiment: str) -> None:
     config = make_config(tmp_path)
-    study, _ = open_study(config)
-    tags = {"search.study_id": study.user_attrs["id"]}
+    study = open_study(config)
+    tags = {"search.study_id": get_study_id(study)}
     client = mlflow.MlflowClient()
     dead, alive, other = (
         client.create_run(experiment, tags=each).info.run_id
@@ -266,9 +293,9 @@ def test_runs_that_nobody_works_on_are_closed_and_others_are_not(tmp_path: Path,
 def test_a_lock_is_held_by_one_and_free_afterwards(tmp_path: Path) -> None:
     url = f"sqlite:///{tmp_path}/study.db"
     with lock(url, "a"):
-        with try_lock(url, "a") as got, try_lock(url, "b") as got_other:
+        with lock(url, "a", wait=False) as got, lock(url, "b", wait=False) as got_other:
             assert (got, got_other) == (False, True)
-    with try_lock(url, "a") as got:
+    with lock(url, "a", wait=False) as got:
         assert got
 
 
@@ -282,9 +309,10 @@ def test_a_gap_beyond_the_limit_is_no_winner(tmp_path: Path, parent: str) -> Non
     trials = run(config, parent, overfit_when_fast)
     assert trials[0].constraints == {"gap": pytest.approx(0.15)}
     assert trials[1].constraints == {"gap": pytest.approx(-0.05)}
-    assert choose_best(config, trials).number == 1
-    assert open_study(config)[0].best_trial.number == 1, "Optuna agrees"
-    assert choose_best(config.with_changes(max_gap=0), trials).number == 0
+    assert choose_best(config, open_study(config)).number == 1
+    impossible = make_config(tmp_path, max_gap=0.01, study_name="impossible")
+    run(impossible, parent, overfit_when_fast)
+    assert choose_best(impossible, open_study(impossible)).number == 1, "the nearest"
 
 
 def test_several_objectives_give_a_pareto_front_that_holds_the_winner(tmp_path: Path, parent: str) -> None:
@@ -299,17 +327,16 @@ def test_several_objectives_give_a_pareto_front_that_holds_the_winner(tmp_path: 
     config = make_config(tmp_path, objectives="val_balanced_accuracy,gap", n_trials=6)
     trials = run(config, parent, trade_off)
     assert [trial.state for trial in trials] == [State.COMPLETE] * 6
-    front = [trial.number for trial in find_front(config, trials)]
-    assert set(front) == {trial.number for trial in open_study(config)[0].best_trials}, "Optuna agrees"
+    front = [trial.number for trial in find_front(config, open_study(config))]
     assert front == [1, 2, 3]
-    assert choose_best(config, trials).number == 1
-    assert "search/best_gap" in summarize(config, trials)
+    assert choose_best(config, open_study(config)).number == 1
+    assert "search/best_gap" in summarize(config, open_study(config))
 
 
 def test_a_study_is_not_continued_with_other_options(tmp_path: Path) -> None:
     open_study(make_config(tmp_path))
     open_study(make_config(tmp_path, n_trials=9, workers=2, pruner="none", device="cpu"))
-    with pytest.raises(UserError, match="was begun with arch=resnet50, but got arch=resnet152"):
+    with pytest.raises(UserError, match="arch=resnet50, not resnet152"):
         open_study(make_config(tmp_path, arch="resnet152"))
 
 
@@ -319,14 +346,110 @@ def test_a_refused_search_ends_failed_and_says_why(tmp_path: Path) -> None:
         search(make_config(tmp_path, lr=0.1))
     refused = mlflow.search_runs(experiment_ids=["0"], output_format="list")[0]
     assert refused.info.status == "FAILED"
-    assert "with lr=0.0005, but got lr=0.1; give another name" in refused.data.tags["failure"]
+    assert "lr=0.0005, not 0.1" in refused.data.tags["failure"]
     assert refused.data.params["lr"] == "0.1"
 
 
+@pytest.mark.parametrize(
+    ("sql", "reason"),
+    [
+        ("UPDATE alembic_version SET version_num = 'v9.9.9'", "optuna"),
+        ("DELETE FROM alembic_version; UPDATE version_info SET schema_version = 1", "optuna"),
+        ("ALTER TABLE studies RENAME COLUMN study_name TO name", "study_name"),
+        ("BEGIN EXCLUSIVE", "locked"),
+    ],
+)
+def test_a_database_that_cannot_be_used_is_reported_in_one_line(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, sql: str, reason: str
+) -> None:
+    monkeypatch.setattr("search.study._LOCKED_S", 0.1)
+    config = make_config(tmp_path)
+    open_study(config)
+    with contextlib.closing(sqlite3.connect(tmp_path / "study.db")) as other:
+        other.executescript(sql)
+        with pytest.raises(UserError, match=rf"^storage: [^\n]*{reason}[^\n]*$"):
+            open_study(config)
+
+
 @pytest.mark.parametrize("storage", ["sqlite:///{}/nowhere/all.db", "postgresql+psycopg2nd://localhost/x"])
-def test_a_storage_that_does_not_open_is_told_in_one_line(tmp_path: Path, storage: str) -> None:
-    with pytest.raises(UserError, match=r"^storage must be a database that opens[^\n]+$"):
+def test_a_storage_that_does_not_open_is_reported_in_one_line(tmp_path: Path, storage: str) -> None:
+    with pytest.raises(UserError, match=r"^storage: [^\n]+$"):
         open_study(make_config(tmp_path, storage=storage.format(tmp_path)))
+
+
+@pytest.mark.parametrize("table", ["studies", "trials", "version_info", "alembic_version", "trial_params"])
+def test_a_database_without_a_table_is_completed_or_refused(tmp_path: Path, table: str) -> None:
+    config = make_config(tmp_path)
+    open_study(config)
+    with contextlib.closing(sqlite3.connect(tmp_path / "study.db")) as other:
+        other.executescript(f"DROP TABLE {table}")
+    with contextlib.suppress(UserError):
+        open_study(config)
+
+
+@pytest.mark.parametrize("direction", ["maximize", "minimize"])
+@pytest.mark.parametrize("n_trials", [0, 1])
+def test_a_study_of_another_program_is_refused_and_left_as_it_is(
+    tmp_path: Path, direction: str, n_trials: int
+) -> None:
+    config = make_config(tmp_path)
+    other = optuna.create_study(study_name="search", storage=config.storage, direction=direction)
+    other.optimize(lambda trial: trial.suggest_float("x", 0, 1), n_trials)
+    if (direction, n_trials) == ("maximize", 0):  # as ours that was killed while it was created
+        assert len(open_study(config).trials) == 2
+        return
+    with pytest.raises(UserError, match=r"^study_name: [^\n]+$"):
+        open_study(config)
+    assert len(other.trials) == n_trials
+    assert not other.user_attrs
+
+
+def take_away_server(monkeypatch: pytest.MonkeyPatch, place: object, name: str, calls: int) -> list[int]:
+    """Let a method fail its first calls; return a list that is empty once they are over."""
+    left, method = [*range(calls)], getattr(place, name)
+
+    def call(*args: object, **kwargs: object) -> object:
+        if left:
+            left.pop()
+            raise mlflow.MlflowException("API request failed: connection refused")
+        return method(*args, **kwargs)
+
+    monkeypatch.setattr(place, name, call)
+    monkeypatch.setattr(objective, "_RETRY_S", 0)
+    return left
+
+
+def test_a_trial_waits_for_a_tracking_server_that_is_away(
+    tmp_path: Path, parent: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    left = take_away_server(monkeypatch, mlflow, "start_run", 3)
+    trials = run(make_config(tmp_path), parent)
+    assert not left
+    assert [trial.state for trial in trials] == [State.COMPLETE] * 4
+    assert {len(children) for children in read_children(parent).values()} == {1}
+
+
+def test_a_trial_without_a_run_does_not_count_and_is_run_again(
+    tmp_path: Path, parent: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = make_config(tmp_path)
+    for _ in range(MAX_RETRIES + 2):
+        with pytest.raises(NotTracked):
+            run(config, 32 * "0")  # there is no such parent
+        assert count_done(open_study(config).trials) == 0
+    trials = run(config, parent)
+    assert [trial.state for trial in drop_retried(trials)] == [State.COMPLETE] * 4
+
+
+def test_progress_and_closing_of_runs_wait_for_the_tracking_server(
+    tmp_path: Path, parent: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = make_config(tmp_path)
+    study = open_study(config)
+    take_away_server(monkeypatch, mlflow.MlflowClient, "log_batch", 1)
+    assert [workers._log_progress(config, study, parent, None) for _ in range(2)] == [False, True]
+    take_away_server(monkeypatch, mlflow, "search_runs", 1)
+    assert close_killed_runs(config, study) == []
 
 
 @pytest.mark.parametrize("pruner", ["median", "hyperband", "halving", "none"])

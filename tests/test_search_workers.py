@@ -3,6 +3,8 @@
 import os
 import signal
 from collections.abc import Callable, Iterator
+from multiprocessing.context import SpawnProcess
+from multiprocessing.process import BaseProcess
 from pathlib import Path
 
 import mlflow
@@ -11,6 +13,8 @@ import pytest
 
 from search import workers
 from search.config import SearchConfig
+from search.study import open_study
+from skin_resnet.errors import UserError
 
 
 class Dying:
@@ -81,11 +85,13 @@ def started(monkeypatch: pytest.MonkeyPatch) -> list[StubProcess]:
 def test_an_interrupt_while_workers_are_started_leaves_none_behind(
     started: list[StubProcess], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def start(config: object, study: object, run_id: str, processes: list[StubProcess]) -> None:
+    def start(
+        config: object, study: object, run: str, processes: dict[int, StubProcess], number: int
+    ) -> None:
         if started:
             raise KeyboardInterrupt
         started.append(StubProcess(None))
-        processes.append(started[0])
+        processes[number] = started[0]
 
     monkeypatch.setattr(workers, "_start", start)
     with pytest.raises(KeyboardInterrupt):
@@ -96,16 +102,55 @@ def test_an_interrupt_while_workers_are_started_leaves_none_behind(
 def test_workers_that_are_killed_again_and_again_are_replaced_only_so_often(
     started: list[StubProcess], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def start(config: object, study: object, run_id: str, processes: list[StubProcess]) -> None:
+    def start(
+        config: object, study: object, run: str, processes: dict[int, StubProcess], number: int
+    ) -> None:
         started.append(StubProcess(-signal.SIGKILL))
-        processes.append(started[-1])
+        processes[number] = started[-1]
 
-    told: list[dict[str, float]] = []
     monkeypatch.setattr(workers, "_start", start)
-    monkeypatch.setattr(
-        workers.search_runs, "log_progress", lambda run_id, figures, step: told.append(figures)
-    )
-    with pytest.raises(RuntimeError, match="30 trials left"):
+    paces: list[float | None] = []
+    monkeypatch.setattr(workers, "_log_progress", lambda *arguments: paces.append(arguments[-1]) or True)
+    with pytest.raises(UserError, match="30 trials left"):
         workers.run_workers(SearchConfig(), optuna.create_study(), "run")
     assert len(started) == 1 + workers.MAX_RETRIES + 1
-    assert "search/eta_s" not in told[0], "nothing is known yet"
+    assert paces == [None], "nothing is known yet"
+
+
+@pytest.mark.parametrize(
+    ("visible", "count", "wanted"),
+    [
+        (None, 0, [None, None]),
+        (None, 1, ["0", "0"]),
+        (None, 2, ["0", "1", "0"]),
+        ("4, 2,7", 3, ["4", "2", "7", "4"]),
+        ("GPU-a,MIG-b", 2, ["GPU-a", "MIG-b"]),
+        ("1,-1,0", 1, ["1", "1"]),
+    ],
+)
+def test_each_worker_sees_a_gpu_of_its_own(visible: str | None, count: int, wanted: list[str | None]) -> None:
+    environment = {} if visible is None else {"CUDA_VISIBLE_DEVICES": visible}
+    found = [workers.assign_device(number, environment, count) for number in range(len(wanted))]
+    assert [each.get("CUDA_VISIBLE_DEVICES") for each in found] == wanted
+
+
+@pytest.mark.parametrize(("device", "wanted"), [("auto", ["3", "5", "3"]), ("cpu", [None] * 3)])
+def test_a_worker_is_started_with_its_gpu_and_the_search_keeps_its_own(
+    monkeypatch: pytest.MonkeyPatch, config: SearchConfig, device: str, wanted: list[str | None]
+) -> None:
+    seen: list[str | None] = []
+    if device == "auto":
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "3,5")
+    else:
+        monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    before = dict(os.environ)
+    monkeypatch.setattr(workers.torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(
+        SpawnProcess, "start", lambda process: seen.append(os.environ.get("CUDA_VISIBLE_DEVICES"))
+    )
+    processes: dict[int, BaseProcess] = {}
+    study = open_study(config.with_changes(device=device))
+    for number in range(3):
+        workers._start(config.with_changes(device=device), study, "run", processes, number)
+    assert seen == wanted
+    assert dict(os.environ) == before
