@@ -49,9 +49,9 @@ def test_classes_are_as_imbalanced_as_in_ham10000(table: pd.DataFrame) -> None:
 
 
 def test_a_quarter_of_the_lesions_has_several_images_of_one_diagnosis(table: pd.DataFrame) -> None:
-    lesions = table.fillna("unknown").groupby("lesion_id")
+    lesions = table.groupby("lesion_id")
     assert (lesions.size() > 1).mean() == pytest.approx(0.26, abs=0.02)
-    assert (lesions[["dx", "dx_type", "age", "sex", "localization"]].nunique() == 1).all(axis=None)
+    assert (lesions[["dx", "dx_type", "age", "sex", "localization"]].nunique() <= 1).all(axis=None)
 
 
 def test_confirmations_and_ages_are_those_of_ham10000(table: pd.DataFrame) -> None:

@@ -15,7 +15,7 @@ import numpy as np
 import numpy.typing as npt
 from PIL import Image
 
-from skin_resnet.data.cache import build_once
+from skin_resnet.data.cache import lock_folder, write_folder
 from skin_resnet.errors import UserError
 
 # To be increased whenever the images change, so that no cache has old ones under the new name.
@@ -83,18 +83,18 @@ _LOOKS = {
     "vasc": _Look((204, 62, 82), (136, 38, 72), 0.45, 0.07, 0.07),
 }
 _BLOTCHES = (
-    _Blotches("akiec", (176, 60, 60), 9, 0.7),
-    _Blotches("akiec", (250, 236, 206), 9, 0.7),
-    _Blotches("bcc", (92, 88, 112), 4, 0.65),
-    _Blotches("bcc", (180, 40, 56), 7, 0.6),
+    _Blotches("akiec", (176, 60, 60), 9, 0.8),
+    _Blotches("akiec", (250, 236, 206), 9, 0.8),
+    _Blotches("bcc", (92, 88, 112), 4, 0.8),
+    _Blotches("bcc", (180, 40, 56), 7, 0.7),
     _Blotches("bkl", (92, 62, 46), 8, 0.5),
-    _Blotches("bkl", (242, 228, 200), 10, 0.55),
-    _Blotches("df", (250, 230, 224), 1.5, 0.85),
-    _Blotches("mel", (32, 24, 26), 5, 0.5),
-    _Blotches("mel", (132, 138, 164), 3, 0.4),
+    _Blotches("bkl", (242, 228, 200), 10, 0.65),
+    _Blotches("df", (250, 230, 224), 2, 1),
+    _Blotches("mel", (32, 24, 26), 5, 0.6),
+    _Blotches("mel", (132, 138, 164), 3, 0.5),
     _Blotches("mel", (170, 78, 74), 4, 0.3),
     _Blotches("nv", (70, 42, 34), 11, 0.5),
-    _Blotches("nv", (44, 30, 30), 4, 0.2),
+    _Blotches("nv", (44, 30, 30), 4, 0.15),
     _Blotches("nv", (198, 122, 108), 4, 0.15),
     _Blotches("vasc", (98, 14, 48), 6, 1),
     _Blotches("vasc", (216, 190, 206), 4, 0.4),
@@ -109,8 +109,12 @@ def open_demo(cache_dir: Path) -> Path:
     """
     folder = cache_dir / f"demo-{_VERSION}"
     try:
-        if not folder.is_dir():
-            build_once(folder, Path.is_dir, write_demo)
+        if folder.is_dir():
+            return folder
+        with lock_folder(folder):
+            if not folder.is_dir():  # another process may have drawn it meanwhile
+                with write_folder(folder) as unfinished:
+                    write_demo(unfinished)
     except OSError as error:
         raise UserError(
             f"cannot keep the demo data in cache_dir={cache_dir}: {error.strerror or error}; "
