@@ -68,25 +68,6 @@ def test_the_class_order_travels_in_the_table(
     assert [class_names[target] for target in table["target"]] == table["dx"].tolist() == list(codes)
 
 
-@pytest.mark.parametrize(
-    ("lines", "told"),
-    [
-        (["path,dx", "1.jpg,nv", "1.jpg,mel"], ["image_id", "'1'"]),
-        (["path,dx,image_id", "1.jpg,nv,A", "./1.jpg,mel,B"], ["same path", "1.jpg'"]),
-        (["path,dx,lesion_id", "1.jpg,nv,L1", "2.jpg,mel,L1"], ["different dx", "'L1'"]),
-        (["path,dx", "1.jpg,nv", "2.jpg,nv"], ["one class", "'nv'"]),
-        (["path,dx,age", "1.jpg,nv,old", "2.jpg,mel,-1"], ["age", "'old' (and 1 more)"]),
-        (["path,dx,age", "1.jpg,nv,inf", "2.jpg,mel,3"], ["age", "'inf'"]),
-    ],
-)
-def test_a_broken_rule_is_told_in_one_line(tmp_path: Path, lines: list[str], told: list[str]) -> None:
-    with pytest.raises(UserError) as refusal:
-        extract(write_list(tmp_path, *lines), tmp_path)
-
-    assert "\n" not in str(refusal.value)
-    assert all(text in str(refusal.value) for text in told)
-
-
 @pytest.mark.skipif(os.geteuid() == 0, reason="root may read everything")
 def test_an_unreadable_folder_is_refused(tmp_path: Path) -> None:
     (tmp_path / "nv").mkdir(mode=0)

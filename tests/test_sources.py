@@ -114,45 +114,9 @@ def test_linked_image_folders_are_followed(tmp_path: Path) -> None:
     assert list_pictures(folder) == list(PARTS)
 
 
-@pytest.mark.parametrize(
-    ("row", "told"),
-    [
-        ("HAM_3,ISIC_4,scc,histo,1,male,ear", ["akiec, bcc", "'scc'"]),
-        ("HAM_3,ISIC_5,mel,histo,1,male,ear", ["lacks the file", "'ISIC_5'"]),
-        (",ISIC_4,mel,histo,1,male,ear", ["lesion_id in line: 5"]),
-    ],
-)
-def test_ham10000_rows_that_break_a_rule_are_refused(tmp_path: Path, row: str, told: list[str]) -> None:
-    folder = write_ham10000(tmp_path, [*ROWS, row], [*PARTS, "HAM10000_images_part_2/ISIC_4.jpg"])
-
-    check_refusal(folder, *told)
-
-
-def test_an_image_without_metadata_is_refused(tmp_path: Path) -> None:
-    extra = ("HAM10000_images_part_2/ISIC_8.jpg", "HAM10000_images_part_2/ISIC_9.jpg")
-
-    check_refusal(
-        write_ham10000(tmp_path, pictures=PARTS + extra),
-        "HAM10000_metadata.csv has no row",
-        "ISIC_8.jpg' (and 1 more)",
-    )
-
-
 @pytest.mark.parametrize("copy", ["HAM10000_images_part_2/ISIC_1.jpg", "HAM10000_images_part_1/ISIC_1.png"])
 def test_an_image_that_lies_twice_is_refused(tmp_path: Path, copy: str) -> None:
     check_refusal(write_ham10000(tmp_path, pictures=[*PARTS, copy]), "two files of one image", copy)
-
-
-def test_two_metadata_files_are_refused(tmp_path: Path) -> None:
-    write_lines(write_ham10000(tmp_path) / "HAM10000_metadata.tab", HEADER)
-
-    check_refusal(tmp_path, "second metadata file", "'HAM10000_metadata.tab'")
-
-
-def test_part_folders_without_metadata_are_not_taken_for_classes(tmp_path: Path) -> None:
-    touch(tmp_path, *PARTS)
-
-    check_refusal(tmp_path, "without HAM10000_metadata.csv", "'HAM10000_images_part_1' (and 1 more)")
 
 
 def test_isic_part_is_read_from_its_parent_and_by_its_own_name(tmp_path: Path) -> None:

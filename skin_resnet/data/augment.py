@@ -1,7 +1,7 @@
-"""Random changes to batches of training images: drawn for each image, made on the device the batch is on.
+"""Batched augmentation: parameters are drawn per image and applied on the batch's device.
 
-All random numbers come from a CPU generator and reach the device as small tensors: a seed draws the same
-changes for a CPU as for a GPU, and no step waits for the device. Use it outside autocast, which would round
+All random numbers come from a CPU generator and reach the device as small tensors: a seed gives the same
+changes on a CPU and a GPU, and no step waits for the device. Use it outside autocast, which would round
 the pixels to 8 bits.
 """
 
@@ -15,27 +15,27 @@ from torch.nn import functional as F
 
 Range = tuple[float, float]
 
-# Rows Y, I, Q of the NTSC colour space; Y is the luma of ITU-R BT.601. Greys lie on its first axis; in the
-# plane of the other two, saturation scales and hue turns.
+# Rows Y, I, Q of the NTSC color space; Y is the luma of ITU-R BT.601. Greys lie on its first axis; in the
+# plane of the other two, saturation scales and hue rotates.
 _RGB_TO_YIQ = ((0.299, 0.587, 0.114), (0.5959, -0.2746, -0.3213), (0.2115, -0.5227, 0.3112))
 
 
 @dataclass(frozen=True, kw_only=True)
 class Recipe:
-    """What may happen to an image, in this order; the defaults change nothing. Draws from ranges are uniform.
+    """The changes to an image, in this order; the defaults change nothing. Draws from ranges are uniform.
 
     Attributes:
-        shift_fraction: Right and down, in shares of width and height. Past its border a picture is mirrored.
-        flip_probability: Of mirroring left-right, and once more of mirroring upside down.
-        rotation_degrees: Clockwise about the centre.
-        zoom: Enlargement about the centre.
+        shift_fraction: Right and down, of width and height. Beyond its border an image is mirrored.
+        flip_probability: Of a left-right flip, and independently of an upside-down flip.
+        rotation_degrees: Clockwise about the center.
+        zoom: Enlargement about the center.
         brightness: Factor on all channels.
         contrast: Factor on the distance from the image's mean grey.
         saturation: Factor on the distance from each pixel's own grey.
-        hue_degrees: Turn about the grey axis in YIQ, which keeps luma (torchvision's hue turns in HSV).
-        erase_probability: Of covering a rectangle with the image's mean colour, after Zhong et al., "Random
+        hue_degrees: Rotation about the grey axis in YIQ, which keeps luma (torchvision: in HSV).
+        erase_probability: Of covering a rectangle with the image's mean color; see Zhong et al., "Random
             Erasing Data Augmentation" (AAAI 2020).
-        erase_area_fraction: Share of the image which that rectangle covers, up to a half.
+        erase_area_fraction: Fraction of the image that the rectangle covers, up to a half.
     """
 
     shift_fraction: Range = (0.0, 0.0)
@@ -50,9 +50,9 @@ class Recipe:
     erase_area_fraction: Range = (0.0, 0.0)
 
 
-# Dermoscopy knows no up and down, so all but `none` turn all the way. Colour tells diagnoses apart (red:
-# vascular, blue-grey: regression), so hue hardly moves; skin is bright already, so brightness moves less than
-# contrast.
+# Dermoscopy images have no up and down, so all recipes but `none` rotate freely. Color separates diagnoses
+# (red: vascular, blue-grey: regression), so hue hardly changes; skin is bright already, so brightness changes
+# less than contrast.
 RECIPES: Mapping[str, Recipe] = {
     "none": Recipe(),
     "light": Recipe(
@@ -89,7 +89,7 @@ RECIPES: Mapping[str, Recipe] = {
 
 
 def augment(images: Tensor, recipe: Recipe, generator: torch.Generator) -> Tensor:
-    """Change every image in its own random way, in a copy; the recipe `none` gives back the input itself.
+    """Return the images, each changed in its own random way; the recipe `none` returns the input itself.
 
     `images` and the result are float32 (N, 3, H, W) in [0, 1], in the same memory format.
     """
@@ -98,7 +98,7 @@ def augment(images: Tensor, recipe: Recipe, generator: torch.Generator) -> Tenso
     channels_last = images.is_contiguous(memory_format=torch.channels_last)
     parameters = draw_parameters(recipe, len(images), generator).to(images.device, non_blocking=True)
     images = _warp(images, parameters[:, :6])
-    images = _recolour(images, parameters[:, 6:16])
+    images = _recolor(images, parameters[:, 6:16])
     if recipe.erase_probability > 0:
         inside = _is_inside(parameters[:, 16:], images)
         images = torch.where(inside, images.mean((2, 3), keepdim=True), images)
@@ -108,17 +108,17 @@ def augment(images: Tensor, recipe: Recipe, generator: torch.Generator) -> Tenso
 
 
 def draw_parameters(recipe: Recipe, batch_size: int, generator: torch.Generator) -> Tensor:
-    """Draw what happens to each image of a batch, as float32 (N, 20) on the CPU.
+    """Draw the changes of each image of a batch, as float32 (N, 20) on the CPU.
 
-    The columns: 6 of the map from a place in the result to its place in the input (2x3, in half sides from
-    the centre); 9 of the colour matrix (3x3), and the share of the image's mean grey to add; 4 of the erased
-    box (left, top, right, bottom, in shares of the sides).
+    The columns: 6 of the map from a position in the result to one in the input (2x3, in half sides from the
+    center); 9 of the color matrix (3x3), and the fraction of the image's mean grey to add; 4 of the erased
+    box (left, top, right, bottom, as fractions of the sides).
     """
     draws = torch.rand((15, batch_size), generator=generator)
     geometry = _compose_geometry(recipe, draws[:6])
-    colour = _compose_colour(recipe, draws[6:10])
+    color = _compose_color(recipe, draws[6:10])
     boxes = _compose_boxes(recipe, draws[10:])
-    return torch.cat([geometry, colour, boxes], dim=1)
+    return torch.cat([geometry, color, boxes], dim=1)
 
 
 def mix(
@@ -131,8 +131,8 @@ def mix(
 ) -> tuple[Tensor, Tensor]:
     """Mix each image and its target with those of another image of the batch.
 
-    MixUp blends whole images, CutMix pastes a rectangle; the share of the partner is drawn per image from
-    Beta(alpha, alpha). An alpha of 0 turns its kind off; with both on, a batch takes either at random.
+    MixUp blends whole images, CutMix pastes a rectangle; the partner's fraction is drawn per image from
+    Beta(alpha, alpha). An alpha of 0 turns its kind off; with both on, each batch uses one at random.
 
     Args:
         images: float32 (N, 3, H, W).
@@ -143,29 +143,29 @@ def mix(
         generator: On the CPU.
 
     Returns:
-        The images, and the share of each class in them, float32 (N, K); with both alphas 0 the input itself,
-        and one-hot.
+        The images, and the fraction of each class in them, float32 (N, K); with both alphas 0 the input
+        images themselves, and one-hot targets.
 
     Source: Zhang et al., "mixup" (ICLR 2018); Yun et al., "CutMix" (ICCV 2019), section 3.1.
     """
-    shares = F.one_hot(targets, num_classes).float()
+    fractions = F.one_hot(targets, num_classes).float()
     if not (mixup_alpha or cutmix_alpha):
-        return images, shares
+        return images, fractions
     use_cutmix = not mixup_alpha or (cutmix_alpha > 0 and bool(torch.rand((), generator=generator) < 0.5))
     partners = torch.randperm(len(images), generator=generator).to(images.device, non_blocking=True)
     weight = _draw_beta(cutmix_alpha if use_cutmix else mixup_alpha, len(images), generator)
     if use_cutmix:
-        centre = torch.rand((len(images), 2), generator=generator)
+        center = torch.rand((len(images), 2), generator=generator)
         half_side = weight.sqrt()[:, None] / 2
-        boxes = torch.cat([centre - half_side, centre + half_side], dim=1)
+        boxes = torch.cat([center - half_side, center + half_side], dim=1)
         pasted = _is_inside(boxes.to(images.device, non_blocking=True), images)
         images = torch.where(pasted, images[partners], images)
-        # A box may hang over the border, so only the pixels really pasted count.
+        # The border may cut a box, so the pixels really pasted are counted.
         weight = pasted.float().mean((1, 2, 3))
     else:
         weight = weight.to(images.device, non_blocking=True)
         images = images.lerp(images[partners], weight.view(-1, 1, 1, 1))
-    return images, shares.lerp(shares[partners], weight[:, None])
+    return images, fractions.lerp(fractions[partners], weight[:, None])
 
 
 def _scale(draws: Tensor, limits: Range) -> Tensor:
@@ -174,7 +174,7 @@ def _scale(draws: Tensor, limits: Range) -> Tensor:
 
 
 def _compose_geometry(recipe: Recipe, draws: Tensor) -> Tensor:
-    # Sampling asks where a pixel comes from, so the steps stand in reverse: zoom, turn, flip, shift.
+    # Sampling maps result to input, so the steps are in reverse order: zoom, rotate, flip, shift.
     flip_x, flip_y, turn, zoom, right, down = draws
     angle = torch.deg2rad(_scale(turn, recipe.rotation_degrees))
     zoom = _scale(zoom, recipe.zoom)
@@ -184,7 +184,7 @@ def _compose_geometry(recipe: Recipe, draws: Tensor) -> Tensor:
     return torch.stack([sign_x * cos, sign_x * sin, shift_x, -sign_y * sin, sign_y * cos, shift_y], dim=1)
 
 
-def _compose_colour(recipe: Recipe, draws: Tensor) -> Tensor:
+def _compose_color(recipe: Recipe, draws: Tensor) -> Tensor:
     brightness = _scale(draws[0], recipe.brightness)
     contrast = _scale(draws[1], recipe.contrast)
     saturation = _scale(draws[2], recipe.saturation)
@@ -195,13 +195,13 @@ def _compose_colour(recipe: Recipe, draws: Tensor) -> Tensor:
     turn[:, 2, 1] = saturation * hue.sin()
     turn[:, 1, 2] = -turn[:, 2, 1]
     matrix = (brightness * contrast).view(-1, 1, 1) * (to_yiq.inverse() @ turn @ to_yiq)
-    # Saturation and hue leave the grey that contrast adds as it is, so one number an image is enough for it.
+    # Saturation and hue do not change the grey that contrast adds, so one number per image is enough for it.
     return torch.cat([matrix.flatten(1), (brightness * (1 - contrast))[:, None]], dim=1)
 
 
 def _compose_boxes(recipe: Recipe, draws: Tensor) -> Tensor:
     happens, area, aspect, left, top = draws
-    # Width : height from 1:2 to 2:1. A box that does not happen has no area.
+    # Width : height from 1:2 to 2:1. An image that is not erased has a box without area.
     area = _scale(area, recipe.erase_area_fraction) * (happens < recipe.erase_probability)
     ratio = 2.0 ** (2 * aspect - 1)
     width, height = (area * ratio).sqrt(), (area / ratio).sqrt()
@@ -212,23 +212,23 @@ def _compose_boxes(recipe: Recipe, draws: Tensor) -> Tensor:
 def _warp(images: Tensor, geometry: Tensor) -> Tensor:
     height, width = images.shape[2:]
     theta = geometry.reshape(-1, 2, 3).clone()
-    # Half sides are units of different length where the image is not square.
+    # Half sides are units of different length if the image is not square.
     theta[:, 0, 1] *= height / width
     theta[:, 1, 0] *= width / height
     grid = F.affine_grid(theta, list(images.shape), align_corners=False)
     return F.grid_sample(images.contiguous(), grid, padding_mode="reflection", align_corners=False)
 
 
-def _recolour(images: Tensor, colour: Tensor) -> Tensor:
+def _recolor(images: Tensor, color: Tensor) -> Tensor:
     red, green, blue = images.mean((2, 3)).unbind(1)
     luma = _RGB_TO_YIQ[0]
     mean_grey = luma[0] * red + luma[1] * green + luma[2] * blue
-    offset = (colour[:, 9] * mean_grey).view(-1, 1, 1)
-    return torch.baddbmm(offset, colour[:, :9].reshape(-1, 3, 3), images.flatten(2)).view_as(images)
+    offset = (color[:, 9] * mean_grey).view(-1, 1, 1)
+    return torch.baddbmm(offset, color[:, :9].reshape(-1, 3, 3), images.flatten(2)).view_as(images)
 
 
 def _is_inside(boxes: Tensor, images: Tensor) -> Tensor:
-    """Tell which pixels have their centre in their image's box, as bool (N, 1, H, W)."""
+    """Return which pixels have their center in their image's box, bool (N, 1, H, W)."""
     height, width = images.shape[2:]
     y = (torch.arange(height, device=boxes.device)[:, None] + 0.5) / height
     x = (torch.arange(width, device=boxes.device) + 0.5) / width

@@ -1,37 +1,37 @@
 """Folders that are built once, whole or not at all, however many processes ask for them."""
 
 import shutil
-from collections.abc import Callable
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from filelock import FileLock
 
 
-def build_once(folder: Path, is_built: Callable[[Path], bool], build: Callable[[Path], None]) -> bool:
-    """Build a folder, unless another process has built it meanwhile; return whether this call did.
-
-    The folder is written under a lock as `<folder>.tmp` and renamed when complete: what a killed process
-    leaves is overwritten by the next, and the operating system releases its lock.
-
-    Args:
-        folder: The folder; one that is there, but not built, is replaced.
-        is_built: Whether the folder is there and usable.
-        build: Fills the empty folder that it is given.
+@contextmanager
+def lock_folder(folder: Path) -> Iterator[None]:
+    """Let one process at a time build a folder; the operating system releases the lock of a killed one.
 
     Raises:
-        OSError: The folder cannot be written.
+        OSError: The lock file beside the folder cannot be written.
     """
     folder.parent.mkdir(parents=True, exist_ok=True)
-    unfinished = folder.with_name(f"{folder.name}.tmp")
     with FileLock(f"{folder}.lock"):
-        if is_built(folder):
-            return False
+        yield
+
+
+@contextmanager
+def write_folder(folder: Path) -> Iterator[Path]:
+    """Yield an empty folder, which takes the place of `folder` if the block succeeds and else is removed.
+
+    It is always `<folder>.tmp`, so what a killed process left is overwritten; hold the lock meanwhile.
+    """
+    unfinished = folder.with_name(f"{folder.name}.tmp")
+    shutil.rmtree(unfinished, ignore_errors=True)
+    unfinished.mkdir()
+    try:
+        yield unfinished
+        shutil.rmtree(folder, ignore_errors=True)
+        unfinished.rename(folder)
+    finally:
         shutil.rmtree(unfinished, ignore_errors=True)
-        try:
-            unfinished.mkdir()
-            build(unfinished)
-            shutil.rmtree(folder, ignore_errors=True)
-            unfinished.rename(folder)
-        finally:
-            shutil.rmtree(unfinished, ignore_errors=True)
-    return True

@@ -8,14 +8,14 @@ nothing within minutes, but not all: many melanomas look like nevi, and some nev
 import csv
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 from PIL import Image
 
-from skin_resnet.data.cache import build_once
+from skin_resnet.data.cache import lock_folder, write_folder
 from skin_resnet.errors import UserError
 
 # To be increased whenever the images change, so that no cache has old ones under the new name.
@@ -35,132 +35,70 @@ _Array = npt.NDArray[np.floating]
 _Color = tuple[int, int, int]
 
 
-@dataclass(frozen=True, kw_only=True)
-class _Blotches:
-    """Patches of another color: about `frequency` across a lesion, in a fraction `chance` of the lesions."""
+class _Frequency(NamedTuple):
+    """How often HAM10000 has a diagnosis, its mean age in years, and how often each way confirmed it."""
 
+    share: float
+    age: int
+    dx_types: dict[str, float]
+
+
+_FREQUENCIES = {
+    "akiec": _Frequency(0.033, 67, {"histo": 1}),
+    "bcc": _Frequency(0.051, 67, {"histo": 1}),
+    "bkl": _Frequency(0.110, 64, {"histo": 0.70, "consensus": 0.24, "confocal": 0.06}),
+    "df": _Frequency(0.011, 53, {"histo": 0.48, "consensus": 0.52}),
+    "mel": _Frequency(0.111, 61, {"histo": 1}),
+    "nv": _Frequency(0.670, 46, {"histo": 0.37, "follow_up": 0.55, "consensus": 0.08}),
+    "vasc": _Frequency(0.014, 51, {"histo": 0.47, "consensus": 0.53}),
+}
+
+
+class _Look(NamedTuple):
+    """What lesions look like: two colors, radius in half image heights, border in shares of the radius."""
+
+    bright: _Color
+    dark: _Color
+    radius: float
+    raggedness: float
+    softness: float
+
+
+class _Blotches(NamedTuple):
+    """Patches inside a lesion, about `frequency` across it, in a fraction `chance` of the lesions."""
+
+    dx: str
     color: _Color
     frequency: float
     chance: float
 
 
-@dataclass(frozen=True, kw_only=True)
-class _Diagnosis:
-    """How often HAM10000 has a diagnosis and how it was confirmed, and what its lesions look like here.
-
-    Attributes:
-        share: Fraction of the lesions.
-        age: Mean, in years.
-        dx_types: Fraction of each kind of confirmation.
-        colors: Where the lesion is bright and where it is dark.
-        size: Radius, in half image heights.
-        raggedness: Deviation of the border from a circle, in radii.
-        softness: Width of the border, in radii.
-        blotches: What lies in the lesion.
-    """
-
-    share: float
-    age: int
-    dx_types: dict[str, float]
-    colors: tuple[_Color, _Color]
-    size: float
-    raggedness: float
-    softness: float
-    blotches: tuple[_Blotches, ...]
-
-
-_DIAGNOSES = {
-    "akiec": _Diagnosis(
-        share=0.033,
-        age=67,
-        dx_types={"histo": 1},
-        colors=((220, 128, 116), (196, 112, 92)),
-        size=0.72,
-        raggedness=0.18,
-        softness=0.22,
-        blotches=(
-            _Blotches(color=(176, 60, 60), frequency=9, chance=0.7),
-            _Blotches(color=(250, 236, 206), frequency=9, chance=0.7),
-        ),
-    ),
-    "bcc": _Diagnosis(
-        share=0.051,
-        age=67,
-        dx_types={"histo": 1},
-        colors=((226, 162, 154), (206, 140, 142)),
-        size=0.65,
-        raggedness=0.14,
-        softness=0.18,
-        blotches=(
-            _Blotches(color=(92, 88, 112), frequency=4, chance=0.65),
-            _Blotches(color=(180, 40, 56), frequency=7, chance=0.6),
-        ),
-    ),
-    "bkl": _Diagnosis(
-        share=0.110,
-        age=64,
-        dx_types={"histo": 0.70, "consensus": 0.24, "confocal": 0.06},
-        colors=((188, 130, 94), (122, 82, 64)),
-        size=0.65,
-        raggedness=0.13,
-        softness=0.08,
-        blotches=(
-            _Blotches(color=(92, 62, 46), frequency=8, chance=0.5),
-            _Blotches(color=(242, 228, 200), frequency=10, chance=0.55),
-        ),
-    ),
-    "df": _Diagnosis(
-        share=0.011,
-        age=53,
-        dx_types={"histo": 0.48, "consensus": 0.52},
-        colors=((204, 136, 112), (178, 110, 94)),
-        size=0.58,
-        raggedness=0.06,
-        softness=0.28,
-        blotches=(_Blotches(color=(250, 230, 224), frequency=1.5, chance=0.85),),
-    ),
-    "mel": _Diagnosis(
-        share=0.111,
-        age=61,
-        dx_types={"histo": 1},
-        colors=((158, 102, 74), (68, 42, 38)),
-        size=0.66,
-        raggedness=0.15,
-        softness=0.11,
-        blotches=(
-            _Blotches(color=(32, 24, 26), frequency=5, chance=0.5),
-            _Blotches(color=(132, 138, 164), frequency=3, chance=0.4),
-            _Blotches(color=(170, 78, 74), frequency=4, chance=0.3),
-        ),
-    ),
-    "nv": _Diagnosis(
-        share=0.670,
-        age=46,
-        dx_types={"histo": 0.37, "follow_up": 0.55, "consensus": 0.08},
-        colors=((194, 126, 90), (96, 58, 44)),
-        size=0.56,
-        raggedness=0.1,
-        softness=0.16,
-        blotches=(
-            _Blotches(color=(70, 42, 34), frequency=11, chance=0.5),
-            _Blotches(color=(44, 30, 30), frequency=4, chance=0.2),
-            _Blotches(color=(198, 122, 108), frequency=4, chance=0.15),
-        ),
-    ),
-    "vasc": _Diagnosis(
-        share=0.014,
-        age=51,
-        dx_types={"histo": 0.47, "consensus": 0.53},
-        colors=((204, 62, 82), (136, 38, 72)),
-        size=0.45,
-        raggedness=0.07,
-        softness=0.07,
-        blotches=(
-            _Blotches(color=(98, 14, 48), frequency=6, chance=1),
-            _Blotches(color=(216, 190, 206), frequency=4, chance=0.4),
-        ),
-    ),
+_LOOKS = {
+    "akiec": _Look((220, 128, 116), (196, 112, 92), 0.72, 0.18, 0.22),
+    "bcc": _Look((226, 162, 154), (206, 140, 142), 0.65, 0.14, 0.18),
+    "bkl": _Look((188, 130, 94), (122, 82, 64), 0.65, 0.13, 0.08),
+    "df": _Look((204, 136, 112), (178, 110, 94), 0.58, 0.06, 0.28),
+    "mel": _Look((158, 102, 74), (68, 42, 38), 0.66, 0.15, 0.11),
+    "nv": _Look((194, 126, 90), (96, 58, 44), 0.56, 0.10, 0.16),
+    "vasc": _Look((204, 62, 82), (136, 38, 72), 0.45, 0.07, 0.07),
 }
+_BLOTCHES = (
+    _Blotches("akiec", (176, 60, 60), 9, 0.8),
+    _Blotches("akiec", (250, 236, 206), 9, 0.8),
+    _Blotches("bcc", (92, 88, 112), 4, 0.8),
+    _Blotches("bcc", (180, 40, 56), 7, 0.7),
+    _Blotches("bkl", (92, 62, 46), 8, 0.5),
+    _Blotches("bkl", (242, 228, 200), 10, 0.65),
+    _Blotches("df", (250, 230, 224), 2, 1),
+    _Blotches("mel", (32, 24, 26), 5, 0.6),
+    _Blotches("mel", (132, 138, 164), 3, 0.5),
+    _Blotches("mel", (170, 78, 74), 4, 0.3),
+    _Blotches("nv", (70, 42, 34), 11, 0.5),
+    _Blotches("nv", (44, 30, 30), 4, 0.15),
+    _Blotches("nv", (198, 122, 108), 4, 0.15),
+    _Blotches("vasc", (98, 14, 48), 6, 1),
+    _Blotches("vasc", (216, 190, 206), 4, 0.4),
+)
 
 
 def open_demo(cache_dir: Path) -> Path:
@@ -171,8 +109,12 @@ def open_demo(cache_dir: Path) -> Path:
     """
     folder = cache_dir / f"demo-{_VERSION}"
     try:
-        if not folder.is_dir():
-            build_once(folder, Path.is_dir, write_demo)
+        if folder.is_dir():
+            return folder
+        with lock_folder(folder):
+            if not folder.is_dir():  # another process may have drawn it meanwhile
+                with write_folder(folder) as unfinished:
+                    write_demo(unfinished)
     except OSError as error:
         raise UserError(
             f"cannot keep the demo data in cache_dir={cache_dir}: {error.strerror or error}; "
@@ -206,13 +148,13 @@ def write_demo(folder: Path, seed: int = 0) -> None:
 def _draw_lesions(rng: np.random.Generator) -> Iterator[dict[str, str]]:
     """Draw the metadata of each lesion."""
     number = 0
-    for dx, diagnosis in _DIAGNOSES.items():
-        for _ in range(max(_FEWEST_LESIONS, round(diagnosis.share * _LESIONS))):
-            age = 5 * round(rng.normal(diagnosis.age, 15) / 5)
+    for dx, frequency in _FREQUENCIES.items():
+        for _ in range(max(_FEWEST_LESIONS, round(frequency.share * _LESIONS))):
+            age = 5 * round(rng.normal(frequency.age, 15) / 5)
             yield {
                 "lesion_id": f"LES_{number:07}",
                 "dx": dx,
-                "dx_type": str(rng.choice(list(diagnosis.dx_types), p=list(diagnosis.dx_types.values()))),
+                "dx_type": str(rng.choice(list(frequency.dx_types), p=list(frequency.dx_types.values()))),
                 "age": f"{min(max(age, 0), 85)}.0" if rng.random() > 0.02 else "",
                 "sex": str(rng.choice(("male", "female"), p=(0.55, 0.45))),
                 "localization": str(rng.choice(_PLACES)),
@@ -232,7 +174,7 @@ def draw_image(dx: str, lesion_rng: np.random.Generator, rng: np.random.Generato
     u, v = u / zoom, v / zoom
     skin = lesion_rng.dirichlet((0.6,) * len(_SKIN_COLORS)) @ np.array(_SKIN_COLORS)
     image: _Array = ((1 + 0.02 * _draw_waves(lesion_rng, u, v, 4))[..., None] * skin).astype(np.float32)
-    _paint_lesion(image, _DIAGNOSES[dx], lesion_rng, u, v)
+    _paint_lesion(image, dx, lesion_rng, u, v)
     for _ in range(lesion_rng.choice((0, 0, 0, 0, 2, 4))):  # hairs: parabolas across the image
         along, across = _turn(u, v, lesion_rng.uniform(0, 2 * np.pi))
         gap = across - lesion_rng.uniform(-1, 1) - lesion_rng.normal(0, 0.15) * along**2
@@ -244,21 +186,20 @@ def draw_image(dx: str, lesion_rng: np.random.Generator, rng: np.random.Generato
     return noisy
 
 
-def _paint_lesion(
-    image: _Array, diagnosis: _Diagnosis, rng: np.random.Generator, u: _Array, v: _Array
-) -> None:
+def _paint_lesion(image: _Array, dx: str, rng: np.random.Generator, u: _Array, v: _Array) -> None:
     """Paint a lesion with its blotches, in coordinates scaled to a radius of about 1."""
-    size, stretch = diagnosis.size * rng.uniform(0.75, 1.2), rng.uniform(1, 1.2)
+    look = _LOOKS[dx]
+    size, stretch = look.radius * rng.uniform(0.75, 1.2), rng.uniform(1, 1.2)
     u, v = u / size / stretch, v / size * stretch
     radius = np.hypot(u, v)
     jag = 0.85 * _draw_waves(rng, u, v, 3.5) + 0.5 * _draw_waves(rng, u, v, 9)
-    border = radius + diagnosis.raggedness * rng.uniform(0.5, 1.5) * jag
-    inside = 1 - _rise(border, 1, diagnosis.softness * rng.uniform(0.8, 1.6))
-    bright, dark = np.array(diagnosis.colors) * rng.uniform(0.8, 1.2) + rng.normal(0, 6, 3)
+    border = radius + look.raggedness * rng.uniform(0.5, 1.5) * jag
+    inside = 1 - _rise(border, 1, look.softness * rng.uniform(0.8, 1.6))
+    bright, dark = np.array((look.bright, look.dark)) * rng.uniform(0.8, 1.2) + rng.normal(0, 6, 3)
     depth = rng.uniform(0.3, 0.9) + 0.25 * _draw_waves(rng, u, v, 2.5) - 0.15 * radius
     depth = np.clip(depth, 0, 1)[..., None]
     _blend(image, dark * depth + bright * (1 - depth), rng.uniform(0.8, 0.95) * inside)
-    for blotches in diagnosis.blotches:
+    for blotches in (one for one in _BLOTCHES if one.dx == dx):
         where = _rise(_draw_waves(rng, u, v, blotches.frequency), 0.7, 0.5)
         opacity = rng.uniform(0.45, 0.85) * (rng.random() < blotches.chance)
         _blend(image, blotches.color, opacity * inside * where)

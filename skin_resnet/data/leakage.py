@@ -2,14 +2,13 @@
 
 from collections.abc import Iterable
 from dataclasses import dataclass, field
-from itertools import combinations
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 import pandas as pd
-import torch
+from scipy.stats import chi2_contingency
 
 from skin_resnet.data.extract import has_lesion_ids
 from skin_resnet.data.split import SPLITS, Split, count_classes, join_lesions
@@ -185,31 +184,21 @@ def _find_alike(order: npt.NDArray[np.int64], thumbnails: npt.NDArray[np.float32
     """Pair the rows of images in different splits that correlate in any of eight orientations."""
     mirrored = (thumbnails, thumbnails[:, :, ::-1])
     turned = [np.rot90(one, turns, (1, 2)).reshape(len(one), -1) for one in mirrored for turns in range(4)]
-    found = [pd.DataFrame({"row": [], "seen_row": [], "similarity": []})]
-    for earlier, later in combinations(range(len(SPLITS)), 2):
-        seen, rows = np.flatnonzero(order == earlier), np.flatnonzero(order == later)
-        for start in range(0, len(rows), _COMPARED_AT_ONCE):
-            block = rows[start : start + _COMPARED_AT_ONCE]
-            similarity = np.max([view[block] @ turned[0][seen].T for view in turned], axis=0)
-            one, other = np.nonzero(similarity >= NEAR_SIMILARITY)
-            found.append(
-                pd.DataFrame(
-                    {"row": block[one], "seen_row": seen[other], "similarity": similarity[one, other]}
-                )
-            )
+    later = np.flatnonzero(order > 0)
+    found = []
+    for block in np.array_split(later, len(later) // _COMPARED_AT_ONCE + 1):
+        similarity = np.max([view[block] @ turned[0].T for view in turned], axis=0)
+        one, other = np.nonzero((similarity >= NEAR_SIMILARITY) & (order[block, None] > order))
+        similar = {"row": block[one], "seen_row": other, "similarity": similarity[one, other]}
+        found.append(pd.DataFrame(similar))
     return pd.concat(found, ignore_index=True)
 
 
 def _compute_class_p(images: pd.DataFrame) -> float:
     """Compute the p-value of Pearson's chi-square test of class against split, with a lesion as the unit."""
     lesions = images.drop_duplicates(["joined", "split"])
-    observed = pd.crosstab(lesions.dx, lesions.split).to_numpy(np.float64)
-    expected = observed.sum(1, keepdims=True) * observed.sum(0) / observed.sum()
-    if min(observed.shape) < 2:
-        return 1.0
-    freedom = (observed.shape[0] - 1) * (observed.shape[1] - 1)
-    statistic = ((observed - expected) ** 2 / expected).sum()
-    return float(torch.special.gammaincc(torch.tensor(freedom / 2), torch.tensor(statistic / 2)))
+    observed = pd.crosstab(lesions.dx, lesions.split)
+    return float(chi2_contingency(observed, correction=False).pvalue)
 
 
 def read_split(file: Path, image_ids: Iterable[str]) -> Split:
@@ -224,24 +213,12 @@ def read_split(file: Path, image_ids: Iterable[str]) -> Split:
     except OSError as error:
         raise UserError(f"cannot read split={file}: {error.strerror}; give own or a CSV.") from None
     frame["split"] = frame.split.str.lower().replace(_ALIASES)
-    reject(
-        frame.image_id[~frame.image_id.isin(set(image_ids))],
-        f"{file.name} has an image_id that is not in the data",
-        "give the data that was split",
-    )
-    reject(
-        frame.image_id[frame.image_id.duplicated()],
-        f"{file.name} has an image_id twice",
-        "an image can be in one split only: remove a row",
-    )
-    reject(
-        frame.split[~frame.split.isin(SPLITS)],
-        f"{file.name} has a split other than {', '.join(SPLITS)}",
-        "rename it, or leave the row out",
-    )
-    reject(
-        [name for name in ("train", "test") if name not in set(frame.split)],
-        f"{file.name} has no image in",
-        "check that the file is complete",
-    )
+    unknown = frame.image_id[~frame.image_id.isin(set(image_ids))]
+    reject(unknown, f"{file.name} has an image_id that is not in the data", "give the data that was split")
+    repeated = frame.image_id[frame.image_id.duplicated()]
+    reject(repeated, f"{file.name} has an image_id twice", "remove a row: an image can be in one split only")
+    others = frame.split[~frame.split.isin(SPLITS)]
+    reject(others, f"{file.name} has a split other than {', '.join(SPLITS)}", "rename it or remove the row")
+    empty = [name for name in ("train", "test") if name not in set(frame.split)]
+    reject(empty, f"{file.name} has no image in", "check that the file is complete")
     return Split.from_frame(frame)

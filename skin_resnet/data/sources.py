@@ -27,6 +27,7 @@ _HAM10000_METADATA = re.compile(r"HAM10000_metadata(\.(csv|tab|tsv|txt))?", re.I
 _HAM10000_IMAGES = re.compile(r"HAM10000_images.*", re.IGNORECASE)
 _ISIC_INPUT = re.compile(r"ISIC2018_Task3_(Training|Validation|Test)_Input")
 _ISIC_CLASSES = ("MEL", "NV", "BCC", "AKIEC", "BKL", "DF", "VASC")
+_NOT_UTF8 = re.compile("[\udc80-\udcff]")  # Python's stand-ins for bytes that are not UTF-8
 _LAYOUTS = (
     "HAM10000_metadata.csv with image folders (Kaggle, Dataverse), "
     "ISIC2018_Task3_..._Input with its ground truth, or a sub-folder of images per class"
@@ -56,6 +57,7 @@ def read_source(source: str, cache_dir: Path) -> pd.DataFrame:
     if source == "kaggle":
         return _read_folder(_download_kaggle())
     path = os.path.abspath(expand(source))
+    reject([path] if _NOT_UTF8.search(path) else [], "data is not UTF-8", "rename the folder or file")
     if os.path.isdir(path):
         return _read_folder(Path(path))
     if os.path.isfile(path):
@@ -68,8 +70,8 @@ def _download_kaggle() -> Path:
         kagglehub = importlib.import_module("kagglehub")
     except ImportError:
         raise UserError(
-            "data=kaggle needs the package kagglehub; "
-            "run pip install kagglehub, or download the data set by hand and pass its folder."
+            "data=kaggle needs the package kagglehub; run pip install kagglehub, or download the data set by "
+            "hand and pass its folder."
         ) from None
     try:
         return Path(kagglehub.dataset_download(KAGGLE_DATASET))
@@ -86,11 +88,9 @@ def _read_folder(folder: Path) -> pd.DataFrame:
     if _ISIC_INPUT.fullmatch(folder.name):
         return _read_isic(folder)
     top = next(_walk(folder))
-    metadata = [name for name in (*top.images, *top.others) if _HAM10000_METADATA.fullmatch(name)]
+    metadata = [name for name in top.others if _HAM10000_METADATA.fullmatch(name)]
     if metadata:
-        reject(
-            metadata[1:], f"{folder} has a second metadata file beside {metadata[0]}", "remove one of them"
-        )
+        reject(metadata[1:], f"{folder} has a second metadata file beside {metadata[0]}", "remove one")
         return _read_ham10000(folder, folder / metadata[0])
     # Without this check, the two folders of HAM10000's images would pass as two classes.
     reject(
@@ -101,11 +101,7 @@ def _read_folder(folder: Path) -> pd.DataFrame:
     inputs = [name for name in top.folders if _ISIC_INPUT.fullmatch(name)]
     if not inputs:
         return _read_class_folders(top)
-    reject(
-        inputs[1:],
-        f"{folder} has another part of ISIC 2018 Task 3 beside {inputs[0]}",
-        f"name one, as in {folder / inputs[0]}",
-    )
+    reject(inputs[1:], f"{folder} has another part beside {inputs[0]}", f"name one: {folder / inputs[0]}")
     return _read_isic(folder / inputs[0])
 
 
@@ -149,11 +145,8 @@ def _read_lesion_ids(image_ids: "pd.Series[str]", groupings: Path) -> "pd.Series
     repeated = table["image"][table["image"].duplicated()]
     reject(repeated, f"{groupings.name} has an image twice", "remove one of the two rows")
     lesion_ids = image_ids.map(table.set_index("image")["lesion_id"])
-    reject(
-        image_ids[lesion_ids.isna()],
-        f"{groupings.name} lacks the image",
-        "use the whole file, or remove it to train without lesion ids",
-    )
+    missing = image_ids[lesion_ids.isna()]
+    reject(missing, f"{groupings.name} lacks the image", "use the whole file, or remove it to do without")
     return lesion_ids
 
 
@@ -221,13 +214,9 @@ def _find_images(image_ids: "pd.Series[str]", folder: Path, metadata: Path) -> "
             elif found.setdefault(stem, path).lower() != path.lower():
                 repeated.append(path)
     missing = [image_id for image_id in image_ids if image_id not in found]
-    reject(
-        missing, f"{folder} lacks the file of an image in {metadata.name}", "unpack all image archives there"
-    )
+    reject(missing, f"{folder} lacks the file of an image in {metadata.name}", "unpack all archives there")
     reject(repeated, f"{folder} has two files of one image, the second", "remove one of the two")
-    reject(
-        unknown, f"{metadata.name} has no row for an image beside the others", "add the row or move the file"
-    )
+    reject(unknown, f"{metadata.name} has no row for the image", "add the row or move the file")
     return image_ids.map(found)
 
 
@@ -246,20 +235,10 @@ def _walk(folder: Path) -> Iterator[_Folder]:
         folders[:] = [name for name in shown if os.path.realpath(os.path.join(parent, name)) not in visited]
         names = sorted(name for name in files if not name.startswith("."))
         images = [name for name in names if os.path.splitext(name)[1].lower() in _IMAGE_SUFFIXES]
-        reject(
-            [os.path.join(parent, name) for name in (*folders, *images) if not _is_utf8(name)],
-            "a file or folder name is not UTF-8",
-            "rename it",
-        )
-        yield _Folder(parent, list(folders), images, sorted({*names} - {*images}))
-
-
-def _is_utf8(name: str) -> bool:
-    try:
-        name.encode()
-    except UnicodeEncodeError:
-        return False
-    return True
+        paths = [os.path.join(parent, name) for name in (*folders, *images)]
+        reject([path for path in paths if _NOT_UTF8.search(path)], "a path is not UTF-8", "rename it")
+        others = {name for name in set(names) - set(images) if os.path.isfile(os.path.join(parent, name))}
+        yield _Folder(parent, list(folders), images, sorted(others))
 
 
 def _raise(error: OSError) -> NoReturn:

@@ -22,7 +22,7 @@ from PIL import Image
 from torch import Tensor
 
 from skin_resnet.config import OnBadImage
-from skin_resnet.data.cache import build_once
+from skin_resnet.data.cache import lock_folder, write_folder
 from skin_resnet.data.decode import BadImageError, decode_image, open_image
 from skin_resnet.errors import UserError, expand
 
@@ -101,35 +101,27 @@ def open_store(
     """
     key = _compute_key(table, image_size, on_bad_image)
     folder = expand(cache_dir) / "stores" / key
-
-    def is_built(_: Path) -> bool:
-        if _read_store(folder):
-            return True
-        if folder.exists():
-            _logger.warning("the image store %s is damaged; decoding the images again", folder)
-        return False
-
-    def build(unfinished: Path) -> None:
-        _logger.info("decoding %d images into %s", len(table), folder)
-        with warnings.catch_warnings():
-            # Pillow's, about images that `decode` names when it rejects them, or reads as it documents.
-            warnings.simplefilter("ignore")
-            _build_store(unfinished, key, table, image_size, on_bad_image)
-
+    if store := _read_store(folder):
+        return store
     try:
-        if (store := _read_store(folder)) is not None:
-            return store
-        started = time.perf_counter()
-        build_s = time.perf_counter() - started if build_once(folder, is_built, build) else 0.0
-        store = _read_store(folder)
+        with lock_folder(folder):
+            if store := _read_store(folder):  # built by another process meanwhile
+                return store
+            if folder.exists():
+                _logger.warning("the image store %s is damaged; decoding the images again", folder)
+            started = time.perf_counter()
+            _logger.info("decoding %d images into %s", len(table), folder)
+            with write_folder(folder) as unfinished, warnings.catch_warnings():
+                # Pillow's, about images that `decode` names when it rejects them, or reads as it documents.
+                warnings.simplefilter("ignore")
+                _build_store(unfinished, key, table, image_size, on_bad_image)
+            build_s = time.perf_counter() - started
+            _logger.info("decoded %d images in %.1f s", len(table), build_s)
+            if store := _read_store(folder):
+                return replace(store, build_s=build_s)
+        problem = f"{folder} is damaged right after it was written"
     except OSError as error:
         problem = f"{error.strerror or error} at {error.filename or folder}"
-    else:
-        if store is not None:
-            if build_s:
-                _logger.info("decoded %d images in %.1f s", len(table), build_s)
-            return replace(store, build_s=build_s)
-        problem = f"{folder} is damaged right after it was written"
     raise UserError(
         f"cannot keep decoded images in cache_dir: {problem}; make room or choose another cache_dir."
     )
