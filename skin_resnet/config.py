@@ -182,7 +182,9 @@ class EvaluateConfig(FrozenConfig):
     tta: Annotated[Literal[1, 8], BeforeValidator(lambda views: {"1": 1, "8": 8}.get(views, views))] = Field(
         1, description="Test-time augmentation: 1, or 8 flips and rotations."
     )
-    on_bad_image: OnBadImage = _like_train("on_bad_image")
+    on_bad_image: Literal["same", "stop", "skip"] = Field(
+        "same", description="Unreadable images: same (as in the training), stop the run, or skip and count."
+    )
     cache_dir: FolderPath = _like_train("cache_dir")
     batch_size: int = _like_train("batch_size")
     device: Device = _like_train("device")

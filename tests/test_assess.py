@@ -1,30 +1,42 @@
-"""Everything said of a model at once: complete, readable, and writable as JSON."""
+"""An evaluation: one table of all metrics, from which page, JSON, MLflow metrics and files are made."""
 
 import json
+import re
 from dataclasses import replace
 
 import numpy as np
 import pandas as pd
 import pytest
+from matplotlib.figure import Figure
 
 from skin_resnet.errors import UserError
-from skin_resnet.evaluation.assess import Assessment, Calibration, assess, calibrate, format_assessment
-from skin_resnet.evaluation.metrics import Predictions
+from skin_resnet.evaluation.artifacts import Examples, list_artifacts
+from skin_resnet.evaluation.assess import Assessment, Calibration, assess, fit_calibration
+from skin_resnet.evaluation.metrics import HEADLINES, Predictions, compute_intervals, compute_metrics
+from skin_resnet.evaluation.page import format_assessment
 from skin_resnet.labels import HAM10000_CLASSES
-from skin_resnet.tracking.log_assessment import _drop_nans
 from tests.conftest import make_table
 
+# In scripts that matplotlib's font lacks, and with what TeX and MLflow treat specially.
+ODD_CLASSES = ("黒色腫", "母斑", "$x_{", "a|b/c $1$", "меланома")
 
-def predict(table: pd.DataFrame, seed: int) -> Predictions:
+
+def predict(table: pd.DataFrame, seed: int = 1) -> Predictions:
     rng = np.random.default_rng(seed)
-    probabilities = rng.dirichlet(np.ones(7), len(table)) + np.eye(7)[table.target] * rng.random(
-        (len(table), 1)
-    )
+    classes = len(table.dx.cat.categories)
+    noise = rng.dirichlet(np.ones(classes), len(table))
+    probabilities = noise + np.eye(classes)[table.target] * rng.random((len(table), 1))
     return Predictions(
         probabilities=probabilities / probabilities.sum(axis=1, keepdims=True),
         targets=table.target.to_numpy(),
         image_ids=tuple(table.image_id),
     )
+
+
+def evaluate(table: pd.DataFrame, raw: Predictions | None = None, val_seed: int = 0) -> Assessment:
+    classes = tuple(table.dx.cat.categories)
+    calibration = fit_calibration(predict(table, val_seed), classes, coverage=0.8)
+    return assess(raw or predict(table), table, classes, classes[-2], calibration)
 
 
 @pytest.fixture(scope="module")
@@ -34,87 +46,155 @@ def table() -> pd.DataFrame:
 
 @pytest.fixture(scope="module")
 def assessment(table: pd.DataFrame) -> Assessment:
-    calibration = calibrate(predict(table, 0), HAM10000_CLASSES, coverage=0.8)
-    return assess(predict(table, 1), table, HAM10000_CLASSES, "nv", calibration)
+    return evaluate(table)
 
 
-def test_what_val_fits_survives_the_checkpoint(table: pd.DataFrame) -> None:
-    calibration = calibrate(predict(table, 0), HAM10000_CLASSES, coverage=0.8)
+def test_the_calibration_survives_the_checkpoint(assessment: Assessment) -> None:
+    calibration = assessment.calibration
     assert Calibration.from_dict(json.loads(json.dumps(calibration.to_dict()))) == calibration
-    assert set(calibration.points) == {"melanoma", "malignant"}
+    groups = {name.partition("_at_")[0] for name in calibration.thresholds}
+    assert groups == {"melanoma", "malignant"}
 
 
-def test_the_page_has_every_part(assessment: Assessment) -> None:
-    page = format_assessment(assessment, "test")
-    for part in ("Test: ", "Calibration", "Operating points", "Referral", "Test-retest", "Slices"):
-        assert f"### {part}" in page
-    assert "always nv" in page
-    assert "names no lesions" not in page
-    assert " nan" not in page
+def test_the_table_holds_the_headline_metrics_with_intervals_beside_the_baseline(
+    assessment: Assessment,
+) -> None:
+    metrics = compute_metrics(assessment.predictions)
+    intervals = compute_intervals(assessment.predictions, assessment.lesions)
+    for name in HEADLINES:
+        row = assessment.get(name)
+        assert (row.value, row.low, row.high) == (getattr(metrics, name), *intervals[name])
+        assert row.low < row.value < row.high
+        assert row.n == len(assessment.lesions)
+    assert assessment.get("baseline_balanced_accuracy").value == pytest.approx(1 / 7)
+    assert assessment.get("baseline_accuracy").value == (assessment.predictions.targets == 5).mean()
+    assert assessment.get("lesions").value == 210
 
 
-def test_temperature_changes_how_sure_the_model_is_and_no_answer(assessment: Assessment) -> None:
-    assert (assessment.raw.predicted == assessment.scores.predictions.predicted).all()
-    assert not np.allclose(assessment.raw.probabilities, assessment.scores.predictions.probabilities)
+def test_the_table_names_every_metric_once_and_per_class_ones_by_class(assessment: Assessment) -> None:
+    assert assessment.table.name.is_unique
+    mel = assessment.per_class.set_index("dx").loc["mel"]
+    row = assessment.get("sensitivity/mel")
+    assert (row.value, row.n) == (mel.sensitivity, mel.images)
+    wanted = {"ece", "brier", "set_size", "referral_area", "melanoma_at_0.90_specificity", "retest_agreement"}
+    assert np.isfinite(assessment.table.set_index("name").value[[*wanted]]).all()
 
 
-def test_the_file_for_programs_is_strict_json(assessment: Assessment) -> None:
-    written = json.dumps(_drop_nans(assessment.to_json("test")), allow_nan=False)
-    read = json.loads(written)
-    assert read["intervals_drawn_by"] == "lesion"
-    assert np.array(read["confusion"]).sum() == len(assessment.raw.targets)
-    assert read["metrics"]["balanced_accuracy"] == assessment.scores.metrics.balanced_accuracy
-    assert len(read["classes"]) == 7
-    assert len(read["operating_points"]["melanoma"]) == 2
-
-
-def test_every_metric_for_mlflow_is_a_number_under_its_split(assessment: Assessment) -> None:
-    figures = assessment.to_dict("test")
-    assert all(name.startswith(("test/", "test_")) for name in figures)
-    assert figures["test_sensitivity/mel"] == assessment.scores.class_table.sensitivity[4]
-    for name in (
-        "ece",
-        "brier",
-        "coverage",
-        "melanoma_at_0.90_specificity",
-        "retest_agreement",
-        "macro_auc_low",
-    ):
-        assert np.isfinite(figures[f"test/{name}"])
-
-
-def test_without_lesion_ids_the_page_says_what_the_intervals_are(table: pd.DataFrame) -> None:
-    alone = table.assign(lesion_id=table.image_id)
-    calibration = calibrate(predict(alone, 0), HAM10000_CLASSES, coverage=0.8)
-    assessment = assess(predict(alone, 1), alone, HAM10000_CLASSES, "nv", calibration)
-    page = format_assessment(assessment, "test")
-    assert "The source names no lesions: intervals are by image" in page
-    assert " lesions\n" not in page.split("|")[0]
-    assert "No lesion has several photos" in page
-    assert assessment.to_json("test")["intervals_drawn_by"] == "image"
-
-
-def test_answers_that_are_no_numbers_are_refused(table: pd.DataFrame, assessment: Assessment) -> None:
-    broken = predict(table, 1)
-    probabilities = broken.probabilities.copy()
-    probabilities[3] = np.nan
-    with pytest.raises(UserError, match="must be finite, but 1 of"):
-        assess(
-            replace(broken, probabilities=probabilities),
-            table,
-            HAM10000_CLASSES,
-            "nv",
-            assessment.calibration,
-        )
-
-
-def test_other_classes_have_no_operating_points() -> None:
-    table = make_table(lesions_per_class=10, classes=("a", "b"))
-    rng = np.random.default_rng(0)
-    probabilities = rng.dirichlet(np.ones(2), len(table))
-    predictions = Predictions(
+def test_coverage_is_the_share_of_sets_that_hold_the_true_class() -> None:
+    table = make_table(lesions_per_class=2, classes=("a", "b", "c")).iloc[:4]
+    table = table.assign(target=[0, 1, 1, 0], lesion_id=[*"aabc"])
+    probabilities = np.array([[0.7, 0.3, 0], [0.5, 0.4, 0.1], [0.9, 0.1, 0], [0.6, 0.35, 0.05]])
+    raw = Predictions(
         probabilities=probabilities, targets=table.target.to_numpy(), image_ids=tuple(table.image_id)
     )
-    calibration = calibrate(predictions, ("a", "b"), coverage=0.9)
-    page = format_assessment(assess(predictions, table, ("a", "b"), "a", calibration), "test")
-    assert "Operating points" not in page
+    calibration = Calibration(temperature=1.0, coverage=0.9, least_probability=0.4, thresholds={})
+    result = assess(raw, table, ("a", "b", "c"), "a", calibration)
+    values = [result.get(name).value for name in ("coverage", "set_size", "singleton_fraction")]
+    assert values == [0.75, 1.25, 0.75]
+    assert result.per_class.coverage[:2].tolist() == [1, 0.5]
+    assert np.isnan(result.per_class.coverage[2])
+
+
+def test_temperature_changes_confidence_and_no_prediction(
+    table: pd.DataFrame, assessment: Assessment
+) -> None:
+    raw = predict(table)
+    assert (raw.predicted == assessment.predictions.predicted).all()
+    assert not np.allclose(raw.probabilities, assessment.predictions.probabilities)
+
+
+def test_mlflow_gets_the_headline_metrics_only_under_their_split(assessment: Assessment) -> None:
+    metrics = assessment.metrics("test")
+    names = {"images", "loss", "ece", *HEADLINES, *(f"baseline_{name}" for name in HEADLINES)}
+    names |= {f"{name}_{end}" for name in HEADLINES for end in ("low", "high")}
+    assert set(metrics) == {f"test/{name}" for name in names}
+    assert len(metrics) <= 25
+    assert metrics["test/macro_auc_low"] == assessment.get("macro_auc").low
+
+
+def test_the_page_shows_the_values_of_the_table(assessment: Assessment) -> None:
+    page = format_assessment(assessment, "test", ["**A warning.**", ""])
+    assert page.startswith("**A warning.**\n\n### Test: ")
+    row = assessment.get("balanced_accuracy")
+    assert f"{row.value:.3f} [{row.low:.2f}, {row.high:.2f}]" in page
+    assert f"{assessment.get('ece').value:.3f}" in page
+    assert f"{assessment.calibration.thresholds['malignant_at_0.95']:.4f}" in page
+    assert "always nv" in page
+    assert " nan" not in page
+    lines = [line for line in page.splitlines() if line.startswith("|")][:6]
+    assert len({tuple(match.start() for match in re.finditer(r"\|", line)) for line in lines}) == 1
+
+
+def test_the_json_file_is_strict_and_complete(assessment: Assessment) -> None:
+    content = list_artifacts(assessment, "test", "Test")["test/evaluation.json"]
+    read = json.loads(json.dumps(content, allow_nan=False))
+    values = {row["name"]: row["value"] for row in read["metrics"]}
+    assert values["balanced_accuracy"] == pytest.approx(assessment.get("balanced_accuracy").value, abs=1e-15)
+    assert np.array(read["confusion"]).sum() == len(assessment.lesions)
+    assert read["intervals_by"] == "lesion"
+    assert set(read) >= {"per_class", "subgroups", "retest", "reliability", "referral", "calibration"}
+
+
+def test_predictions_are_a_row_per_image(assessment: Assessment) -> None:
+    rows = list_artifacts(assessment, "val", "Val")["val/predictions.csv"]
+    assert rows.columns.tolist() == ["image_id", "lesion_id", "dx", "prediction", *HAM10000_CLASSES]
+    assert rows[[*HAM10000_CLASSES]].sum(axis=1).to_numpy() == pytest.approx(np.ones(len(rows)))
+    assert (rows.dx == rows.prediction).mean() == assessment.get("accuracy").value
+
+
+def test_without_lesion_ids_intervals_are_said_to_be_by_image(table: pd.DataFrame) -> None:
+    alone = evaluate(table.assign(lesion_id=table.image_id))
+    page = format_assessment(alone, "test")
+    assert "intervals are by image" in page
+    assert alone.retest.empty
+    assert list_artifacts(alone, "test", "Test")["test/evaluation.json"]["intervals_by"] == "image"
+
+
+def test_a_val_without_melanoma_gives_no_threshold_for_it_and_says_so(table: pd.DataFrame) -> None:
+    without = predict(table).select((table.dx != "mel").to_numpy())
+    calibration = fit_calibration(without, HAM10000_CLASSES, coverage=0.8)
+    assert {name.partition("_at_")[0] for name in calibration.thresholds} == {"malignant"}
+    result = assess(predict(table), table, HAM10000_CLASSES, "nv", calibration)
+    assert "no threshold for melanoma" in format_assessment(result, "test")
+
+
+@pytest.mark.parametrize(("rows", "words"), [(0, "no images"), (5, r"1 of 5 images \(first: image_3\)")])
+def test_no_images_and_output_that_is_not_finite_are_refused(rows: int, words: str) -> None:
+    probabilities = np.full((rows, 2), 0.5)
+    probabilities[3:4] = np.nan
+    ids = tuple(f"image_{row}" for row in range(rows))
+    broken = Predictions(probabilities=probabilities, targets=np.zeros(rows, np.int64), image_ids=ids)
+    calibration = Calibration(temperature=1.0, coverage=0.9, least_probability=0.5, thresholds={})
+    with pytest.raises(UserError, match=words):
+        fit_calibration(broken, ("a", "b"), 0.9)
+    with pytest.raises(UserError, match=words):
+        assess(broken, pd.DataFrame(), ("a", "b"), "a", calibration)
+
+
+def test_class_names_in_any_script_and_with_tex_are_drawn_and_have_metrics_of_their_own() -> None:
+    table = make_table(lesions_per_class=10, classes=ODD_CLASSES)
+    result = evaluate(table)
+    rows = np.arange(len(ODD_CLASSES))
+    pixels = np.zeros((len(rows), 8, 8, 3), np.uint8)
+    examples = Examples(rows=rows, pixels=pixels, heats=pixels[..., 0].astype(np.float32), missed=pixels[:0])
+    files = list_artifacts(result, "test", "Test", examples=examples)
+    for content in files.values():
+        if isinstance(content, Figure):
+            content.draw_without_rendering()  # raises for broken TeX, and warns of what the font lacks
+    labels = [label.get_text() for label in files["test/confusion.png"].axes[0].get_xticklabels()]
+    assert labels == ["class 0", "class 1", r"\$x_{", r"a|b/c \$1\$", "меланома"]
+    assert {f"sensitivity/{name}" for name in ODD_CLASSES} <= set(result.table.name)
+    assert all(re.fullmatch("[a-z_/]+", name) for name in result.metrics("test"))
+    assert "Decision thresholds" not in files["test/evaluation.md"]
+    assert "test/roc.png" not in files
+
+
+def test_the_work_for_images_does_not_grow_with_the_number_of_classes() -> None:
+    table = make_table(lesions_per_class=1, classes=tuple(f"class {index:03}" for index in range(60)))
+    result = evaluate(table)
+    files = list_artifacts(result, "test", "Test")
+    assert len(files["test/confusion.png"].axes[0].texts) == 0
+    for content in files.values():
+        if isinstance(content, Figure):
+            assert content.get_figheight() < 20
+    assert replace(result, classes=result.classes).per_class.images.sum() == len(table)

@@ -1,6 +1,5 @@
 """Comparing finished trainings: paired differences, one table, a run with links to its sources."""
 
-import json
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -62,17 +61,18 @@ def test_other_images_are_refused() -> None:
     other = Predictions(
         probabilities=other.probabilities, targets=other.targets, image_ids=other.image_ids[::-1]
     )
-    with pytest.raises(UserError, match="same images only, but b"):
+    with pytest.raises(UserError, match="b and a were evaluated on different images"):
         compare_models({"a": predict(0.3), "b": other}, LESIONS)
 
 
-def test_a_difference_is_told_in_points() -> None:
+@pytest.mark.parametrize(("low", "is_chance"), [(-0.009, True), (0.002, False)])
+def test_a_difference_is_written_in_points(low: float, is_chance: bool) -> None:
     difference = Difference(
-        first="resnet152", second="resnet50", metric="macro_auc", value=0.008, low=-0.009, high=0.024
+        first="resnet152", second="resnet50", metric="macro_auc", value=0.008, low=low, high=0.024
     )
-    assert format_difference(difference) == (
-        "resnet152 minus resnet50: +0.8 points [-0.9, +2.4] macro AUC, which may be chance"
-    )
+    text = format_difference(difference)
+    assert text.startswith(f"resnet152 minus resnet50: +0.8 points [{100 * low:+.1f}, +2.4] macro AUC")
+    assert ("not significant" in text) == is_chance
 
 
 def test_weights_are_counted_without_the_head() -> None:
@@ -126,8 +126,8 @@ def test_the_best_run_of_each_arch_is_compared_in_a_run_with_links(runs, capsys)
     (run,) = mlflow.search_runs(filter_string="params.runs = 'best'", output_format="list")
     assert run.data.tags["compares"] == f"{runs['second']} {runs['deep']}"
     assert runs["deep"] in run.data.tags["mlflow.note.content"]
-    path = mlflow.artifacts.download_artifacts(run_id=run.info.run_id, artifact_path="differences.json")
-    assert len(json.loads(Path(path).read_text())) == 3
+    path = mlflow.artifacts.download_artifacts(run_id=run.info.run_id, artifact_path="differences.csv")
+    assert len(pd.read_csv(path)) == 3
 
 
 def test_two_runs_of_one_arch_are_told_apart_by_name(runs, capsys) -> None:
@@ -153,6 +153,12 @@ def test_a_leaking_run_is_not_the_best_and_is_marked_where_it_is_named(runs, cap
     assert "resnet50: **The split of this training leaks" in capsys.readouterr().out
 
 
+def test_runs_of_two_splits_are_refused_and_named(runs) -> None:
+    mlflow.MlflowClient().set_tag(runs["deep"], "split.hash", "def")
+    with pytest.raises(UserError, match=f"3 runs on 2 splits.*{runs['deep']}"):
+        compare(CompareConfig(runs=",".join(runs.values())))
+
+
 @pytest.mark.parametrize("wrong", ["only one", "unknown", "no val", "no training"])
 def test_what_cannot_be_compared_is_refused_and_the_run_ends_failed(runs, wrong: str) -> None:
     config = {
@@ -161,6 +167,6 @@ def test_what_cannot_be_compared_is_refused_and_the_run_ends_failed(runs, wrong:
         "no val": CompareConfig(runs="best", split="val"),
         "no training": CompareConfig(runs=f"{runs['deep']},{start_other_run()}"),
     }[wrong]
-    with pytest.raises(UserError, match="runs must"):
+    with pytest.raises(UserError, match="runs"):
         compare(config)
     assert mlflow.search_runs(output_format="list", max_results=1)[0].info.status == "FAILED"

@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from skin_resnet.evaluation.explain import choose_examples, compute_gradcam
+from skin_resnet.evaluation.explain import MAX_CLASSES, choose_examples, compute_gradcam
 from skin_resnet.evaluation.metrics import Predictions
 from skin_resnet.evaluation.plots.explain import plot_gradcam
 from skin_resnet.labels import HAM10000_CLASSES
@@ -101,6 +101,14 @@ def test_of_each_class_right_and_wrong_examples_are_chosen() -> None:
         assert is_right[chosen].sum() == min(3, (here & is_right).sum())
         assert (~is_right[chosen]).sum() == min(2, (here & ~is_right).sum())
     assert len(set(rows)) == len(rows)
+
+
+def test_of_many_classes_those_with_most_images_are_shown() -> None:
+    predictions = predict_randomly(800, classes=40)
+    shown = np.unique(predictions.targets[choose_examples(predictions)])
+    counts = np.bincount(predictions.targets)
+    assert len(shown) == MAX_CLASSES
+    assert counts[shown].min() >= np.delete(counts, shown).max()
 
 
 def test_the_choice_depends_on_seed_and_ids_but_not_on_the_order_of_images() -> None:

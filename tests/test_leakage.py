@@ -192,7 +192,7 @@ def test_the_command_calls_our_split_clean_and_one_by_image_not(
     options = [part for name, file in files.items() for part in (f"--{name}", str(tmp_path / file))]
     assert run_command("--cache_dir", str(tmp_path), *options) == 1
     page = capsys.readouterr().out
-    assert page.splitlines()[0].endswith(": it leaks")
+    assert page.splitlines()[0].endswith(": the split leaks")
     assert "of melanoma's" in page
     told = json.loads((tmp_path / "report.json").read_text())
     sides = table.merge(by_image)
@@ -207,7 +207,7 @@ def test_data_without_lesions_is_not_called_clean(
     assert run_command("--data", str(class_folders), "--cache_dir", str(tmp_path)) == 0
     page = capsys.readouterr().out
     assert page.splitlines()[0].endswith(": no leak found")
-    assert "does not tell which images show one lesion" in page
+    assert "does not name lesions" in page
 
 
 @pytest.mark.skipif("SKIN_RESNET_DATA" not in os.environ, reason="SKIN_RESNET_DATA names no HAM10000 folder")

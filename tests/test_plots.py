@@ -4,34 +4,44 @@ from io import BytesIO
 from itertools import combinations
 
 import numpy as np
+import pandas as pd
 import pytest
 from matplotlib import rcParams
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.text import Text
 
-from skin_resnet.evaluation.metrics import EpochResult, Metrics, Predictions
-from skin_resnet.evaluation.plots.confusion import plot_confusion
+from skin_resnet.evaluation.assess import Assessment
+from skin_resnet.evaluation.metrics import Predictions
+from skin_resnet.evaluation.operating import find_positives
+from skin_resnet.evaluation.plots.assessment import (
+    plot_confusion,
+    plot_referral,
+    plot_reliability,
+    plot_roc,
+    plot_subgroups,
+)
 from skin_resnet.evaluation.plots.curves import plot_curves
 from skin_resnet.labels import HAM10000_CLASSES
+from tests.conftest import make_table
+from tests.test_assess import evaluate
 
 SEVEN = HAM10000_CLASSES
 
 
-def make_epoch(epoch: int, train_loss: float, val_loss: float, lr: float = 3e-4) -> EpochResult:
-    def score(loss: float) -> Metrics:
-        right = float(np.exp(-loss))
-        return Metrics(loss=loss, accuracy=0.5 + right / 2, balanced_accuracy=right, macro_auc=0.8)
-
-    return EpochResult(
-        epoch=epoch, lr=lr, seconds=9, images_per_s=400, train=score(train_loss), val=score(val_loss)
-    )
-
-
-def make_history(length: int) -> list[EpochResult]:
-    times = np.arange(length) / length
-    losses = zip(2 * np.exp(-4 * times), 1.5 - 2 * times + 2.2 * times**2, strict=True)
-    return [make_epoch(epoch, *map(float, pair)) for epoch, pair in enumerate(losses, 1)]
+def make_history(
+    losses: Sequence[tuple[float, float]] | int, lr: float | Sequence[float] = 3e-4
+) -> pd.DataFrame:
+    """A history from train and val losses, or of a length, with curves that overfit."""
+    if isinstance(losses, int):
+        times = np.arange(losses) / losses
+        losses = [*zip(2 * np.exp(-4 * times), 1.5 - 2 * times + 2.2 * times**2, strict=True)]
+    history = pd.DataFrame(losses, columns=["train/loss", "val/loss"]).assign(lr=lr)
+    for split in ("train", "val"):
+        history[f"{split}/balanced_accuracy"] = np.exp(-history[f"{split}/loss"])
+        history[f"{split}/accuracy"] = 0.5 + history[f"{split}/balanced_accuracy"] / 2
+    history.index += 1
+    return history.rename_axis("epoch")
 
 
 def make_predictions(classes: int, absent: Sequence[int] = ()) -> Predictions:
@@ -48,7 +58,7 @@ def texts_of(axes: Axes) -> list[str]:
 
 
 def visible_texts(figure: Figure) -> list[Text]:
-    """Give all upright texts that are drawn, with their places fixed."""
+    """Return all upright texts that are drawn, with their places fixed."""
     figure.draw_without_rendering()
     texts = [text for text in figure.findobj(Text) if text.get_text() and text.get_visible()]
     for axes in figure.axes:
@@ -82,26 +92,23 @@ def test_no_text_of_the_curves_lies_on_another_or_leaves_the_page(length: int, b
 
 def test_curves_show_the_values_of_every_epoch_of_both_splits() -> None:
     history = make_history(8)
-    loss, score, lr = plot_curves(history, 3).axes
-    drawn = [tuple(line.get_ydata()) for axes in (loss, score, lr) for line in axes.lines]
-    for split in ("train", "val"):
-        for name in ("loss", "balanced_accuracy", "accuracy"):
-            assert tuple(getattr(getattr(result, split), name) for result in history) in drawn
-    assert tuple(result.lr for result in history) in drawn
+    drawn = [tuple(line.get_ydata()) for axes in plot_curves(history, 3).axes for line in axes.lines]
+    for name in history:
+        assert tuple(history[name]) in drawn
 
 
 def test_the_best_epoch_is_marked_with_its_val_values() -> None:
     history = make_history(60)
     figure = plot_curves(history, 23)
-    best = history[22]
+    best = history.loc[23]
     loss, score, lr = figure.axes
-    assert f"epoch 23: {best.val.loss:.3f}" in texts_of(loss)
-    assert f"epoch 23: {best.val.balanced_accuracy:.3f}" in texts_of(score)
+    assert f"epoch 23: {best['val/loss']:.3f}" in texts_of(loss)
+    assert f"epoch 23: {best['val/balanced_accuracy']:.3f}" in texts_of(score)
     for axes in (loss, score, lr):
         assert [23, 23] in [list(line.get_xdata()) for line in axes.lines]
     title = figure._suptitle.get_text()
-    assert title.startswith("Best epoch 23 of 60")
-    assert f"{best.val.balanced_accuracy:.3f} on val, {best.train.balanced_accuracy:.3f} on train" in title
+    for text in ("23 of 60", *(f"{best[f'{split}/balanced_accuracy']:.3f}" for split in ("val", "train"))):
+        assert text in title
 
 
 @pytest.mark.parametrize("best_epoch", [1, 50, 100])
@@ -125,29 +132,24 @@ def test_epoch_ticks_are_whole_epochs_that_exist(length: int) -> None:
 
 
 def test_lines_that_end_at_one_value_keep_their_names_apart() -> None:
-    same = Metrics(loss=0.01, accuracy=1, balanced_accuracy=1, macro_auc=1)
-    history = [
-        EpochResult(epoch=epoch, lr=1e-3, seconds=1, images_per_s=1, train=same, val=same)
-        for epoch in (1, 2, 3)
-    ]
-    assert_texts_are_apart(plot_curves(history, 2))
+    assert_texts_are_apart(plot_curves(make_history([(0.0, 0.0)] * 3), 2))
 
 
-def test_one_wild_loss_is_named_instead_of_pressing_the_curve_flat() -> None:
-    history = [make_epoch(1, 1.9, 38.2), *make_history(12)[1:]]
+def test_one_wild_loss_is_named_instead_of_flattening_the_curve() -> None:
+    history = make_history(12)
+    assert not plot_curves(history, 9).axes[0].get_title(loc="right")
+    history.loc[1, "val/loss"] = 38.2
     loss = plot_curves(history, 9).axes[0]
     assert loss.get_ylim()[1] < 4
-    assert loss.get_title(loc="right") == "off this axis: val loss 38.2 in epoch 1"
-    assert not plot_curves(make_history(12), 9).axes[0].get_title(loc="right")
+    assert loss.get_title(loc="right").endswith("val loss 38.2 in epoch 1")
 
 
 def test_a_learning_rate_that_steps_down_by_decades_gets_a_log_axis_and_a_cosine_does_not() -> None:
     def scale_of(lrs: Sequence[float]) -> str:
-        history = [make_epoch(epoch, 1, 1, float(lr)) for epoch, lr in enumerate(lrs, 1)]
-        return plot_curves(history, 1).axes[-1].get_yscale()
+        return plot_curves(make_history(len(lrs), lr=lrs), 1).axes[-1].get_yscale()
 
     assert scale_of([1e-3] * 5 + [1e-4] * 5 + [1e-5] * 5 + [1e-6] * 5) == "log"
-    assert scale_of(5e-4 * (1 + np.cos(np.linspace(0, np.pi, 40)))) == "linear"
+    assert scale_of([*(5e-4 * (1 + np.cos(np.linspace(0, np.pi, 40))))]) == "linear"
     assert scale_of([3e-4] * 5) == "linear"
     assert scale_of([0.0]) == "linear"
 
@@ -179,13 +181,80 @@ def test_each_cell_says_how_many_images_and_which_share_of_the_row() -> None:
     assert cells == {(0, 0): "3\n75%", (2, 0): "1\n25%", (1, 1): "998\n100%", (2, 1): "2\n<1%"}
     assert [label.get_text() for label in axes.get_yticklabels()] == ["a (4)", "b (1,000)", "c (0)"]
     assert "no images" in texts_of(axes)
-    assert axes.get_title(loc="left") == "Val: 1,004 images, balanced accuracy 0.874"
+    assert "Val: 1,004 images, balanced accuracy 0.874" in axes.get_title(loc="left")
 
 
 def test_every_class_without_images_is_said_to_have_none() -> None:
     axes = plot_confusion(make_predictions(7, absent=(3, 6)), SEVEN, "Val").axes[0]
     rows = [text.get_position()[1] for text in axes.texts if text.get_text() == "no images"]
     assert rows == [3, 6]
+
+
+# The other figures of an evaluation
+
+
+@pytest.fixture(scope="module")
+def assessment() -> Assessment:
+    """Of 7 classes; one lesion in three has three photos, ages and sites differ."""
+    table = make_table(lesions_per_class=30)
+    rng = np.random.default_rng(0)
+    sites = rng.choice(["back", "unknown", "ear"], len(table), p=[0.6, 0.37, 0.03])
+    return evaluate(table.assign(localization=sites, age=rng.choice([20, 50, np.nan], len(table))))
+
+
+def test_the_reliability_plot_carries_both_errors_and_every_bins_count(assessment: Assessment) -> None:
+    before, after, *counts = plot_reliability(assessment, "Test").axes
+    for axes, name in ((before, "ece_before_temperature"), (after, "ece")):
+        assert axes.get_title(loc="left").endswith(f"ECE {assessment.get(name).value:.3f}")
+    for axes, (_, bins) in zip(
+        counts, assessment.reliability.groupby("temperature", sort=False), strict=True
+    ):
+        assert [int(text.get_text()) for text in axes.texts] == bins.images[bins.images > 0].tolist()
+
+
+def test_the_referral_plot_carries_area_and_count(assessment: Assessment) -> None:
+    axes = plot_referral(assessment.referral, "Test").axes[0]
+    assert f"{len(assessment.referral)}" in axes.get_title(loc="left")
+    assert f"{assessment.get('referral_area').value:.3f}" in axes.get_legend().get_texts()[0].get_text()
+
+
+def test_the_roc_marks_what_each_threshold_reaches(assessment: Assessment) -> None:
+    panels = plot_roc(assessment, "Test").axes
+    for axes, name in zip(panels, find_positives(SEVEN), strict=True):
+        drawn = [
+            (line.get_xdata()[0], line.get_ydata()[0]) for line in axes.lines if line.get_marker() in "os"
+        ]
+        rows = [
+            [assessment.get(f"{name}_at_{goal}_{metric}").value for metric in ("specificity", "sensitivity")]
+            for goal in ("0.90", "0.95")
+        ]
+        assert drawn == [(1 - specificity, sensitivity) for specificity, sensitivity in rows]
+
+
+def test_a_roc_without_images_of_both_kinds_says_so() -> None:
+    table = make_table(lesions_per_class=5)
+    table = table[table.dx == "mel"].reset_index(drop=True)
+    axes = plot_roc(evaluate(table), "Test").axes[0]
+    assert texts_of(axes) == ["no images of both kinds"]
+
+
+@pytest.mark.parametrize("metric", ["balanced_accuracy", "accuracy", "macro_auc"])
+def test_the_subgroups_show_each_value_and_say_where_there_is_none(
+    assessment: Assessment, metric: str
+) -> None:
+    page = plot_subgroups(assessment, "Test", metric)
+    assert_texts_are_apart(page)
+    overall = assessment.get(metric).value
+    assert f"{overall:.3f}" in page._suptitle.get_text()
+    shown = assessment.subgroups[assessment.subgroups.metric == metric].set_index("by")
+    assert len(page.axes) == (4 if metric == "balanced_accuracy" else 3)
+    for axes, by in zip(page.axes, ("sex", "age", "localization"), strict=False):
+        line, dots = axes.lines
+        assert set(line.get_xdata()) == {overall}
+        np.testing.assert_array_equal(dots.get_xdata(), shown.loc[[by]].value)
+        assert texts_of(axes).count("too small") == shown.loc[[by]].value.isna().sum()
+        counts = [f"{row.images} ({row.lesions}), {row.classes}" for row in shown.loc[[by]].itertuples()]
+        assert [text for text in texts_of(axes) if "(" in text] == counts
 
 
 def test_plotting_needs_no_pyplot_and_changes_no_setting(monkeypatch: pytest.MonkeyPatch) -> None:

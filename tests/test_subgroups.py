@@ -1,4 +1,5 @@
 from dataclasses import replace
+from itertools import combinations
 
 import numpy as np
 import pandas as pd
@@ -6,11 +7,9 @@ import pytest
 from sklearn import metrics as sk
 
 from skin_resnet.evaluation.metrics import Predictions, compute_intervals, compute_mean_interval
-from skin_resnet.evaluation.plots.subgroups import plot_slices
-from skin_resnet.evaluation.subgroups import MIN_IMAGES, MIN_LESIONS, compute_slices
+from skin_resnet.evaluation.subgroups import MIN_IMAGES, MIN_LESIONS, compute_retest, compute_subgroups
 from skin_resnet.labels import HAM10000_CLASSES
 from tests.test_metrics import predict_randomly
-from tests.test_plots import assert_texts_are_apart, texts_of
 
 AGES = {
     "under 30": (0, 29.5),
@@ -42,16 +41,15 @@ def describe_images(predictions: Predictions, seed: int = 0) -> tuple[pd.DataFra
 
 
 @pytest.fixture(scope="module")
-def sliced() -> tuple[Predictions, pd.DataFrame, np.ndarray, pd.DataFrame]:
+def measured() -> tuple[Predictions, pd.DataFrame, np.ndarray, pd.DataFrame]:
     predictions = predict_randomly(600)
     table, lesions = describe_images(predictions)
-    return predictions, table, lesions, compute_slices(predictions, table, lesions)
+    return predictions, table, lesions, compute_subgroups(predictions, table, lesions)
 
 
-def test_the_figures_of_a_slice_are_scikit_learns_on_its_images(sliced) -> None:
-    predictions, table, lesions, slices = sliced
+def test_the_metrics_of_a_subgroup_are_scikit_learns_on_its_images(measured) -> None:
+    predictions, table, lesions, subgroups = measured
     for by, name, inside in (
-        ("all", "all", np.ones(600, dtype=bool)),
         ("sex", "female", table.sex == "female"),
         ("age", "60-74", table.age.between(*AGES["60-74"])),
         ("localization", "back", table.localization == "back"),
@@ -62,30 +60,30 @@ def test_the_figures_of_a_slice_are_scikit_learns_on_its_images(sliced) -> None:
             "accuracy": sk.accuracy_score(targets, probabilities.argmax(axis=1)),
             "macro_auc": sk.roc_auc_score(targets, probabilities, multi_class="ovr"),
         }
-        rows = slices[(slices["by"] == by) & (slices["slice"] == name)].set_index("figure")
+        rows = subgroups[(subgroups["by"] == by) & (subgroups["subgroup"] == name)].set_index("metric")
         assert rows.value.to_dict() == pytest.approx(expected)
         part = Predictions(probabilities=probabilities, targets=targets, image_ids=())
-        for figure, interval in compute_intervals(part, lesions[inside]).items():
-            assert (rows.low[figure], rows.high[figure]) == interval
+        for metric, interval in compute_intervals(part, lesions[inside]).items():
+            assert (rows.low[metric], rows.high[metric]) == interval
         assert set(rows.images) == {len(targets)}
         assert set(rows.lesions) == {len(set(lesions[inside]))}
         assert set(rows.classes) == {len(set(targets))}
 
 
-def test_the_slices_by_diagnosis_hold_its_sensitivity(sliced) -> None:
-    predictions, _, _, slices = sliced
+def test_the_subgroups_by_diagnosis_hold_its_sensitivity(measured) -> None:
+    predictions, _, _, subgroups = measured
     recalls = sk.recall_score(predictions.targets, predictions.predicted, average=None)
-    rows = slices[slices["by"] == "dx"]
-    assert set(rows.figure) == {"sensitivity"}
-    assert rows["slice"].tolist() == list(HAM10000_CLASSES)
-    spoken = ~rows.too_small.to_numpy()
+    rows = subgroups[subgroups["by"] == "dx"]
+    assert set(rows.metric) == {"sensitivity"}
+    assert rows["subgroup"].tolist() == list(HAM10000_CLASSES)
+    spoken = rows.value.notna().to_numpy()
     assert spoken.any()
     assert rows.value[spoken].to_numpy() == pytest.approx(recalls[spoken])
 
 
 @pytest.mark.parametrize("by", ["sex", "age", "localization", "dx"])
-def test_every_image_is_in_one_slice_and_slices_have_an_order(sliced, by: str) -> None:
-    rows = sliced[3][sliced[3]["by"] == by].drop_duplicates("slice")
+def test_every_image_is_in_one_subgroup_and_subgroups_have_an_order(measured, by: str) -> None:
+    rows = measured[3][measured[3]["by"] == by].drop_duplicates("subgroup")
     assert rows.images.sum() == 600
     order = {
         "sex": ["female", "male", "unknown"],
@@ -93,19 +91,19 @@ def test_every_image_is_in_one_slice_and_slices_have_an_order(sliced, by: str) -
         "localization": ["back", "face", "ear", "unknown"],  # the frequent first, unknown last
         "dx": list(HAM10000_CLASSES),
     }
-    assert rows["slice"].tolist() == order[by]
+    assert rows["subgroup"].tolist() == order[by]
 
 
-def test_an_age_band_begins_with_its_first_year(sliced) -> None:
-    _, table, _, slices = sliced
-    counts = slices[slices["by"] == "age"].drop_duplicates("slice").images.tolist()
+def test_an_age_band_begins_with_its_first_year(measured) -> None:
+    _, table, _, subgroups = measured
+    counts = subgroups[subgroups["by"] == "age"].drop_duplicates("subgroup").images.tolist()
     assert counts == [table.age.isin(ages).sum() for ages in AGES.values()]
 
 
-def test_the_order_of_the_table_does_not_matter(sliced) -> None:
-    predictions, table, lesions, slices = sliced
+def test_the_order_of_the_table_does_not_matter(measured) -> None:
+    predictions, table, lesions, subgroups = measured
     shuffled = pd.concat([table, table.assign(image_id="x" + table.image_id)]).sample(frac=1, random_state=0)
-    pd.testing.assert_frame_equal(compute_slices(predictions, shuffled, lesions), slices)
+    pd.testing.assert_frame_equal(compute_subgroups(predictions, shuffled, lesions), subgroups)
 
 
 @pytest.mark.parametrize(
@@ -117,25 +115,24 @@ def test_the_order_of_the_table_does_not_matter(sliced) -> None:
         (MIN_IMAGES, MIN_LESIONS, 1, True),
     ],
 )
-def test_a_slice_that_is_too_small_has_counts_but_no_number(
+def test_a_subgroup_that_is_too_small_has_counts_but_no_number(
     images: int, lesions: int, classes: int, too_small: bool
 ) -> None:
     predictions = predict_randomly(images)
     predictions = replace(predictions, targets=np.arange(images) % classes)
     table, _ = describe_images(predictions)
     lesion_of = np.array([f"L{row % lesions}" for row in range(images)])
-    slices = compute_slices(predictions, table, lesion_of)
-    whole = slices[slices["by"] == "all"]
-    assert (whole.too_small == too_small).all()
+    subgroups = compute_subgroups(predictions, table.assign(sex="female"), lesion_of)
+    whole = subgroups[subgroups["by"] == "sex"]
     assert (whole[["value", "low", "high"]].isna().all(axis=1) == too_small).all()
     assert set(whole.images) == {images}
     assert set(whole.lesions) == {lesions}
 
 
-def test_an_attribute_that_is_never_known_makes_no_slices(sliced) -> None:
-    predictions, table, lesions, _ = sliced
-    slices = compute_slices(predictions, table.assign(sex="unknown", age=np.nan), lesions)
-    assert slices["by"].unique().tolist() == ["all", "localization", "dx"]
+def test_an_attribute_that_is_never_known_makes_no_subgroups(measured) -> None:
+    predictions, table, lesions, _ = measured
+    subgroups = compute_subgroups(predictions, table.assign(sex="unknown", age=np.nan), lesions)
+    assert subgroups["by"].unique().tolist() == ["localization", "dx"]
 
 
 def test_the_interval_of_a_mean_is_that_of_the_accuracy() -> None:
@@ -146,24 +143,81 @@ def test_the_interval_of_a_mean_is_that_of_the_accuracy() -> None:
     assert compute_mean_interval(hits, lesions) == pytest.approx(expected, abs=1e-12)
 
 
-@pytest.mark.parametrize("figure", ["balanced_accuracy", "accuracy", "macro_auc"])
-def test_the_figure_shows_each_value_and_says_where_there_is_none(sliced, figure: str) -> None:
-    page = plot_slices(sliced[3], "Test", figure)
-    assert_texts_are_apart(page)
-    shown = sliced[3][sliced[3].figure == figure].set_index("by")
-    assert f"{shown.value['all']:.3f} (line), 600 images of 300 lesions" in page._suptitle.get_text()
-    assert len(page.axes) == (4 if figure == "balanced_accuracy" else 3)
-    for axes, by in zip(page.axes, ("sex", "age", "localization"), strict=False):
-        line, dots = axes.lines
-        assert set(line.get_xdata()) == {shown.value["all"]}
-        np.testing.assert_array_equal(dots.get_xdata(), shown.value[by])
-        assert texts_of(axes).count("too small to speak of") == shown.too_small[by].sum()
-        counts = [f"{row.images} ({row.lesions}), {row.classes}" for row in shown.loc[by].itertuples()]
-        assert [text for text in texts_of(axes) if "(" in text] == counts
+# Test-retest
+
+CLASSES = ("bkl", "mel", "nv")
 
 
-def test_a_figure_of_slices_that_are_all_too_small_has_no_line() -> None:
-    predictions = predict_randomly(20)
-    page = plot_slices(compute_slices(predictions, *describe_images(predictions)), "Test")
-    assert_texts_are_apart(page)
-    assert page._suptitle.get_text() == "Test: balanced accuracy, 20 images of 10 lesions"
+def predict_photos(lesions: int = 90, noise: float = 0.5, photos: int = 3) -> tuple[Predictions, np.ndarray]:
+    """Lesions of `photos`, one, `photos`, one ... photos, whose predictions differ by noise; shuffled."""
+    rng = np.random.default_rng(0)
+    lesion_of = np.repeat(np.arange(lesions), np.where(np.arange(lesions) % 2, 1, photos))
+    rng.shuffle(lesion_of)
+    logits = rng.normal(0, 1, (lesions, 3))[lesion_of] + rng.normal(0, 1, (len(lesion_of), 3)) * noise
+    probabilities = np.exp(logits) / np.exp(logits).sum(axis=1, keepdims=True)
+    targets = np.where(lesion_of < 70, 1, 2)
+    ids = tuple(map(str, range(len(targets))))
+    return Predictions(probabilities=probabilities, targets=targets, image_ids=ids), lesion_of.astype(str)
+
+
+def pick(retest: pd.DataFrame, dx: str = "all") -> dict[str, float]:
+    rows = retest[retest.dx == dx]
+    return dict(zip(rows.metric, rows.value, strict=True))
+
+
+def test_retest_metrics_are_means_over_lesions_of_means_over_pairs() -> None:
+    predictions, lesions = predict_photos()
+    per_lesion, others = [], []
+    for lesion in {name for name in lesions if (lesions == name).sum() > 1}:
+        photos = np.flatnonzero(lesions == lesion)
+        beside = np.flatnonzero((lesions != lesion) & (predictions.targets == predictions.targets[photos[0]]))
+        for found, pairs in (
+            (per_lesion, list(combinations(photos, 2))),
+            (others, [(a, b) for a in photos for b in beside]),
+        ):
+            p, q = (predictions.probabilities[[pair[side] for pair in pairs]] for side in (0, 1))
+            agree = p.argmax(axis=1) == q.argmax(axis=1)
+            distance = np.maximum(p - q, 0).sum(axis=1)  # another form of the total variation
+            found.append(
+                (agree.mean(), float(agree.all()), distance.mean(), np.abs(p[:, 1] - q[:, 1]).mean())
+            )
+    retest = compute_retest(predictions, lesions, CLASSES)
+    names = ["agreement", "unanimous", "distance", "mel_difference"]
+    assert pick(retest) == pytest.approx(dict(zip(names, np.mean(per_lesion, axis=0), strict=True)))
+    beside = retest[retest.dx == "all"].others.to_numpy()
+    assert beside[[0, 2, 3]] == pytest.approx(np.mean(others, axis=0)[[0, 2, 3]])
+    assert np.isnan(beside[1])
+
+
+def test_only_lesions_with_several_photos_are_counted_each_under_its_class() -> None:
+    retest = compute_retest(*predict_photos(), CLASSES)
+    counts = retest.drop_duplicates("dx")[["dx", "lesions", "images"]].to_numpy().tolist()
+    assert counts == [["all", 45, 135], ["mel", 35, 105], ["nv", 10, 30]]
+    assert np.isnan(list(pick(retest, "nv").values())).all()  # too few lesions
+    assert np.isfinite(list(pick(retest, "mel").values())).all()
+
+
+def test_a_model_with_the_same_output_for_all_photos_of_a_lesion_is_perfect() -> None:
+    retest = compute_retest(*predict_photos(noise=0), CLASSES)
+    assert pick(retest) == {"agreement": 1, "unanimous": 1, "distance": 0, "mel_difference": 0}
+    others = retest.others[retest.dx == "all"].to_numpy()
+    assert others[0] < 0.6
+    assert others[2] > 0.2
+
+
+def test_retest_intervals_hold_the_mean_and_narrow_with_the_number_of_lesions() -> None:
+    few, many = (
+        compute_retest(*predict_photos(lesions), CLASSES).set_index(["dx", "metric"]).loc["all"]
+        for lesions in (60, 960)
+    )
+    for table in (few, many):
+        assert ((table.low < table.value) & (table.value < table.high)).all()
+    narrowing = (few.high - few.low) / (many.high - many.low)
+    assert narrowing.between(2.5, 6).all()  # 4 = the root of 16 times as many
+
+
+@pytest.mark.parametrize(("lesions", "photos", "rows"), [(50, 1, 0), (2 * MIN_LESIONS - 2, 3, 3)])
+def test_without_enough_lesions_there_is_no_number(lesions: int, photos: int, rows: int) -> None:
+    retest = compute_retest(*predict_photos(lesions, photos=photos), ("a", "b", "c"))
+    assert (retest.dx == "all").sum() == rows  # without a class mel, three metrics
+    assert retest.value.isna().all()

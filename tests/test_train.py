@@ -20,8 +20,8 @@ from skin_resnet.config import EvaluateConfig, TrainConfig
 from skin_resnet.data.prepare import HIDDEN, open_test, prepare_data
 from skin_resnet.data.split import Split
 from skin_resnet.errors import UserError
-from skin_resnet.evaluation.assess import LEAK_BANNER
 from skin_resnet.evaluation.metrics import EpochResult
+from skin_resnet.evaluation.page import LEAK_BANNER
 from skin_resnet.training import engine
 from skin_resnet.training.checkpoint import read_checkpoint
 from skin_resnet.training.engine import NonFiniteLossError
@@ -118,14 +118,14 @@ def test_what_it_stands_on_is_on_the_run(run: Run) -> None:
 def test_figures_tables_report_and_note_are_on_the_run(run: Run) -> None:
     assert list_artifacts(run) >= {"checkpoint", "data", "figures", "val", "test", "report.md"}
     assert list_artifacts(run, "figures") == {"figures/curves.png"}
-    tables = {"per_class.csv", "predictions.csv", "slices.csv", "scores.md", "scores.json"}
-    names = tables | {"confusion.png", "reliability.png", "referral.png", "slices.png"}
+    tables = {"per_class.csv", "predictions.csv", "subgroups.csv", "metrics.csv"}
+    tables |= {"evaluation.md", "evaluation.json"}
+    names = tables | {"confusion.png", "reliability.png", "referral.png", "subgroups.png"}
     assert list_artifacts(run, "val") == {f"val/{name}" for name in names}
     assert list_artifacts(run, "test") == {f"test/{name}" for name in names | {"gradcam.png"}}
-    assert len(list_artifacts(run, "images")) > 0
     note = run.data.tags["mlflow.note.content"]
     assert "balanced accuracy" in note
-    assert "The source names no lesions" in note
+    assert "does not name lesions" in note
     assert "always" in note
 
 
@@ -165,7 +165,7 @@ def test_evaluate_gives_the_same_scores_and_counts_the_opening(run: Run, config:
         assert again.data.tags["test.times_opened"] == str(2 + number)
         assert latest.data.tags["test.opened_before"] == str(1 + number)
     out = capsys.readouterr().out
-    assert "left out, which are not of its test split" in out
+    assert "30 left out" in out
     assert "This test was opened before, by 2 runs of this experiment." in out
 
 
@@ -217,7 +217,7 @@ def test_a_leaking_split_is_refused_unless_told_and_then_every_report_says_so(
     latest = mlflow.search_runs(output_format="list", max_results=1)[0]
     assert latest.data.tags["split.leaks"] == "true"
     assert "The split of this training leaks" in latest.data.tags["mlflow.note.content"]
-    for name in ("report.md", "val/scores.md", "test/scores.md"):
+    for name in ("report.md", "val/evaluation.md", "test/evaluation.md"):
         path = mlflow.artifacts.download_artifacts(run_id=latest.info.run_id, artifact_path=name)
         assert Path(path).read_text().startswith(LEAK_BANNER)
     evaluate(EvaluateConfig(model=latest.info.run_id, device="cpu", cache_dir=config.cache_dir))
@@ -247,7 +247,7 @@ def test_evaluate_refuses_what_it_cannot_use(run: Run, config: TrainConfig, tmp_
         evaluate(EvaluateConfig(model="models:/nothing@champion", device="cpu"))
     other = write_class_folders(tmp_path / "other", images_per_class=4)
     (other / "red").rename(other / "purple")
-    with pytest.raises(UserError, match="only have the model's classes"):
+    with pytest.raises(UserError, match="'purple'"):
         evaluate(
             EvaluateConfig(model=run.info.run_id, data=str(other), device="cpu", cache_dir=config.cache_dir)
         )

@@ -10,7 +10,7 @@ from skin_resnet.data.leakage import LeakageReport, audit_split, read_split
 from skin_resnet.data.split import split_lesions
 from skin_resnet.data.store import open_store
 from skin_resnet.errors import UserError, expand
-from skin_resnet.evaluation.passport import format_passport
+from skin_resnet.evaluation.leakage_page import format_leakage
 from skin_resnet.tracking import log_setting
 from skin_resnet.tracking import run as mlflow_run
 
@@ -41,7 +41,7 @@ def audit(config: AuditConfig) -> int:
     report = audit_split(table, split, store)
     if config.split == "own":  # the split that train makes leaves them out
         report = replace(report, unread=len(store.skipped))
-    page = format_passport(report)
+    page = format_leakage(report)
     if mlflow_run.is_project_run():
         with mlflow_run.open_run("leak audit"):
             mlflow_run.log_params(config)

@@ -1,7 +1,7 @@
 """The command `compare`: several trainings side by side, on the same images."""
 
-import json
 from dataclasses import asdict
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -11,10 +11,10 @@ from numpy.typing import NDArray
 from skin_resnet.config import CompareConfig
 from skin_resnet.data.split import join_lesions
 from skin_resnet.errors import UserError
-from skin_resnet.evaluation.assess import LEAK_BANNER
 from skin_resnet.evaluation.comparison import compare_models, format_difference
 from skin_resnet.evaluation.formatting import format_score, format_table, spell_metric
 from skin_resnet.evaluation.metrics import HEADLINES, Predictions, compute_intervals, compute_metrics
+from skin_resnet.evaluation.page import LEAK_BANNER
 from skin_resnet.evaluation.plots.comparison import plot_curves_of_models, plot_differences
 from skin_resnet.model.resnet import STAGE_DEPTHS, build_resnet
 from skin_resnet.tracking import history as finished_runs
@@ -24,49 +24,45 @@ from skin_resnet.tracking.history import FinishedRun
 
 
 def compare(config: CompareConfig) -> None:
-    """Compare trainings in an MLflow run of its own, from the predictions they left: test stays closed.
+    """Compare trainings in an MLflow run of its own, from the predictions they stored.
 
     Raises:
-        UserError: A run cannot be read, or they were scored on different images.
+        UserError: A run cannot be read, or the runs were not trained on one split.
     """
     with mlflow_run.open_run("comparison") as run_id:
         mlflow_run.log_params(config)
         log_setting.log_versions()
-        typed = dict.fromkeys(each.strip() for each in config.runs.split(",") if each.strip())
-        run_ids = finished_runs.find_best_runs() if config.runs == "best" else list(typed)
-        if len(run_ids) < 2:
-            raise UserError(f"runs must name two different runs or more, but got {config.runs!r}.")
-        runs = _name_runs([finished_runs.read_run(each, config.split) for each in run_ids])
+        runs = _name_runs(_read_runs(config))
         predictions = {name: read_predictions(run.predictions) for name, run in runs.items()}
         lesions = join_lesions(next(iter(runs.values())).predictions).to_numpy(str)
-        differences = compare_models(predictions, lesions)
-        page = "\n".join(
-            [
-                f"### {config.split.capitalize()}: {len(lesions)} images of {len(set(lesions))} lesions",
-                "",
-                _tabulate(runs, predictions, lesions),
-                "",
-                *(f"- {format_difference(difference)}" for difference in differences),
-                *(f"\n{name}: {LEAK_BANNER}" for name, run in runs.items() if run.leaks),
-            ]
-        )
+        page, files = _compare(runs, predictions, lesions, config.split)
         print(f"\n{page}")
         mlflow_run.log_note(
             page + "\n\n" + "\n".join(f"- {name}: run {run.run_id}" for name, run in runs.items())
         )
-        mlflow_run.log_text(page, "comparison.md")
-        mlflow_run.log_text(json.dumps([asdict(each) for each in differences], indent=1), "differences.json")
-        mlflow_run.log_figure(
-            plot_curves_of_models({n: r.history for n, r in runs.items()}), "figures/curves.png"
-        )
-        figure = plot_differences(differences, len(lesions), len(set(lesions)))
-        mlflow_run.log_figure(figure, "figures/differences.png")
-        mlflow_run.set_tags({"compares": " ".join(run_ids)})
+        mlflow_run.log_artifacts(files)
+        mlflow_run.set_tags({"compares": " ".join(run.run_id for run in runs.values())})
     print(f"\n{mlflow_run.describe_location(run_id)}")
 
 
+def _read_runs(config: CompareConfig) -> list[FinishedRun]:
+    """Read the runs that are asked for, and check that they are of one split."""
+    typed = list(dict.fromkeys(each.strip() for each in config.runs.split(",") if each.strip()))
+    run_ids = finished_runs.find_best_runs() if config.runs == "best" else typed
+    if len(run_ids) < 2:
+        raise UserError(f"compare needs two different runs or more; {config.runs!r} is {len(run_ids)}.")
+    runs = [finished_runs.read_run(each, config.split) for each in run_ids]
+    of_split: dict[str, list[str]] = {}
+    for run in runs:
+        of_split.setdefault(run.split_hash, []).append(run.run_id)
+    if len(of_split) > 1:
+        groups = "; ".join(f"{key[:8]}: {', '.join(ids)}" for key, ids in of_split.items())
+        raise UserError(f"{len(runs)} runs on {len(of_split)} splits ({groups}); give runs= of one split.")
+    return runs
+
+
 def _name_runs(runs: list[FinishedRun]) -> dict[str, FinishedRun]:
-    """Name each run by its network; where those are equal, by its MLflow name too, or its id."""
+    """Name each run by its architecture; where those are equal, by its MLflow name too, or its id."""
     names = [run.arch for run in runs]
     for more in ("name", "run_id"):
         names = [
@@ -76,6 +72,32 @@ def _name_runs(runs: list[FinishedRun]) -> dict[str, FinishedRun]:
     return dict(zip(names, runs, strict=True))
 
 
+def _compare(
+    runs: dict[str, FinishedRun], predictions: dict[str, Predictions], lesions: NDArray[np.str_], split: str
+) -> tuple[str, dict[str, Any]]:
+    """Return the page, and all files by artifact path."""
+    differences = compare_models(predictions, lesions)
+    images, count = len(lesions), len(set(lesions))
+    split_hash = next(iter(runs.values())).split_hash
+    page = "\n".join(
+        [
+            f"### {split.capitalize()}: {images} images of {count} lesions, split {split_hash[:8]}",
+            "",
+            _tabulate(runs, predictions, lesions),
+            "",
+            *(f"- {format_difference(difference)}" for difference in differences),
+            *(f"\n{name}: {LEAK_BANNER}" for name, run in runs.items() if run.leaks),
+        ]
+    )
+    histories = {name: run.history for name, run in runs.items()}
+    return page, {
+        "comparison.md": page,
+        "differences.csv": pd.DataFrame([asdict(each) for each in differences]),
+        "figures/curves.png": plot_curves_of_models(histories),
+        "figures/differences.png": plot_differences(differences, images, count),
+    }
+
+
 def _tabulate(
     runs: dict[str, FinishedRun], predictions: dict[str, Predictions], lesions: NDArray[np.str_]
 ) -> str:
@@ -83,23 +105,22 @@ def _tabulate(
     rows = []
     for name, run in runs.items():
         metrics, intervals = compute_metrics(predictions[name]), compute_intervals(predictions[name], lesions)
-        seconds = run.history["speed/epoch_s"].values()
         rows.append(
             [
                 name,
                 *(format_score(getattr(metrics, each), intervals[each]) for each in HEADLINES),
                 f"{run.metrics['best/gap']:+.3f}",
                 f"{count_weights(run.arch) / 1e6:.1f} M",
-                str(len(seconds)),
-                f"{sum(seconds) / 60:.1f}",
-                f"{np.median(list(run.history['speed/images_per_s'].values())):.0f}",
+                str(len(run.history)),
+                f"{run.history['speed/epoch_s'].sum() / 60:.1f}",
+                f"{run.history['speed/images_per_s'].median():.0f}",
             ]
         )
     return format_table(header, rows)
 
 
 def read_predictions(table: pd.DataFrame) -> Predictions:
-    """Turn a run's table of predictions back into predictions."""
+    """Read back what `Assessment.tabulate_predictions` returned."""
     classes = list(table.columns[table.columns.get_loc("prediction") + 1 :])
     return Predictions(
         probabilities=table[classes].to_numpy(np.float64),

@@ -1,7 +1,5 @@
-"""The command `evaluate`: what a trained network scores on images it has never seen."""
+"""The command `evaluate`: metrics of a trained network on images it has not been trained on."""
 
-import json
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,12 +13,15 @@ from skin_resnet.data.loader import Loader, place_pixels
 from skin_resnet.data.split import Split, drop_seen
 from skin_resnet.data.store import ImageStore, normalize, open_store
 from skin_resnet.errors import UserError
-from skin_resnet.evaluation.assess import Assessment, Calibration, assess, format_assessment
-from skin_resnet.evaluation.explain import choose_examples, compute_gradcam
+from skin_resnet.evaluation.artifacts import Examples, list_artifacts
+from skin_resnet.evaluation.assess import Assessment, Calibration, assess
+from skin_resnet.evaluation.explain import MAX_IMAGES, choose_examples, compute_gradcam
 from skin_resnet.evaluation.metrics import Predictions
+from skin_resnet.evaluation.operating import find_positives, tabulate_missed
+from skin_resnet.evaluation.page import LEAK_BANNER
 from skin_resnet.model.resnet import ResNet, build_resnet
 from skin_resnet.tracking import history as finished_runs
-from skin_resnet.tracking import log_assessment, log_setting
+from skin_resnet.tracking import log_setting
 from skin_resnet.tracking import run as mlflow_run
 from skin_resnet.tracking.openings import record_opening
 from skin_resnet.training.checkpoint import read_checkpoint
@@ -29,10 +30,10 @@ from skin_resnet.training.state import build_fabric
 
 
 def evaluate(config: EvaluateConfig) -> None:
-    """Assess a trained network in an MLflow run of its own, and print what it scores.
+    """Evaluate a trained network in an MLflow run of its own, and print the metrics.
 
-    Images that the network has learnt from, or whose lesions it has, are left out, as far as their ids tell:
-    of its own data set the test split remains, of another data set usually all.
+    Images of lesions that the network was trained on are left out, as far as their ids tell: of its own data
+    the test split remains, of other data usually everything.
 
     Raises:
         UserError: The model or the data cannot be used.
@@ -42,65 +43,75 @@ def evaluate(config: EvaluateConfig) -> None:
         log_setting.log_versions()
         checkpoint = read_finished(config.model)
         log_setting.log_model_tested(checkpoint)
-        trained_with = TrainConfig.model_validate(checkpoint["config"])
-        is_same = config.data == "same"
-        data = trained_with.data if is_same else config.data
-        table = extract(data, config.cache_dir, fewest_classes=1)
-        image_size = trained_with.image_size if is_same else checkpoint["image_size"]
-        store = open_store(table, image_size, config.cache_dir, config.on_bad_image)
-        table = table[table.image_id.isin(store.image_ids)].reset_index(drop=True)
-        split = Split(**{name: tuple(ids) for name, ids in checkpoint["split"].items()})
-        unseen = drop_seen(_match_classes(table, tuple(checkpoint["classes"])), split)
-        if is_same:  # what was in no split is not of the test either
-            unseen = unseen[unseen.image_id.isin(split.test)].reset_index(drop=True)
-        left_out = len(table) - len(unseen)
-        print(f"model    {config.model}: {checkpoint['arch']}, epoch {checkpoint['epoch']}")
-        reason = "which are not of its test split" if is_same else "whose lesions it learnt from"
-        print(f"data     {data}: {len(unseen)} images; {left_out} left out, {reason}")
+        images, store = _read_images(checkpoint, config)
         if store.skipped:
             print(f"skipped  {len(store.skipped)} that cannot be read")
             mlflow_run.set_tags({"skipped_images": len(store.skipped)})
-            mlflow_run.log_text(json.dumps(store.skipped), "data/skipped_images.json")
-        pages = []
-        if set(split.test) & set(unseen.image_id):
-            pages.append(record_opening(split.hash, of=checkpoint["run_id"]))
-        pages.append(assess_and_log(checkpoint, unseen, store, config, "test"))
-        note = "\n\n".join(filter(None, pages))
-        mlflow_run.log_note(note)
-        print(f"\n{note}")
+            mlflow_run.log_artifacts({"data/skipped_images.json": dict(store.skipped)})
+        warning = ""
+        split = _get_split(checkpoint)
+        if set(split.test) & set(images.image_id):
+            warning = record_opening(split.hash, of=checkpoint["run_id"])
+        page = assess_and_log(checkpoint, images, store, config, "test", warning)
+        mlflow_run.log_note(page)
+        print(f"\n{page}")
     print(f"\n{mlflow_run.describe_location(run_id)}")
 
 
+def _read_images(checkpoint: dict[str, Any], config: EvaluateConfig) -> tuple[pd.DataFrame, ImageStore]:
+    """Read the images to evaluate on: rows of those that the network has not seen, and all pixels."""
+    trained_with = TrainConfig.model_validate(checkpoint["config"])
+    is_same = config.data == "same"
+    data = trained_with.data if is_same else config.data
+    table = extract(data, config.cache_dir, fewest_classes=1)
+    image_size = trained_with.image_size if is_same else checkpoint["image_size"]
+    on_bad_image = trained_with.on_bad_image if config.on_bad_image == "same" else config.on_bad_image
+    store = open_store(table, image_size, config.cache_dir, on_bad_image)
+    table = table[table.image_id.isin(store.image_ids)].reset_index(drop=True)
+    split = _get_split(checkpoint)
+    unseen = drop_seen(_match_classes(table, tuple(checkpoint["classes"])), split)
+    if is_same:  # without images that were in no split
+        unseen = unseen[unseen.image_id.isin(split.test)].reset_index(drop=True)
+    reason = "not in its test split" if is_same else "their lesions were trained on"
+    print(f"model    {config.model}: {checkpoint['arch']}, epoch {checkpoint['epoch']}")
+    print(f"data     {data}: {len(unseen)} images; {len(table) - len(unseen)} left out: {reason}")
+    return unseen, store
+
+
+def _get_split(checkpoint: dict[str, Any]) -> Split:
+    return Split(**{name: tuple(ids) for name, ids in checkpoint["split"].items()})
+
+
 def read_finished(model: str) -> dict[str, Any]:
-    """Read the checkpoint that a name stands for, and make sure that a network can be tested with it.
+    """Read the checkpoint that a name stands for, and check that it is complete.
 
     Raises:
-        UserError: There is none, it is not of a finished training, or its parts do not fit each other.
+        UserError: There is none, it is not of a finished training, or its parts do not fit together.
     """
     checkpoint = read_checkpoint(find_checkpoint(model))
     if "calibration" not in checkpoint:
-        raise UserError(f"model must be a finished training, but {model!r} is none; let it end, or resume.")
+        raise UserError(f"{model!r} is not a finished training; let it end, or resume it.")
     try:
         TrainConfig.model_validate(checkpoint["config"])
         Calibration.from_dict(checkpoint["calibration"])
-        Split(**{name: tuple(ids) for name, ids in checkpoint["split"].items()}).to_frame()
+        _get_split(checkpoint).to_frame()
         build_network(checkpoint)
         parts = ("image_size", "epoch", "leaks", "run_id")
         missing = [name for name in parts if name not in checkpoint]
         if missing or checkpoint["baseline_class"] not in checkpoint["classes"]:
             raise KeyError(missing[0] if missing else "baseline_class")
-    # Nothing is known of what another version, or a hand, has written.
+    # What another version, or a user, has written can raise anything.
     except Exception as error:
         reason = f"it lacks {error}" if isinstance(error, KeyError) else (str(error).splitlines() or [""])[0]
         raise UserError(
-            f"model must be a training of this version, but what {model!r} holds does not fit: {reason}; "
-            "train again, or use the version that it was trained with."
+            f"the checkpoint of {model!r} is not of this version ({reason}); train again, or use the version "
+            "it was trained with."
         ) from None
     return checkpoint
 
 
 def find_checkpoint(model: str) -> Path:
-    """Find the checkpoint that a name stands for: a file, a run id, or a logged or registered model's URI.
+    """Return the checkpoint file of a run id, or of a logged or registered model's URI, or the file itself.
 
     Raises:
         UserError: There is none.
@@ -112,11 +123,11 @@ def find_checkpoint(model: str) -> Path:
 
 
 def _match_classes(table: pd.DataFrame, classes: tuple[str, ...]) -> pd.DataFrame:
-    """Number the table's diagnoses as the model does."""
+    """Number the table's diagnoses in the model's class order."""
     unknown = sorted(set(table.dx) - set(classes))
     if unknown:
         raise UserError(
-            f"the data may only have the model's classes ({', '.join(classes)}), but it has {unknown[0]!r}."
+            f"the data has the class {unknown[0]!r}, which the model does not know ({', '.join(classes)})."
         )
     dx = pd.Categorical(table.dx.astype(str), categories=list(classes), ordered=True)
     return table.assign(dx=dx, target=dx.codes.astype("int64"))
@@ -125,21 +136,19 @@ def _match_classes(table: pd.DataFrame, classes: tuple[str, ...]) -> pd.DataFram
 def predict_checkpoint(
     checkpoint: dict[str, Any], table: pd.DataFrame, store: ImageStore, config: TrainConfig | EvaluateConfig
 ) -> Predictions:
-    """Predict the images of a table with a checkpoint's network, before temperature.
+    """Predict the images of a table with a checkpoint's network, before temperature scaling.
 
     Args:
         checkpoint: From `read_checkpoint`.
         table: Rows to predict, with targets in the checkpoint's class order.
         store: Their pixels.
-        config: Device, precision and batch size; how many views, for an evaluation.
+        config: Device, precision and batch size; test-time augmentation, for an evaluation.
 
     Raises:
         UserError: There is no image.
     """
     if table.empty:
-        raise UserError(
-            "a test needs images the model has not learnt from, but there are none; give other data."
-        )
+        raise UserError("there are no images the model was not trained on; give other data.")
     fabric = build_fabric(config.device, config.precision, devices=1)
     loader = Loader(
         source=place_pixels(store, fabric.device),
@@ -149,14 +158,13 @@ def predict_checkpoint(
     )
     network = build_network(checkpoint).to(fabric.device)
     return Predictions(
-        probabilities=predict(network, loader, fabric, get_views(config)),
+        probabilities=predict(network, loader, fabric, _get_views(config)),
         targets=table.target.to_numpy(),
         image_ids=tuple(table.image_id),
     )
 
 
-def get_views(config: TrainConfig | EvaluateConfig) -> int:
-    """Give how many views of an image are averaged."""
+def _get_views(config: TrainConfig | EvaluateConfig) -> int:
     return config.tta if isinstance(config, EvaluateConfig) else 1
 
 
@@ -174,35 +182,39 @@ def assess_and_log(
     store: ImageStore,
     config: TrainConfig | EvaluateConfig,
     split: str,
+    warning: str = "",
 ) -> str:
-    """Assess a checkpoint's network on a table's images, log all of it on the open run, and give the page.
+    """Evaluate a checkpoint's network on a table's images, log everything on the open run; return the page.
 
     Raises:
-        UserError: There is no image, or the network's answers are not finite.
+        UserError: There is no image, or the network's output is not finite.
     """
     raw = predict_checkpoint(checkpoint, table, store, config)
     calibration = Calibration.from_dict(checkpoint["calibration"])
-    assessment = replace(
-        assess(raw, table, tuple(checkpoint["classes"]), checkpoint["baseline_class"], calibration),
-        leaks=checkpoint["leaks"],
-        views=get_views(config),
-    )
-    page = format_assessment(assessment, split)
+    assessment = assess(raw, table, tuple(checkpoint["classes"]), checkpoint["baseline_class"], calibration)
     title = f"{split.capitalize()}, {checkpoint['arch']} epoch {checkpoint['epoch']}"
+    views = _get_views(config)
+    notes = [
+        warning,
+        LEAK_BANNER if checkpoint["leaks"] else "",
+        f"Predictions are averaged over {views} views; the calibration was fitted with one." * (views > 1),
+    ]
+    examples = None
     if split == "test":
-        mlflow_run.log_metrics(assessment.to_dict(split), step=checkpoint["epoch"])
-        log_assessment.log_examples(assessment, store, _explain(checkpoint, assessment, store), title)
-    log_assessment.log_assessment(assessment, page, title, split)
-    return page
+        mlflow_run.log_metrics(assessment.metrics(split), step=checkpoint["epoch"])
+        examples = show_examples(checkpoint, assessment, store)
+    files = list_artifacts(assessment, split, title, notes, examples)
+    mlflow_run.log_artifacts(files)
+    return str(files[f"{split}/evaluation.md"])
 
 
-def _explain(
-    checkpoint: dict[str, Any], assessment: Assessment, store: ImageStore
-) -> log_assessment.Examples:
-    """Compute Grad-CAM for a few images of each class, a fixed choice; on the CPU, since they are few."""
-    predictions = assessment.scores.predictions
+def show_examples(checkpoint: dict[str, Any], assessment: Assessment, store: ImageStore) -> Examples:
+    """Read the missed melanomas, and compute Grad-CAM for a few images of each class, on the CPU."""
+    predictions, classes = assessment.predictions, assessment.classes
     rows = choose_examples(predictions)
     pixels = store.pixels[store.find_rows(tuple(np.array(predictions.image_ids)[rows]))]
     images = normalize(to_float(torch.from_numpy(np.array(pixels))))
     heats = compute_gradcam(build_network(checkpoint), images, torch.from_numpy(predictions.predicted[rows]))
-    return log_assessment.Examples(rows=rows, pixels=pixels, heats=heats)
+    missed = tabulate_missed(predictions, find_positives(classes).get("melanoma", ()), classes)
+    missed_pixels = store.pixels[store.find_rows(tuple(missed.image_id[:MAX_IMAGES]))]
+    return Examples(rows=rows, pixels=pixels, heats=heats, missed=missed_pixels)

@@ -10,10 +10,11 @@ from skin_resnet.commands.evaluate import assess_and_log
 from skin_resnet.config import TrainConfig
 from skin_resnet.data.prepare import PreparedData, open_test
 from skin_resnet.errors import UserError
-from skin_resnet.evaluation.assess import LEAK_BANNER
+from skin_resnet.evaluation.page import LEAK_BANNER
 from skin_resnet.evaluation.report import describe_training
 from skin_resnet.tracking import log_setting
 from skin_resnet.tracking import run as mlflow_run
+from skin_resnet.tracking.epoch_log import to_frame
 from skin_resnet.tracking.openings import record_opening
 from skin_resnet.training.checkpoint import read_checkpoint
 from skin_resnet.training.engine import NonFiniteLossError
@@ -99,7 +100,7 @@ def _train_and_test(config: TrainConfig, kept: Kept) -> None:
 def report(config: TrainConfig, result: TrainResult) -> str:
     """Tell a training in words, on the open run."""
     classes_in_val = result.data.select(result.data.split.val).dx.nunique()
-    text = describe_training(result.history, result.best.epoch, config, classes_in_val)
+    text = describe_training(to_frame(result.history), result.best.epoch, config, classes_in_val)
     if result.data.leakage.leaks:
         text = f"{LEAK_BANNER}\n\n{text}"
     mlflow_run.log_text(text, "report.md")
@@ -119,8 +120,7 @@ def break_seal(config: TrainConfig, data: PreparedData) -> tuple[pd.DataFrame, s
 def _test(config: TrainConfig, result: TrainResult) -> str:
     table, warning = break_seal(config, result.data)
     checkpoint = read_checkpoint(result.checkpoint)
-    page = assess_and_log(checkpoint, table, result.data.store, config, "test")
-    return f"{warning}\n\n{page}" if warning else page
+    return assess_and_log(checkpoint, table, result.data.store, config, "test", warning)
 
 
 def _get_rank() -> int:

@@ -1,183 +1,155 @@
-"""All that is said of a model on one split: what val fits, and what any split is then measured by."""
+"""The evaluation of a model on one split: what is fitted on val, and one table of all its metrics."""
 
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from typing import Any
 
 import numpy as np
 import pandas as pd
+from numpy.typing import NDArray
 
 from skin_resnet.data.split import join_lesions
 from skin_resnet.evaluation.calibration import (
-    ConformalThreshold,
-    Coverage,
     apply_temperature,
-    check_coverage,
     check_probabilities,
     compute_brier,
     compute_ece,
     compute_reliability,
     fit_conformal,
     fit_temperature,
+    predict_sets,
 )
-from skin_resnet.evaluation.formatting import format_class_table, format_score
-from skin_resnet.evaluation.metrics import Predictions, compute_confusion, compute_metrics
+from skin_resnet.evaluation.metrics import (
+    HEADLINES,
+    Predictions,
+    compute_class_table,
+    compute_intervals,
+    compute_metrics,
+    compute_share_interval,
+    predict_always,
+)
 from skin_resnet.evaluation.operating import (
-    OperatingPoint,
-    OperatingResult,
-    Referral,
     apply_threshold,
     choose_thresholds,
     compute_referral,
     find_positives,
-    format_operating,
 )
-from skin_resnet.evaluation.retest import Retest, compute_retest, format_retest
-from skin_resnet.evaluation.scores import Scores, compute_scores, format_scores
-from skin_resnet.evaluation.subgroups import compute_slices
+from skin_resnet.evaluation.subgroups import compute_retest, compute_subgroups
 
-# What every report of a training begins with whose split shares lesions.
-LEAK_BANNER = (
-    "**The split of this training leaks: its parts share lesions, and scores may be too good to be true.**"
-)
+# The metrics that MLflow shows and compares; all others are in the artifacts of the run.
+_TRACKED = ("images", "loss", "ece", *HEADLINES, *(f"baseline_{name}" for name in HEADLINES))
+
+Row = tuple[str, float, float, float, int]  # name, value, low and high end of the 95 % interval, images
+_NAN = float("nan")
 
 
 @dataclass(frozen=True, kw_only=True)
 class Calibration:
-    """What is fitted on val and travels with the network.
+    """What is fitted on val and travels in the checkpoint.
 
     Attributes:
         temperature: What the logits are divided by.
-        conformal: What a probability must reach for its class to be in an image's set.
-        points: By what is looked for (melanoma, malignant), thresholds that reach a sensitivity on val.
+        coverage: Wanted share of images whose prediction set holds the true class.
+        least_probability: From which on a class belongs to an image's prediction set.
+        thresholds: By name (`melanoma_at_0.90`): the highest one that reaches that sensitivity on val.
     """
 
     temperature: float
-    conformal: ConformalThreshold
-    points: dict[str, tuple[OperatingPoint, ...]]
+    coverage: float
+    least_probability: float
+    thresholds: dict[str, float]
 
     def to_dict(self) -> dict[str, Any]:
-        """Give plain values, as a checkpoint may hold."""
-        points = {name: [_to_plain(point) for point in group] for name, group in self.points.items()}
-        return {"temperature": self.temperature, "conformal": asdict(self.conformal), "points": points}
+        """Return plain values, as a checkpoint may hold."""
+        return asdict(self)
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> "Calibration":
-        """Read what `to_dict` gave."""
-        points = {
-            name: tuple(
-                OperatingPoint(**{**point, "positives": frozenset(point["positives"])}) for point in group
-            )
-            for name, group in values["points"].items()
-        }
-        conformal = ConformalThreshold(**values["conformal"])
-        return cls(temperature=values["temperature"], conformal=conformal, points=points)
+        """Read what `to_dict` returned."""
+        return cls(**values)
 
 
-def _to_plain(point: OperatingPoint) -> dict[str, Any]:
-    return {**asdict(point), "positives": sorted(point.positives)}
-
-
-def calibrate(predictions: Predictions, classes: tuple[str, ...], coverage: float) -> Calibration:
-    """Fit temperature, conformal sets and operating points.
+def fit_calibration(predictions: Predictions, classes: tuple[str, ...], coverage: float) -> Calibration:
+    """Fit temperature, conformal sets and decision thresholds.
 
     Args:
-        predictions: Of val, as the network gives them.
+        predictions: Of val, as the network outputs them.
         classes: The class order.
-        coverage: Share of images whose set should hold the true class.
+        coverage: Wanted share of images whose prediction set holds the true class.
+
+    Raises:
+        UserError: There is no image, or a probability is not finite.
     """
+    check_probabilities(predictions)
     temperature = fit_temperature(predictions)
     calibrated = apply_temperature(predictions, temperature)
     return Calibration(
         temperature=temperature,
-        conformal=fit_conformal(calibrated, coverage),
-        points={
-            name: choose_thresholds(calibrated, positives)
-            for name, positives in find_positives(classes).items()
-        },
+        coverage=coverage,
+        least_probability=fit_conformal(calibrated, coverage),
+        thresholds=choose_thresholds(calibrated, classes),
     )
 
 
 @dataclass(frozen=True, kw_only=True)
 class Assessment:
-    """All figures of a model on one split.
+    """The evaluation of a model on some images.
 
     Attributes:
-        raw: The predictions before temperature; `scores` and all else are those after.
-        knows_lesions: Whether the source tells which photos show one lesion; without, intervals are by image.
-        slices: From `compute_slices`.
-        leaks: Whether the split that the model was trained on does.
-        views: How many views of an image its predictions average.
+        table: All metrics, a row each: name, value, low and high (95 % interval by bootstrap over lesions,
+            NaN where there is none), n (images measured).
+        per_class: From `compute_class_table`, and the empirical coverage of each class.
+        subgroups: From `compute_subgroups`.
+        retest: From `compute_retest`.
+        reliability: From `compute_reliability`, with a column `temperature`: before (1) and after.
+        referral: From `compute_referral`.
+        predictions: After temperature scaling.
+        lesions: Which lesion each image shows, (N,).
+        knows_lesions: Whether the source names lesions; without, intervals are by image.
+        classes: The class order.
+        baseline_class: The class with most training images.
+        calibration: Fitted on val.
     """
 
-    raw: Predictions
-    scores: Scores
-    calibration: Calibration
-    brier: float
-    ece: float
-    coverage: Coverage
-    operating: dict[str, tuple[OperatingResult, ...]]
-    referral: Referral
-    retest: Retest
-    slices: pd.DataFrame
+    table: pd.DataFrame
+    per_class: pd.DataFrame
+    subgroups: pd.DataFrame
+    retest: pd.DataFrame
+    reliability: pd.DataFrame
+    referral: pd.DataFrame
+    predictions: Predictions
+    lesions: NDArray[np.str_]
     knows_lesions: bool
-    leaks: bool = False
-    views: int = 1
+    classes: tuple[str, ...]
+    baseline_class: str
+    calibration: Calibration
 
-    def to_dict(self, split: str) -> dict[str, float]:
-        """Name the figures as MLflow shows them."""
-        figures = {
-            **self.scores.to_dict(split),
-            **self.retest.to_dict(split),
-            f"{split}/views": self.views,
-            f"{split}/loss_before_temperature": compute_metrics(self.raw).loss,
-            f"{split}/brier": self.brier,
-            f"{split}/ece": self.ece,
-            f"{split}/ece_before_temperature": compute_ece(self.raw),
-            f"{split}/coverage": self.coverage.coverage,
-            f"{split}/coverage_low": self.coverage.interval[0],
-            f"{split}/coverage_high": self.coverage.interval[1],
-            f"{split}/set_size": self.coverage.mean_size,
-            f"{split}/referral_area": self.referral.area,
-        }
-        for name, group in self.operating.items():
-            for result in group:
-                for figure in ("sensitivity", "specificity"):
-                    key = f"{split}/{name}_at_{result.point.goal:.2f}_{figure}"
-                    low, high = getattr(result, f"{figure}_interval")
-                    figures |= {key: getattr(result, figure), f"{key}_low": low, f"{key}_high": high}
-        for row in self.scores.class_table.to_dict("records"):
-            figures |= {
-                f"{split}_{name}/{row['dx']}": row[name] for name in row if name not in ("dx", "images")
-            }
-        return figures
+    def get(self, name: str) -> Any:
+        """Return a metric's row of the table, with fields value, low, high and n."""
+        return next(self.table[self.table.name == name].itertuples(index=False))
 
-    def to_json(self, split: str) -> dict[str, Any]:
-        """Give everything but the single predictions, for programs."""
-        operating = {
-            name: [{**asdict(result), "point": _to_plain(result.point)} for result in group]
-            for name, group in self.operating.items()
-        }
+    def metrics(self, split: str) -> dict[str, float]:
+        """Return the tracked metrics under their MLflow keys, `test/accuracy`, `test/accuracy_low`, ..."""
+        rows = self.table[self.table.name.isin(_TRACKED)]
         return {
-            "split_leaks": self.leaks,
-            "views": self.views,
-            "metrics": {name.removeprefix(f"{split}/"): value for name, value in self.to_dict(split).items()},
-            "confusion": compute_confusion(self.scores.predictions).tolist(),
-            "reliability": compute_reliability(self.scores.predictions).to_dict("records"),
-            "referral": {
-                "referred_fraction": self.referral.referred_fraction.tolist(),
-                "accuracy": self.referral.accuracy.tolist(),
-                "balanced_accuracy": self.referral.balanced_accuracy.tolist(),
-            },
-            "intervals": self.scores.intervals,
-            "intervals_drawn_by": "lesion" if self.knows_lesions else "image",
-            "baseline": {"class": self.scores.baseline_class, **asdict(self.scores.baseline)},
-            "calibration": self.calibration.to_dict(),
-            "coverage": {**asdict(self.coverage), "class_coverage": self.coverage.class_coverage.tolist()},
-            "operating_points": operating,
-            "classes": self.scores.class_table.to_dict("records"),
-            "slices": self.slices.to_dict("records"),
-            "retest": self.retest.table.to_dict("records"),
+            f"{split}/{row.name}{end}": value
+            for row in rows.itertuples(index=False)
+            for end, value in (("", row.value), ("_low", row.low), ("_high", row.high))
+            if np.isfinite(value)
         }
+
+    def tabulate_predictions(self) -> pd.DataFrame:
+        """Return a row per image: image_id, lesion_id, dx, prediction, and each class's probability."""
+        names = np.array(self.classes)
+        return pd.DataFrame(
+            {
+                "image_id": self.predictions.image_ids,
+                "lesion_id": self.lesions,
+                "dx": names[self.predictions.targets],
+                "prediction": names[self.predictions.predicted],
+                **dict(zip(self.classes, self.predictions.probabilities.T, strict=True)),
+            }
+        )
 
 
 def assess(
@@ -187,14 +159,14 @@ def assess(
     baseline_class: str,
     calibration: Calibration,
 ) -> Assessment:
-    """Measure a model on the images of a table.
+    """Evaluate a model on the images of a table.
 
     Args:
-        raw: What the network says of them, in the table's order.
+        raw: The network's predictions, in the table's order.
         table: Rows from `extract`.
         classes: The class order.
         baseline_class: The class with most training images.
-        calibration: From `calibrate`, on val.
+        calibration: From `fit_calibration`, on val.
 
     Raises:
         UserError: There is no image, or a probability is not finite.
@@ -202,87 +174,85 @@ def assess(
     check_probabilities(raw)
     calibrated = apply_temperature(raw, calibration.temperature)
     lesions = join_lesions(table).to_numpy(str)
-    return Assessment(
-        raw=raw,
-        scores=compute_scores(calibrated, lesions, classes, baseline_class),
-        calibration=calibration,
-        brier=compute_brier(calibrated),
-        ece=compute_ece(calibrated),
-        coverage=check_coverage(calibrated, calibration.conformal, lesions),
-        operating={
-            name: tuple(apply_threshold(calibrated, point, lesions) for point in group)
-            for name, group in calibration.points.items()
-        },
-        referral=compute_referral(calibrated),
-        retest=compute_retest(calibrated, lesions, classes),
-        slices=compute_slices(calibrated, table, lesions),
-        knows_lesions=not table.lesion_id.equals(table.image_id),
-    )
-
-
-def format_assessment(assessment: Assessment, split: str) -> str:
-    """Write a page of Markdown that also reads well on a terminal."""
-    parts = [LEAK_BANNER] if assessment.leaks else []
-    if assessment.views > 1:
-        parts.append(
-            f"Predictions are averaged over {assessment.views} views; temperature, thresholds and sets were "
-            "fitted on val with one."
-        )
-    parts.append(format_scores(assessment.scores, split, assessment.knows_lesions))
-    parts.append(_format_calibration(assessment))
-    if assessment.operating:
-        parts += ["### Operating points, chosen on val", format_operating(assessment.operating)]
-    parts += [
-        _format_referral(assessment.referral),
-        format_retest(assessment.retest),
-        _format_slices(assessment),
+    sets = predict_sets(calibrated, calibration.least_probability)
+    covered = sets[np.arange(len(sets)), calibrated.targets]
+    per_class = compute_class_table(calibrated, classes)
+    per_class["coverage"] = pd.Series(covered).groupby(calibrated.targets).mean().reindex(range(len(classes)))
+    retest = compute_retest(calibrated, lesions, classes)
+    referral = compute_referral(calibrated)
+    rows = [
+        *_measure_headlines(raw, calibrated, lesions, classes.index(baseline_class)),
+        *_measure_sets(sets, covered, lesions),
+        *_measure_thresholds(calibrated, calibration, lesions, classes),
+        *_list_means(referral, retest, per_class),
     ]
-    return "\n\n".join(parts)
-
-
-def _format_calibration(assessment: Assessment) -> str:
-    coverage, conformal = assessment.coverage, assessment.calibration.conformal
-    kept = format_score(coverage.coverage, coverage.interval)
-    return (
-        "### Calibration\n\n"
-        f"Temperature {assessment.calibration.temperature:.2f}, fitted on val, takes the expected "
-        f"calibration error from {compute_ece(assessment.raw):.3f} to {assessment.ece:.3f}. "
-        f"The Brier score is {assessment.brier:.3f}. "
-        f"Sets meant to hold the true class of {conformal.coverage:.0%} of images hold it for {kept}, "
-        f"with {coverage.mean_size:.1f} classes on average."
+    before = compute_reliability(raw).assign(temperature=1.0)
+    after = compute_reliability(calibrated).assign(temperature=calibration.temperature)
+    return Assessment(
+        table=pd.DataFrame(rows, columns=["name", "value", "low", "high", "n"]),
+        per_class=per_class,
+        subgroups=compute_subgroups(calibrated, table, lesions),
+        retest=retest,
+        reliability=pd.concat([before, after]),
+        referral=referral,
+        predictions=calibrated,
+        lesions=lesions,
+        knows_lesions=not table.lesion_id.equals(table.image_id),
+        classes=classes,
+        baseline_class=baseline_class,
+        calibration=calibration,
     )
 
 
-def _format_referral(referral: Referral) -> str:
-    images = len(referral.accuracy)
-    kept = ", ".join(
-        f"{referral.accuracy[int(fraction * images)]:.3f} at {fraction:.0%}"
-        for fraction in (0, 0.1, 0.2, 0.5)
-    )
-    return f"### Referral\n\nAccuracy on the rest when the least certain images are referred: {kept}."
+def _measure_headlines(
+    raw: Predictions, calibrated: Predictions, lesions: NDArray[np.str_], baseline: int
+) -> Iterator[Row]:
+    images = len(calibrated.targets)
+    metrics, intervals = compute_metrics(calibrated), compute_intervals(calibrated, lesions)
+    always = compute_metrics(predict_always(baseline, calibrated))
+    for name in HEADLINES:
+        yield name, getattr(metrics, name), *intervals[name], images
+    single = {
+        **{f"baseline_{name}": getattr(always, name) for name in HEADLINES},
+        "loss": metrics.loss,
+        "loss_before_temperature": compute_metrics(raw).loss,
+        "ece": compute_ece(calibrated),
+        "ece_before_temperature": compute_ece(raw),
+        "brier": compute_brier(calibrated),
+        "images": images,
+        "lesions": len(np.unique(lesions)),
+    }
+    for name, value in single.items():
+        yield name, value, _NAN, _NAN, images
 
 
-def _format_slices(assessment: Assessment) -> str:
-    slices = assessment.slices
-    shown = ((slices.figure == "balanced_accuracy") & (slices["by"] != "all")) | (slices["by"] == "dx")
-    spoken = slices[shown & ~slices.too_small]
-    small = slices[slices.too_small].drop_duplicates(["by", "slice"])
-    rows = pd.DataFrame(
-        {
-            "slice": spoken["by"] + ": " + spoken["slice"],
-            "images": spoken.images,
-            "lesions": spoken.lesions,
-            "classes": spoken.classes,
-            "one answer for all": np.where(spoken["by"] == "dx", np.nan, 1 / spoken.classes),
-            "balanced accuracy; of a dx, sensitivity": [
-                format_score(row.value, (row.low, row.high)) for row in spoken.itertuples()
-            ],
-        }
-    )
-    parts = ["### Slices"]
-    if len(rows):
-        parts.append(format_class_table(rows))
-    if len(small):
-        names = ", ".join(f"{row.slice} ({row.images})" for row in small.itertuples())
-        parts.append(f"Too small to speak of: {names}.")
-    return "\n\n".join(parts)
+def _measure_sets(
+    sets: NDArray[np.bool_], covered: NDArray[np.bool_], lesions: NDArray[np.str_]
+) -> Iterator[Row]:
+    sizes = sets.sum(axis=1)
+    yield "coverage", float(covered.mean()), *compute_share_interval(covered, lesions), len(sets)
+    yield "set_size", float(sizes.mean()), _NAN, _NAN, len(sets)
+    yield "singleton_fraction", float((sizes == 1).mean()), _NAN, _NAN, len(sets)
+
+
+def _measure_thresholds(
+    predictions: Predictions,
+    calibration: Calibration,
+    lesions: NDArray[np.str_],
+    classes: tuple[str, ...],
+) -> Iterator[Row]:
+    groups = find_positives(classes)
+    for name, threshold in calibration.thresholds.items():
+        positives = groups[name.partition("_at_")[0]]
+        for row in apply_threshold(predictions, positives, threshold, lesions):
+            yield f"{name}_{row[0]}", *row[1:]
+
+
+def _list_means(referral: pd.DataFrame, retest: pd.DataFrame, per_class: pd.DataFrame) -> Iterator[Row]:
+    """Yield the rows of the table that summarise other frames."""
+    yield "referral_area", float(referral.accuracy.mean()), _NAN, _NAN, len(referral)
+    for row in retest[retest.dx == "all"].itertuples():
+        yield f"retest_{row.metric}", row.value, row.low, row.high, row.images
+    for name, column in per_class.drop(columns=["dx", "images"]).items():
+        for dx, images, value in zip(per_class.dx, per_class.images, column, strict=True):
+            yield f"{name}/{dx}", value, _NAN, _NAN, images

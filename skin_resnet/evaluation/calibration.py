@@ -1,10 +1,10 @@
-"""Probabilities that mean what they say: temperature, calibration error, and sets that hold the truth.
+"""Calibrated probabilities: temperature scaling, calibration error and conformal prediction sets.
 
-Fit on val, check on test. What is fitted here never changes which class is the most probable.
+Fitted on val, measured on test. Nothing here changes which class is the most probable.
 """
 
 import math
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 import numpy as np
 import pandas as pd
@@ -12,74 +12,34 @@ from numpy.typing import NDArray
 from scipy.optimize import minimize_scalar
 
 from skin_resnet.errors import UserError
-from skin_resnet.evaluation.metrics import Floats, Predictions, compute_mean_interval
+from skin_resnet.evaluation.metrics import Floats, Predictions
 
-_HOTTEST = 20.0  # beyond it, up or down, it is not the temperature that is wrong
+_HOTTEST = 20.0  # bound of the temperature and of its inverse: beyond it, the network itself is wrong
 _LEAST = np.finfo(np.float32).tiny
 
 
-@dataclass(frozen=True, kw_only=True)
-class ConformalThreshold:
-    """What a class's probability must reach for the class to be among those an image may be.
-
-    Attributes:
-        coverage: Share of images whose set should hold the true class.
-        least_probability: The threshold; 0 where there were too few images to promise that coverage.
-        images: How many images it was fitted on.
-    """
-
-    coverage: float
-    least_probability: float
-    images: int
-
-
-@dataclass(frozen=True, kw_only=True)
-class Coverage:
-    """What conformal sets hold.
-
-    Attributes:
-        coverage: Share of images whose set holds the true class.
-        interval: 95 % interval of it, by bootstrap over lesions.
-        class_coverage: Coverage of each class, of which nothing is promised, (K,); NaN where it has no image.
-        mean_size: Classes per set.
-        singleton_fraction: Share of sets with one class only.
-    """
-
-    coverage: float
-    interval: tuple[float, float]
-    class_coverage: Floats
-    mean_size: float
-    singleton_fraction: float
-
-
 def check_probabilities(predictions: Predictions) -> None:
-    """Refuse what no probability can be read from.
+    """Check that there are predictions, and that all are finite.
 
     Raises:
         UserError: There is no image, or a probability is not finite.
     """
     if not len(predictions.targets):
-        raise UserError(
-            "probabilities are checked on images, but there are none; give a split that has some."
-        )
+        raise UserError("there are no images to evaluate; give data that has some.")
     bad = np.flatnonzero(~np.isfinite(predictions.probabilities).all(axis=1))
     if len(bad):
         raise UserError(
-            f"probabilities must be finite, but {len(bad)} of {len(predictions.targets)} images have others "
-            f"(first: {predictions.image_ids[bad[0]]}); train again, with a smaller lr."
+            f"the network's output is not finite for {len(bad)} of {len(predictions.targets)} images (first: "
+            f"{predictions.image_ids[bad[0]]}); train again with a smaller lr."
         )
 
 
 def fit_temperature(predictions: Predictions) -> float:
-    """Find the temperature at which the mean log loss is least: above 1 where the model is too sure.
+    """Find the temperature with the lowest mean log loss: above 1 where the model is overconfident.
 
-    It is 1 where every answer is right: the loss would then only ever ask to be surer.
+    It is 1 where every prediction is right: the loss would then be lowest at a temperature of 0.
     Source: Guo, Pleiss, Sun, Weinberger, "On Calibration of Modern Neural Networks", ICML 2017, section 4.2.
-
-    Raises:
-        UserError: There is no image, or a probability is not finite.
     """
-    check_probabilities(predictions)
     if (predictions.predicted == predictions.targets).all():
         return 1.0
     logs = _take_logs(predictions)
@@ -96,7 +56,7 @@ def fit_temperature(predictions: Predictions) -> float:
 
 
 def apply_temperature(predictions: Predictions, temperature: float) -> Predictions:
-    """Divide the logits by a temperature: the order of the classes stays, how sure the model is changes."""
+    """Divide the logits by a temperature; the order of the classes stays the same."""
     if temperature == 1:
         return predictions
     powers = np.exp(_take_logs(predictions) / temperature)
@@ -104,23 +64,19 @@ def apply_temperature(predictions: Predictions, temperature: float) -> Predictio
 
 
 def _take_logs(predictions: Predictions) -> Floats:
-    """Give logits whose highest is 0. They are known up to a constant only, which no softmax sees."""
+    """Return logits shifted so that the highest is 0; softmax ignores the shift."""
     logs = np.log(np.maximum(predictions.probabilities, _LEAST))
     highest: Floats = logs - logs.max(axis=1, keepdims=True)
     return highest
 
 
 def compute_reliability(predictions: Predictions, bins: int = 15) -> pd.DataFrame:
-    """Compare how sure the model was with how often it was right, in bins of equal width.
+    """Compare confidence with accuracy, in bins of equal width.
 
     Returns:
         A row per bin (low, high]: images, mean confidence (the highest probability) and accuracy, NaN where
         there is no image.
-
-    Raises:
-        UserError: There is no image, or a probability is not finite.
     """
-    check_probabilities(predictions)
     confidences = predictions.probabilities.max(axis=1)
     edges = np.linspace(0, 1, bins + 1)
     bin_of = np.searchsorted(edges[1:-1], confidences)
@@ -139,7 +95,7 @@ def compute_reliability(predictions: Predictions, bins: int = 15) -> pd.DataFram
 
 
 def compute_ece(predictions: Predictions, bins: int = 15) -> float:
-    """Compute the expected calibration error, 0 to 1: how far confidence is from accuracy, on average.
+    """Compute the expected calibration error, 0 to 1: the mean distance of confidence from accuracy.
 
     Source: Guo, Pleiss, Sun, Weinberger, ICML 2017, section 2, equation 3.
     """
@@ -148,88 +104,39 @@ def compute_ece(predictions: Predictions, bins: int = 15) -> float:
 
 
 def compute_brier(predictions: Predictions) -> float:
-    """Compute the squared error summed over classes, averaged over images: 0 is perfect, 2 is surely wrong.
+    """Compute the squared error summed over classes, averaged over images: 0 (perfect) to 2.
 
     Source: Brier, Monthly Weather Review 78:1 (1950).
     """
-    check_probabilities(predictions)
     truth = np.eye(predictions.probabilities.shape[1])[predictions.targets]
     return float(np.square(predictions.probabilities - truth).sum(axis=1).mean())
 
 
-def fit_conformal(predictions: Predictions, coverage: float = 0.9) -> ConformalThreshold:
-    """Find the threshold at which sets of classes hold the true one for a given share of new images.
+def fit_conformal(predictions: Predictions, coverage: float) -> float:
+    """Find the probability from which on a class belongs to an image's prediction set.
 
-    The score is 1 minus the probability of the true class (LAC), which gives the smallest sets. The promise
-    is for all classes together, and for images drawn like those of val. Lesions with several photos, and an
-    epoch that was chosen on val, bend it a little: `check_coverage` on test tells how much.
+    The score is 1 minus the probability of the true class (LAC), which gives the smallest sets. Coverage is
+    marginal: guaranteed over all classes together, for images exchangeable with those of val. Lesions with
+    several photos, and choosing the epoch on val, bend the guarantee a little; the empirical coverage on test
+    shows how much.
     Source: Sadinle, Lei, Wasserman, JASA 114:223 (2019); the finite-sample quantile is that of Angelopoulos,
     Bates, "A Gentle Introduction to Conformal Prediction" (arXiv 2107.07511), section 1.
 
-    Raises:
-        UserError: There is no image, a probability is not finite, or the coverage is no share.
+    Args:
+        predictions: Of val.
+        coverage: Wanted share of images whose set holds the true class, between 0 and 1.
+
+    Returns:
+        The threshold; 0 where there are too few images to guarantee the coverage.
     """
-    check_probabilities(predictions)
-    if not 0 < coverage < 1:
-        raise UserError(f"coverage must lie between 0 and 1, but is {coverage}; give 0.9, say.")
     images = len(predictions.targets)
     of_target = np.sort(predictions.probabilities[np.arange(images), predictions.targets])
-    rank = math.ceil((images + 1) * coverage - 1e-9)  # what 0.07 * 100 is above 7 must not count
-    least = of_target[images - rank] if rank <= images else 0
-    return ConformalThreshold(coverage=coverage, least_probability=float(least), images=images)
+    rank = max(1, math.ceil((images + 1) * coverage - 1e-9))  # (0.07 * 100 is a little above 7)
+    return float(of_target[images - rank]) if rank <= images else 0.0
 
 
-def predict_sets(predictions: Predictions, threshold: ConformalThreshold) -> NDArray[np.bool_]:
-    """Tell which classes each image may be, (N, K). The most probable one always is: no set is empty."""
-    sets: NDArray[np.bool_] = predictions.probabilities >= threshold.least_probability
+def predict_sets(predictions: Predictions, least_probability: float) -> NDArray[np.bool_]:
+    """Return the prediction sets, (N, K). The most probable class is always in: no set is empty."""
+    sets: NDArray[np.bool_] = predictions.probabilities >= least_probability
     sets[np.arange(len(sets)), predictions.predicted] = True
     return sets
-
-
-def check_coverage(
-    predictions: Predictions, threshold: ConformalThreshold, lesions: NDArray[np.str_]
-) -> Coverage:
-    """Measure what the sets hold on images that the threshold was not fitted on.
-
-    Args:
-        predictions: Of N images.
-        threshold: From `fit_conformal`.
-        lesions: Which lesion each image shows, (N,).
-
-    Raises:
-        UserError: There is no image, or a probability is not finite.
-    """
-    check_probabilities(predictions)
-    sets = predict_sets(predictions, threshold)
-    sizes = sets.sum(axis=1)
-    covered = sets[np.arange(len(sets)), predictions.targets]
-    classes = sets.shape[1]
-    with np.errstate(invalid="ignore"):
-        class_coverage = np.bincount(predictions.targets, covered, minlength=classes) / np.bincount(
-            predictions.targets, minlength=classes
-        )
-    return Coverage(
-        coverage=float(covered.mean()),
-        interval=compute_share_interval(covered, lesions),
-        class_coverage=class_coverage,
-        mean_size=float(sizes.mean()),
-        singleton_fraction=float((sizes == 1).mean()),
-    )
-
-
-def compute_share_interval(hits: NDArray[np.bool_], lesions: NDArray[np.str_]) -> tuple[float, float]:
-    """Compute the 95 % interval of the share of images that are hits, by drawing their lesions.
-
-    Where all images are hits, or none is, every draw says the same, however few they are: the interval is
-    then the exact binomial one over lesions (Clopper, Pearson, Biometrika 26:404, 1934). NaN without images.
-
-    Args:
-        hits: (N,).
-        lesions: Which lesion each image shows, (N,).
-    """
-    if not len(hits):
-        return float("nan"), float("nan")
-    if hits.all() or not hits.any():
-        margin = 1 - 0.025 ** (1 / len(np.unique(lesions)))
-        return (1 - margin, 1.0) if hits.all() else (0.0, margin)
-    return compute_mean_interval(hits, lesions)

@@ -1,4 +1,4 @@
-"""Several models on the same images: each one's figures, and every difference with its interval."""
+"""Paired differences between models on the same images, with their intervals."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -20,7 +20,7 @@ from skin_resnet.evaluation.metrics import (
 
 @dataclass(frozen=True, kw_only=True)
 class Difference:
-    """A figure of one model minus that of another, with a paired 95 % interval by bootstrap over lesions."""
+    """A metric of one model minus that of another, with a paired 95 % interval by bootstrap over lesions."""
 
     first: str
     second: str
@@ -31,29 +31,28 @@ class Difference:
 
     @property
     def is_clear(self) -> bool:
-        """Whether the interval leaves out 0."""
+        """Whether the interval excludes 0."""
         return self.low > 0 or self.high < 0
 
 
 def compare_models(models: Mapping[str, Predictions], lesions: NDArray[np.str_]) -> list[Difference]:
-    """Compute the difference of each two models, for each headline figure.
+    """Compute the difference of each two models, for each headline metric.
 
-    Both figures of a difference are computed on the same drawn lesions: what is hard for both cancels.
+    Both metrics of a difference are computed on the same bootstrap draws: what is hard for both cancels out.
 
     Args:
         models: Predictions by model name, all of the same N images in the same order.
         lesions: Which lesion each image shows, (N,).
 
     Raises:
-        UserError: The models were scored on different images.
+        UserError: The models were evaluated on different images.
     """
     first = next(iter(models.values()))
     for name, predictions in models.items():
         same_targets = np.array_equal(predictions.targets, first.targets)
         if predictions.image_ids != first.image_ids or not same_targets:
             raise UserError(
-                f"models can be compared on the same images only, but {name} was scored on "
-                f"{len(predictions.targets)} others than {next(iter(models))}; compare runs on one split."
+                f"{name} and {next(iter(models))} were evaluated on different images; give runs of one split."
             )
     weights = draw_lesions(lesions)
     points = {name: compute_metrics(predictions) for name, predictions in models.items()}
@@ -72,7 +71,7 @@ def compare_models(models: Mapping[str, Predictions], lesions: NDArray[np.str_])
 def format_difference(difference: Difference) -> str:
     """Write a difference in points: `resnet152 minus resnet50: +0.8 points [-0.9, +2.4]`."""
     value, low, high = (100 * number for number in (difference.value, difference.low, difference.high))
-    verdict = "" if difference.is_clear else ", which may be chance"
+    verdict = "" if difference.is_clear else ", not significant"
     return (
         f"{difference.first} minus {difference.second}: {value:+.1f} points [{low:+.1f}, {high:+.1f}] "
         f"{difference.metric.replace('_', ' ').replace('auc', 'AUC')}{verdict}"

@@ -1,4 +1,4 @@
-"""Where a network looks: Grad-CAM of its last stage."""
+"""Grad-CAM of the network's last stage: which regions of an image support a class."""
 
 import hashlib
 
@@ -11,18 +11,21 @@ from torch import Tensor
 from skin_resnet.evaluation.metrics import Predictions
 from skin_resnet.model.resnet import ResNet
 
+MAX_CLASSES = 12  # each costs a few backward passes, and a row of the figure
+MAX_IMAGES = 24  # of the missed melanomas
 _BATCH = 8  # images at a time, for all their activations are kept
 
 
 def choose_examples(predictions: Predictions, per_class: int = 2, seed: int = 0) -> NDArray[np.int64]:
-    """Choose images of each class: half of them predicted rightly, half wrongly, where there are as many.
+    """Choose images of each class: half of them predicted right, half wrong, where there are as many.
 
-    Images are put in an order drawn from `seed` and their own id, not from the predictions: nobody picked the
-    pretty ones, and two models are shown on the same images where both are right.
+    Images are ordered by a hash of `seed` and their id, not by the predictions: none is picked for its looks,
+    and two models are shown on the same images where both are right. Of more than `MAX_CLASSES` classes,
+    those with most images are shown.
 
     Args:
         predictions: Of N images.
-        per_class: Images of a class; of an odd number, the larger half is of right ones.
+        per_class: Images of a class; of an odd number, the larger half is right.
         seed: Which of the possible choices.
 
     Returns:
@@ -33,29 +36,31 @@ def choose_examples(predictions: Predictions, per_class: int = 2, seed: int = 0)
         sorted(range(len(ids)), key=lambda row: hashlib.sha256(f"{seed}:{ids[row]}".encode()).digest())
     )
     targets, is_right = predictions.targets[order], (predictions.predicted == predictions.targets)[order]
+    occurring, counts = np.unique(targets, return_counts=True)
+    largest = np.sort(occurring[np.argsort(-counts, kind="stable")[:MAX_CLASSES]])
     chosen = [
         order[(targets == target) & (is_right == right)][: (per_class + right) // 2]
-        for target in np.unique(targets)
+        for target in largest
         for right in (True, False)
     ]
     return np.concatenate(chosen).astype(np.int64)
 
 
 def compute_gradcam(network: ResNet, images: Tensor, classes: Tensor) -> NDArray[np.float32]:
-    """Compute which places of each image speak for a class.
+    """Compute which regions of each image support a class.
 
-    The heat is as coarse as the last stage's features, 7 x 7 at 224 pixels. Nothing of this stays on the
-    network: no gradient, no hook, and each of its modules is left in the mode it was in.
+    The map is as coarse as the last stage's features, 7 x 7 at 224 pixels. The network is left as it was: no
+    gradients, no hooks, and each module in the mode it was in.
 
     Source: Selvaraju et al., "Grad-CAM", ICCV 2017, section 3.
 
     Args:
         network: On the images' device.
         images: Normalised, float (N, 3, S, S).
-        classes: The class asked about, int64 (N,).
+        classes: The class to explain, int64 (N,).
 
     Returns:
-        Heat float32 (N, S, S), the hottest place of each image 1; all 0 where nothing speaks for the class.
+        Maps float32 (N, S, S), scaled to a maximum of 1; all 0 where nothing supports the class.
     """
     # Imported here because it takes a second, and loads pyplot.
     from captum.attr import LayerGradCam

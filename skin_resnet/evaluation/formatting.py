@@ -1,4 +1,4 @@
-"""How figures are written: scores, intervals, and tables that read well rendered and on a terminal."""
+"""Formatting of metrics, intervals, and tables that read well both rendered and on a terminal."""
 
 from collections.abc import Sequence
 
@@ -10,7 +10,7 @@ _MISSING = "–"  # noqa: RUF001 (an en dash marks an empty cell)
 
 
 def spell_metric(name: str) -> str:
-    """Write a metric's name as one says it: `balanced accuracy`, `macro AUC`."""
+    """Write a metric's name in words: `balanced accuracy`, `macro AUC`."""
     return " ".join(word.upper() if word in _ACRONYMS else word for word in name.split("_"))
 
 

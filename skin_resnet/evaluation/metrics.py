@@ -1,21 +1,22 @@
-"""From predictions to numbers, and to the intervals that say how far a number can be trusted."""
+"""Metrics of predictions, and their confidence intervals by bootstrap over lesions."""
 
-from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from typing import Any
 
 import numpy as np
 import pandas as pd
 from numpy.typing import ArrayLike, NDArray
+from scipy.stats import rankdata
 from sklearn import metrics as sk
 
 HEADLINES = ("balanced_accuracy", "accuracy", "macro_auc")
 Floats = NDArray[np.float64]
+_AUC_CHUNK = 256  # positive images compared with all negatives at a time, for the sake of memory
 
 
 @dataclass(frozen=True, kw_only=True)
 class Predictions:
-    """What a model says of some images, and what is true.
+    """Predicted probabilities of some images, and their true classes.
 
     Attributes:
         probabilities: float64 (N, K), rows sum to 1.
@@ -31,19 +32,27 @@ class Predictions:
     def predicted(self) -> NDArray[np.int64]:
         """The most probable class of each image, int64 (N,).
 
-        Several equally probable ones are no answer, and count as a wrong one, as the ISIC scorer has it: a
-        network that says the same of everything must not score by the order of the classes.
+        A tie between several classes counts as a wrong prediction, as in the ISIC scorer: a network with the
+        same output for every image must not score by the order of the classes.
         """
         highest = self.probabilities == self.probabilities.max(axis=1, keepdims=True)
-        undecided = highest.sum(axis=1) > 1
-        highest[undecided, self.targets[undecided]] = False
+        tied = highest.sum(axis=1) > 1
+        highest[tied, self.targets[tied]] = False
         predicted: NDArray[np.int64] = highest.argmax(axis=1)
         return predicted
+
+    def select(self, inside: NDArray[np.bool_]) -> "Predictions":
+        """Return the predictions of the images where `inside`, bool (N,), is true."""
+        return Predictions(
+            probabilities=self.probabilities[inside],
+            targets=self.targets[inside],
+            image_ids=tuple(np.array(self.image_ids)[inside]),
+        )
 
 
 @dataclass(frozen=True, kw_only=True)
 class Metrics:
-    """The figures of one split: mean cross-entropy in nats, and scores from 0 to 1.
+    """The metrics of one split: mean cross-entropy in nats, and scores from 0 to 1.
 
     `balanced_accuracy` (mean sensitivity) and `macro_auc` (mean one-versus-rest AUC) average over the classes
     that occur; where only one occurs, `macro_auc` is NaN.
@@ -55,7 +64,7 @@ class Metrics:
     macro_auc: float
 
     def to_dict(self, split: str) -> dict[str, float]:
-        """Name the figures as MLflow shows them: `val/loss`, ..., without those that are NaN."""
+        """Return the metrics under their MLflow keys, `val/loss`, ..., without NaNs."""
         return {f"{split}/{name}": value for name, value in asdict(self).items() if not np.isnan(value)}
 
 
@@ -95,7 +104,7 @@ class EpochResult:
 
 
 def compute_metrics(predictions: Predictions) -> Metrics:
-    """Compute the figures over all images at once: summed over images, divided once."""
+    """Compute the metrics over all images at once: summed over images, divided once."""
     targets, probabilities = predictions.targets, predictions.probabilities
     of_target = probabilities[np.arange(len(targets)), targets]
     return Metrics(
@@ -114,18 +123,28 @@ def _sensitivities(predictions: Predictions) -> Floats:
     return scores
 
 
-def _compute_one_versus_rest(predictions: Predictions, compute: Callable[..., float]) -> Floats:
-    """Score each class's probability against being of it; NaN where there is no image of it or no other."""
+def _compute_aucs(predictions: Predictions) -> Floats:
+    """Compute each class's one-versus-rest AUC, from ranks, (K,); NaN without images of it, or of others."""
+    truth = np.eye(predictions.probabilities.shape[1], dtype=bool)[predictions.targets]
+    positives = truth.sum(axis=0)
+    ranks = rankdata(predictions.probabilities, axis=0)
+    wins = (ranks * truth).sum(axis=0) - positives * (positives + 1) / 2
+    with np.errstate(invalid="ignore"):
+        aucs: Floats = wins / (positives * (len(truth) - positives))
+    return aucs
+
+
+def _compute_average_precisions(predictions: Predictions) -> Floats:
     scores = np.full(predictions.probabilities.shape[1], np.nan)
     for target in np.unique(predictions.targets):
         positive = predictions.targets == target
         if not positive.all():
-            scores[target] = compute(positive, predictions.probabilities[:, target])
+            scores[target] = sk.average_precision_score(positive, predictions.probabilities[:, target])
     return scores
 
 
 def _mean_auc(predictions: Predictions) -> float:
-    aucs = _compute_one_versus_rest(predictions, sk.roc_auc_score)
+    aucs = _compute_aucs(predictions)
     return float(np.nanmean(aucs)) if np.isfinite(aucs).any() else float("nan")
 
 
@@ -147,8 +166,8 @@ def compute_class_table(predictions: Predictions, classes: tuple[str, ...]) -> p
                 "ppv": hits / predicted,
                 "npv": 1 - (actual - hits) / (total - predicted),
                 "f1": np.where(actual > 0, 2 * hits / (actual + predicted), np.nan),
-                "auc": _compute_one_versus_rest(predictions, sk.roc_auc_score),
-                "ap": _compute_one_versus_rest(predictions, sk.average_precision_score),
+                "auc": _compute_aucs(predictions),
+                "ap": _compute_average_precisions(predictions),
             }
         )
 
@@ -161,7 +180,7 @@ def compute_confusion(predictions: Predictions) -> NDArray[np.int64]:
 
 
 def predict_always(target: int, like: Predictions) -> Predictions:
-    """Give the predictions of a model that answers the same class for every image, and is sure of it."""
+    """Return the predictions of a model that is certain of the same class for every image."""
     probabilities = np.zeros_like(like.probabilities)
     probabilities[:, target] = 1
     return Predictions(probabilities=probabilities, targets=like.targets, image_ids=like.image_ids)
@@ -170,22 +189,22 @@ def predict_always(target: int, like: Predictions) -> Predictions:
 def compute_intervals(
     predictions: Predictions, lesions: NDArray[np.str_], *, replicates: int = 1000
 ) -> dict[str, tuple[float, float]]:
-    """Compute a 95 % interval for each headline figure by drawing lesions with replacement.
+    """Compute a 95 % interval of each headline metric by drawing lesions with replacement.
 
     Args:
         predictions: Of N images.
         lesions: Which lesion each image shows, (N,).
         replicates: How many times lesions are drawn.
     """
-    figures = compute_weighted(predictions, draw_lesions(lesions, replicates=replicates))
-    return {name: compute_percentiles(figures[name]) for name in HEADLINES}
+    draws = compute_weighted(predictions, draw_lesions(lesions, replicates=replicates))
+    return {name: compute_percentiles(draws[name]) for name in HEADLINES}
 
 
 def draw_lesions(lesions: NDArray[Any], *, replicates: int = 1000, seed: int = 0) -> Floats:
-    """Draw lesions with replacement; give how often each draw has each image, float64 (replicates, N).
+    """Draw lesions with replacement; return how often each draw has each image, float64 (replicates, N).
 
-    The photos of one lesion are no independent evidence, so lesions are drawn, not images. The same lesions
-    give the same draws: two models' figures can be subtracted draw by draw.
+    The photos of one lesion are not independent, so lesions are drawn, not images. The same lesions give the
+    same draws: two models' metrics can be subtracted draw by draw.
     Source: Efron, Tibshirani, "An Introduction to the Bootstrap" (1993), section 13.3 (percentile interval).
     """
     names, lesion_of = np.unique(lesions, return_inverse=True)
@@ -196,7 +215,7 @@ def draw_lesions(lesions: NDArray[Any], *, replicates: int = 1000, seed: int = 0
 
 
 def compute_percentiles(draws: Floats, level: float = 0.95) -> tuple[float, float]:
-    """Give the ends between which the middle `level` of the known draws lies; NaN where none is known."""
+    """Return the ends of the middle `level` of the finite draws; NaN where there is none."""
     if not np.isfinite(draws).any():
         return float("nan"), float("nan")
     low, high = np.nanquantile(draws, [(1 - level) / 2, (1 + level) / 2])
@@ -209,11 +228,25 @@ def compute_mean_interval(values: ArrayLike, lesions: NDArray[Any]) -> tuple[flo
     return compute_percentiles(weights @ np.asarray(values, dtype=np.float64) / weights.sum(axis=1))
 
 
-def compute_weighted(predictions: Predictions, weights: Floats) -> dict[str, Floats]:
-    """Compute the headline figures for many weightings of the images, (B, N), at once; each (B,).
+def compute_share_interval(hits: NDArray[np.bool_], lesions: NDArray[Any]) -> tuple[float, float]:
+    """Compute the 95 % interval of the share of images that are hits, (N,), by drawing their lesions (N,).
 
-    A draw that lacks one of the classes has no balanced accuracy and no macro AUC: NaN. A mean over fewer
-    classes is another figure, and would make the intervals of rare classes too high.
+    If all images are hits, or none is, so is every draw, however few there are: the interval is then the
+    exact binomial one over lesions (Clopper, Pearson, Biometrika 26:404, 1934). NaN without images.
+    """
+    if not len(hits):
+        return float("nan"), float("nan")
+    if hits.all() or not hits.any():
+        margin = 1 - 0.025 ** (1 / len(np.unique(lesions)))
+        return (1 - margin, 1.0) if hits.all() else (0.0, margin)
+    return compute_mean_interval(hits, lesions)
+
+
+def compute_weighted(predictions: Predictions, weights: Floats) -> dict[str, Floats]:
+    """Compute the headline metrics for many weightings of the images, (B, N), at once; each (B,).
+
+    A draw that lacks one of the classes has no balanced accuracy and no macro AUC (NaN): a mean over fewer
+    classes is a different metric, and would shift the intervals of rare classes upwards.
     """
     targets = predictions.targets
     hits = weights * (predictions.predicted == targets)
@@ -231,13 +264,14 @@ def compute_weighted(predictions: Predictions, weights: Floats) -> dict[str, Flo
 
 
 def _compute_weighted_auc(positive: NDArray[np.bool_], scores: Floats, weights: Floats) -> Floats:
-    """Compute an AUC for each row of weights: the chance that a positive outranks a negative."""
-    order = np.argsort(scores, kind="stable")
-    starts = np.flatnonzero(np.diff(scores[order], prepend=np.nan) != 0)  # of each run of tied scores
-    ordered = weights[:, order]
-    positives = np.add.reduceat(ordered * positive[order], starts, axis=1)
-    negatives = np.add.reduceat(ordered * ~positive[order], starts, axis=1)
-    below = np.cumsum(negatives, axis=1) - negatives
-    wins = (positives * (below + negatives / 2)).sum(axis=1)  # a tie counts half
+    """Compute an AUC for each row of weights (B, N): the chance that a positive outranks a negative."""
+    positives, negatives = weights[:, positive], weights[:, ~positive]
+    counts = negatives.astype(np.float32)  # sums of whole and half weights: exact below 8 million images
+    wins = np.zeros(len(weights))
+    for start in range(0, positives.shape[1], _AUC_CHUNK):
+        chunk = slice(start, start + _AUC_CHUNK)
+        # 1 where the positive's score is higher, 1/2 for a tie.
+        outranks = (np.sign(scores[positive][chunk, None] - scores[~positive]) + 1) / 2
+        wins += (positives[:, chunk] * (counts @ outranks.T.astype(np.float32))).sum(axis=1)
     result: Floats = wins / (positives.sum(axis=1) * negatives.sum(axis=1))
     return result

@@ -1,88 +1,26 @@
-"""From probabilities to decisions: whom a threshold flags, which images to refer, which melanomas are missed.
+"""Decisions from probabilities: thresholds chosen on val, referral of uncertain images, missed melanomas.
 
 An image is flagged where the summed probability of the positive classes reaches a threshold: melanoma against
-the rest, or malignant against benign. Val, where it is chosen, and test must have the same temperature.
+the rest, or malignant against benign. Val, where the threshold is chosen, and test share one temperature.
 """
 
 import math
-from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Collection, Iterator
 
 import numpy as np
 import pandas as pd
 from numpy.typing import NDArray
 
-from skin_resnet.evaluation.calibration import check_probabilities, compute_share_interval
-from skin_resnet.evaluation.formatting import format_score, format_table
-from skin_resnet.evaluation.metrics import Floats, Predictions
+from skin_resnet.evaluation.metrics import Floats, Predictions, compute_share_interval
 from skin_resnet.labels import DIAGNOSES, HAM10000_CLASSES
 
-Interval = tuple[float, float]
-
-
-@dataclass(frozen=True, kw_only=True)
-class OperatingPoint:
-    """A threshold chosen on val.
-
-    Attributes:
-        positives: The class indices that count as positive.
-        goal: The sensitivity wanted on val.
-        threshold: The highest one that reaches it there.
-    """
-
-    positives: frozenset[int]
-    goal: float
-    threshold: float
-
-
-@dataclass(frozen=True, kw_only=True)
-class OperatingResult:
-    """What a threshold does on other images.
-
-    Attributes:
-        point: The threshold.
-        sensitivity: Share of the positive images that are flagged; NaN where there is none.
-        sensitivity_interval: 95 % interval of it, by bootstrap over lesions.
-        specificity: Share of the negative images that are not flagged; NaN where there is none.
-        specificity_interval: 95 % interval of it.
-        positive_images: How many images are positive.
-        negative_images: How many are negative.
-    """
-
-    point: OperatingPoint
-    sensitivity: float
-    sensitivity_interval: Interval
-    specificity: float
-    specificity_interval: Interval
-    positive_images: int
-    negative_images: int
-
-
-@dataclass(frozen=True, kw_only=True)
-class Referral:
-    """What is right among the images that are kept when the least certain ones are referred.
-
-    Attributes:
-        referred_fraction: From 0 to almost 1, (N,): all N images kept, then N - 1, ..., then one.
-        accuracy: Of the images kept, (N,).
-        balanced_accuracy: Of the images kept, (N,); NaN once a class is referred altogether: without its
-            hardest classes, it would rise for nothing.
-    """
-
-    referred_fraction: Floats
-    accuracy: Floats
-    balanced_accuracy: Floats
-
-    @property
-    def area(self) -> float:
-        """The area under the curve of accuracy: 1 minus the AURC of Geifman, Uziel, El-Yaniv (ICLR 2019)."""
-        return float(self.accuracy.mean())
+SENSITIVITIES = (0.90, 0.95)  # wanted on val
 
 
 def find_positives(classes: tuple[str, ...]) -> dict[str, frozenset[int]]:
-    """Give what is looked for in a data set: melanoma and malignant, as class indices.
+    """Return the class indices of melanoma and of malignant.
 
-    Nothing where the classes are not the seven diagnoses: which of them are malignant is then not known.
+    Empty where the classes are not the seven diagnoses: which of them are malignant is then not known.
     """
     if classes != HAM10000_CLASSES:
         return {}
@@ -91,103 +29,67 @@ def find_positives(classes: tuple[str, ...]) -> dict[str, frozenset[int]]:
 
 
 def score_positives(predictions: Predictions, positives: Collection[int]) -> Floats:
-    """Give the summed probability of the positive classes, (N,)."""
+    """Return the summed probability of the positive classes, (N,)."""
     scores: Floats = predictions.probabilities[:, sorted(positives)].sum(axis=1)
     return scores
 
 
-def choose_thresholds(
-    predictions: Predictions, positives: Collection[int], sensitivities: Sequence[float] = (0.90, 0.95)
-) -> tuple[OperatingPoint, ...]:
-    """Choose for each sensitivity the highest threshold that reaches it; none where no image is positive.
-
-    Args:
-        predictions: Of val.
-        positives: The class indices that count as positive.
-        sensitivities: The goals, above 0 and up to 1.
-
-    Raises:
-        UserError: There is no image, or a probability is not finite.
-    """
-    check_probabilities(predictions)
-    scores = score_positives(predictions, positives)[is_positive(predictions, positives)]
-    descending = np.sort(scores)[::-1]
-    if not len(descending):
-        return ()
-    return tuple(
-        OperatingPoint(
-            positives=frozenset(positives),
-            goal=goal,
-            # What 0.07 * 100 is above 7 must not count.
-            threshold=float(descending[math.ceil(goal * len(descending) - 1e-9) - 1]),
-        )
-        for goal in sensitivities
-    )
-
-
 def is_positive(predictions: Predictions, positives: Collection[int]) -> NDArray[np.bool_]:
-    """Tell which images truly are positive, (N,)."""
+    """Return which images truly are positive, (N,)."""
     return np.isin(predictions.targets, sorted(positives))
 
 
+def choose_threshold(predictions: Predictions, positives: Collection[int], sensitivity: float) -> float:
+    """Choose the highest threshold that reaches a sensitivity; NaN where no image is positive."""
+    scores = score_positives(predictions, positives)[is_positive(predictions, positives)]
+    if not len(scores):
+        return float("nan")
+    wanted = math.ceil(sensitivity * len(scores) - 1e-9)  # (0.07 * 100 is a little above 7)
+    return float(np.sort(scores)[::-1][wanted - 1])
+
+
+def choose_thresholds(predictions: Predictions, classes: tuple[str, ...]) -> dict[str, float]:
+    """Choose the thresholds of all groups and sensitivities on val, by name: `melanoma_at_0.90`, ..."""
+    thresholds = {
+        f"{group}_at_{goal:.2f}": choose_threshold(predictions, positives, goal)
+        for group, positives in find_positives(classes).items()
+        for goal in SENSITIVITIES
+    }
+    return {name: threshold for name, threshold in thresholds.items() if not math.isnan(threshold)}
+
+
 def apply_threshold(
-    predictions: Predictions, point: OperatingPoint, lesions: NDArray[np.str_]
-) -> OperatingResult:
-    """Measure what a threshold does on images that it was not chosen on.
+    predictions: Predictions, positives: Collection[int], threshold: float, lesions: NDArray[np.str_]
+) -> Iterator[tuple[str, float, float, float, int]]:
+    """Measure sensitivity and specificity of a threshold on images that it was not chosen on.
 
     Args:
         predictions: Of N images.
-        point: From `choose_thresholds`.
+        positives: The class indices that count as positive.
+        threshold: From `choose_threshold`.
         lesions: Which lesion each image shows, (N,).
 
-    Raises:
-        UserError: There is no image, or a probability is not finite.
+    Yields:
+        Name, value, low and high (95 % interval), and number of images; NaN where there are none.
     """
-    check_probabilities(predictions)
-    flagged = score_positives(predictions, point.positives) >= point.threshold
-    positive = is_positive(predictions, point.positives)
-    hits, passes = flagged[positive], ~flagged[~positive]
-    return OperatingResult(
-        point=point,
-        sensitivity=float(hits.mean()) if len(hits) else float("nan"),
-        sensitivity_interval=compute_share_interval(hits, lesions[positive]),
-        specificity=float(passes.mean()) if len(passes) else float("nan"),
-        specificity_interval=compute_share_interval(passes, lesions[~positive]),
-        positive_images=len(hits),
-        negative_images=len(passes),
-    )
+    flagged = score_positives(predictions, positives) >= threshold
+    positive = is_positive(predictions, positives)
+    for name, hits, inside in (("sensitivity", flagged, positive), ("specificity", ~flagged, ~positive)):
+        value = float(hits[inside].mean()) if inside.any() else float("nan")
+        yield name, value, *compute_share_interval(hits[inside], lesions[inside]), int(inside.sum())
 
 
-def format_operating(results: Mapping[str, Sequence[OperatingResult]]) -> str:
-    """Write what thresholds do as Markdown, by group name; a group without one says why."""
-    rows = [
-        [
-            name,
-            f"{result.point.goal:.2f}",
-            f"{result.point.threshold:.4f}",
-            format_score(result.sensitivity, result.sensitivity_interval),
-            format_score(result.specificity, result.specificity_interval),
-        ]
-        for name, group in results.items()
-        for result in group
-    ]
-    header = ["positive", "goal on val", "threshold", "sensitivity [95 %]", "specificity [95 %]"]
-    table = [format_table(header, rows)] if rows else []
-    notes = [
-        f"No threshold for {name}: val has no such image." for name, group in results.items() if not group
-    ]
-    return "\n\n".join([*table, *notes])
+def compute_referral(predictions: Predictions) -> pd.DataFrame:
+    """Compute the accuracy on the rest when the images with the lowest confidence are referred.
 
+    Equally confident images share hits and misses evenly, so their order does not matter. The mean of
+    `accuracy` is 1 minus the AURC of Geifman, Uziel, El-Yaniv (ICLR 2019).
 
-def compute_referral(predictions: Predictions) -> Referral:
-    """Compute what is right among the rest when the images whose highest probability is lowest are referred.
-
-    Equally certain images share hits and misses evenly, so the order they come in does not matter.
-
-    Raises:
-        UserError: There is no image, or a probability is not finite.
+    Returns:
+        A row per number of images kept, N first, 1 last: referred_fraction, accuracy and balanced_accuracy
+        of the images kept. Balanced accuracy is NaN once all images of a class are referred: without its
+        hardest classes, it would rise for nothing.
     """
-    check_probabilities(predictions)
     images = len(predictions.targets)
     doubts = -predictions.probabilities.max(axis=1)
     _, level, ties = np.unique(doubts, return_inverse=True, return_counts=True)
@@ -203,21 +105,23 @@ def compute_referral(predictions: Predictions) -> Referral:
 
     kept, hits = accumulate(truth), accumulate(right)
     shares = np.divide(hits, kept, out=np.full_like(hits, np.nan), where=kept > 0)
-    return Referral(
-        referred_fraction=np.arange(images) / images,
-        accuracy=hits.sum(axis=1) / np.arange(images, 0, -1),
-        balanced_accuracy=shares.mean(axis=1),
+    return pd.DataFrame(
+        {
+            "referred_fraction": np.arange(images) / images,
+            "accuracy": hits.sum(axis=1) / np.arange(images, 0, -1),
+            "balanced_accuracy": shares.mean(axis=1),
+        }
     )
 
 
 def tabulate_missed(
     predictions: Predictions, positives: Collection[int], classes: tuple[str, ...]
 ) -> pd.DataFrame:
-    """List positive images that are taken for a negative class, the most surely missed first.
+    """List positive images that are predicted as a negative class, the most confidently missed first.
 
     Returns:
         A row per image: image_id, dx, prediction, confidence (its probability), and score (the summed
-        probability of the positive classes), by which the rows ascend.
+        probability of the positive classes), in ascending order of score.
     """
     scores = score_positives(predictions, positives)
     missed = is_positive(predictions, positives) & ~np.isin(predictions.predicted, sorted(positives))

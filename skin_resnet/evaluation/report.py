@@ -1,104 +1,90 @@
-"""A training in words: what it reached, whether it overfitted, and which options to try next."""
+"""A training in words: what it reached, and whether it overfitted."""
 
-from collections.abc import Sequence
 from typing import Literal
 
 import numpy as np
+import pandas as pd
 
 from skin_resnet.config import TrainConfig
 from skin_resnet.evaluation.formatting import format_score, format_table, spell_metric
-from skin_resnet.evaluation.metrics import EpochResult, Floats
-from skin_resnet.options import format_value
+from skin_resnet.evaluation.metrics import Floats
 
 Verdict = Literal["too_short", "never_learned", "overfitting", "unstable", "improving", "levelled_off"]
-Option = tuple[str, object, str]  # a field of TrainConfig, the value to try, and why
 
-_SHORTEST = 4  # epochs: in fewer, nothing tells a trend from noise
+_SHORTEST = 4  # epochs: in fewer, a trend cannot be told from noise
 _WIDE_GAP = 0.1
-_REMEDIES: tuple[Option, ...] = (
-    ("augment", "strong", "training images that vary more."),
-    ("weights", "imagenet", "starts from features that took a million images to learn."),
-    ("mixup", 0.2, "blends of two images are harder to memorise."),
-    ("label_smoothing", 0.1, "being too sure no longer pays."),
-    ("dropout", 0.2, "the head cannot lean on single features."),
-    ("stochastic_depth", 0.1, "the blocks cannot lean on each other."),
-)
 
 
-def describe_training(
-    history: Sequence[EpochResult], best_epoch: int, config: TrainConfig, num_classes: int
-) -> str:
-    """Describe a training in some 15 lines of markdown.
+def describe_training(history: pd.DataFrame, best_epoch: int, config: TrainConfig, num_classes: int) -> str:
+    """Describe a training in some 12 lines of Markdown.
 
     Args:
-        history: All its epochs, in order.
+        history: All its epochs, indexed by epoch, with columns `train/loss`, `val/balanced_accuracy`, ...
         best_epoch: The epoch that `config.best_by` chose.
-        config: What it was trained with; no option that is on already is suggested.
-        num_classes: How many classes occur in val: chance gives a balanced accuracy of one divided by it.
+        config: What it was trained with.
+        num_classes: How many classes occur in val: chance has a balanced accuracy of one divided by it.
     """
-    best, last = next(result for result in history if result.epoch == best_epoch), history[-1]
-    verdict = judge_training(history, best_epoch, config, num_classes)
-    chosen_by = spell_metric(config.best_by)
-    limit = f" (at most {config.epochs})" if last.epoch < config.epochs else ""
-    options = [
-        f"- `{name}={format_value(value)}`: {why}"
-        for name, value, why in _suggest(verdict, history, best, config)
-    ]
+    last = history.index[-1]
+    limit = f" (at most {config.epochs})" if last < config.epochs else ""
     return "\n".join(
         [
-            f"**Best epoch {best_epoch} of {last.epoch}**{limit}, chosen by val {chosen_by}.",
+            f"**Best epoch {best_epoch} of {last}**{limit}, chosen by val {spell_metric(config.best_by)}.",
             "",
-            _format_results(best, last),
+            _format_metrics(history, best_epoch),
             "",
-            f"- {_explain(verdict, history, best, config, num_classes)}",
-            f"- {_compare_splits(best, last, config)}",
-            *(["", "**Next, try**", "", *options] if options else []),
+            f"- {_explain(history, best_epoch, config, num_classes)}",
+            f"- {_compare_splits(history, best_epoch, config)}",
         ]
     )
 
 
-def judge_training(
-    history: Sequence[EpochResult], best_epoch: int, config: TrainConfig, num_classes: int
-) -> Verdict:
-    """Put the course of a training into one word; changes within the noise of its curves do not count."""
+def judge_training(history: pd.DataFrame, best_epoch: int, config: TrainConfig, num_classes: int) -> Verdict:
+    """Classify the course of a training; changes within the noise of its curves do not count."""
     if len(history) < _SHORTEST:
         return "too_short"
-    scores = _values(history, "val", "balanced_accuracy")
-    highest = max(_middle(scores, index) for index in range(1, len(scores) - 1))
-    if highest < 1 / num_classes + max(0.02, 2.5 * _estimate_noise(scores)):
+    losses = {split: history[f"{split}/loss"].to_numpy() for split in ("train", "val")}
+    if _is_at_chance(history, num_classes) and not any(map(_fell, losses.values())):
         return "never_learned"
-    losses = _values(history, "val", "loss")
-    if _rose(losses, int(losses.argmin())):
+    if _rose(losses["val"], int(losses["val"].argmin())):
         return "overfitting" if find_overfitting_epoch(history) else "unstable"
-    values, length = _values(history, "val", config.best_by), _end_length(history)
+    values, length = history[f"val/{config.best_by}"].to_numpy(), _end_length(history)
     before, after = _compare_ends(values, length)
     gain = before - after if config.best_by == "loss" else after - before
     is_better = gain > max(0.01 * before, 2.5 * _estimate_noise(values) / np.sqrt(length))
-    return "improving" if is_better and best_epoch > history[-1].epoch - length else "levelled_off"
+    return "improving" if is_better and best_epoch > history.index[-1] - length else "levelled_off"
 
 
-def find_overfitting_epoch(history: Sequence[EpochResult]) -> int | None:
+def find_overfitting_epoch(history: pd.DataFrame) -> int | None:
     """Find the epoch of the lowest val loss, if val loss rose from there and train loss did not.
 
     Returns:
-        That epoch, or None if it did not come to that, or if too few epochs followed to tell.
+        That epoch, or None if there is none, or if too few epochs followed to tell.
     """
-    train, val = _values(history, "train", "loss"), _values(history, "val", "loss")
+    train, val = history["train/loss"].to_numpy(), history["val/loss"].to_numpy()
     lowest = int(val.argmin())
-    return history[lowest].epoch if _rose(val, lowest) and not _rose(train, lowest) else None
+    return int(history.index[lowest]) if _rose(val, lowest) and not _rose(train, lowest) else None
+
+
+def _is_at_chance(history: pd.DataFrame, num_classes: int) -> bool:
+    """Return whether no epoch's val balanced accuracy is more than noise above chance."""
+    scores = history["val/balanced_accuracy"].to_numpy()
+    # Noise counts up to a limit only: a score that the table shows far above chance is no noise.
+    return bool(scores.max() < 1 / num_classes + np.clip(2.5 * _estimate_noise(scores), 0.02, 0.05))
 
 
 def _rose(losses: Floats, since: int) -> bool:
-    """Tell whether losses end above what they were at index `since`, by over 2 % and more than noise."""
+    """Return whether losses end above index `since`, by over 2 % and more than noise."""
     if len(losses) - since <= 3:
         return False
-    # Medians, so that neither one lucky epoch nor one wild one decides.
+    # Medians, so that no single epoch decides.
     before, end = _middle(losses, since), np.median(losses[-max(3, len(losses) // 5) :])
     return bool(end - before > max(0.02 * before, 3 * _estimate_noise(losses)))
 
 
-def _values(history: Sequence[EpochResult], split: str, name: str) -> Floats:
-    return np.array([getattr(getattr(result, split), name) for result in history])
+def _fell(losses: Floats) -> bool:
+    """Return whether losses end below their start, by over 2 % and more than noise."""
+    before, end = np.median(losses[:2]), np.median(losses[-max(2, len(losses) // 5) :])
+    return bool(before - end > max(0.02 * before, 3 * _estimate_noise(losses)))
 
 
 def _middle(values: Floats, index: int) -> float:
@@ -106,160 +92,93 @@ def _middle(values: Floats, index: int) -> float:
 
 
 def _estimate_noise(values: Floats) -> float:
-    """Estimate the standard deviation about a smooth curve: how far are values off their neighbours' mean?
+    """Estimate the standard deviation about a smooth curve from second differences.
 
     Source: Gasser, Sroka, Jennen-Steinmetz, Biometrika 73:625 (1986); here with the median, for outliers.
     """
     return float(1.4826 * np.median(np.abs(np.diff(values, 2))) / np.sqrt(6))
 
 
-def _end_length(history: Sequence[EpochResult]) -> int:
+def _end_length(history: pd.DataFrame) -> int:
     return max(2, len(history) // 5)
 
 
 def _compare_ends(values: Floats, length: int) -> tuple[float, float]:
-    """Give the median of the last `length` values, and of as many before them, earlier first."""
+    """Return the medians of the `length` values before the last `length` ones, and of these."""
     return float(np.median(values[-2 * length : -length])), float(np.median(values[-length:]))
 
 
-def _explain(
-    verdict: Verdict,
-    history: Sequence[EpochResult],
-    best: EpochResult,
-    config: TrainConfig,
-    num_classes: int,
-) -> str:
-    last, lowest = history[-1], min(history, key=lambda result: result.val.loss)
-    rise = f"val loss was lowest there ({lowest.val.loss:.3f}) and ended at {last.val.loss:.3f}"
-    if verdict == "too_short":
-        return f"**Too short to tell** how it would go on: that takes {_SHORTEST} epochs."
-    if verdict == "never_learned":
-        text = f"**Never learned:** val balanced accuracy stayed at chance, {1 / num_classes:.3f}."
-        auc = f" Yet its probabilities rank (macro AUC {best.val.macro_auc:.3f}): it leans to one class."
-        return text + (auc if best.val.macro_auc > 0.65 else "")
-    if verdict == "overfitting":
-        fall = f"train loss went from {lowest.train.loss:.3f} to {last.train.loss:.3f}"
-        sure = f" Val balanced accuracy rose until epoch {best.epoch}, though: it grew too sure, not worse."
-        text = f"**Overfitting since epoch {lowest.epoch}:** {rise}, while {fall}."
-        return text + (sure if _grew_too_sure(history, best) else "")
-    if verdict == "unstable":
-        return f"**Unstable since epoch {lowest.epoch}:** {rise}, and train loss rose, too."
-    before, after = _compare_ends(_values(history, "val", config.best_by), _end_length(history))
-    if verdict == "improving":
-        change = f"val {spell_metric(config.best_by)} went from {before:.3f} to {after:.3f}"
-        return f"**Still improving at the end:** {change} (medians of {_end_length(history)} epochs)."
-    ahead = ", but train is far ahead" if best.gap > _WIDE_GAP else ", and train is not far ahead"
-    level = f"a val {spell_metric(config.best_by)} of {format_score(after)}"
-    return f"**Levelled off** at {level}; val loss did not turn up{ahead}."
+def _explain(history: pd.DataFrame, best_epoch: int, config: TrainConfig, num_classes: int) -> str:
+    verdict = judge_training(history, best_epoch, config, num_classes)
+    best, last = history.loc[best_epoch], history.iloc[-1]
+    since = history["val/loss"].idxmin()
+    lowest = history.loc[since]
+    rise = f"val loss was lowest there ({lowest['val/loss']:.3f}) and ended at {last['val/loss']:.3f}"
+    before, after = float("nan"), float("nan")
+    if verdict != "too_short":
+        before, after = _compare_ends(history[f"val/{config.best_by}"].to_numpy(), _end_length(history))
+    metric, epochs = f"val {spell_metric(config.best_by)}", _end_length(history)
+    ahead = "train is far ahead" if _gap(best) > _WIDE_GAP else "train is not far ahead"
+    text = {
+        "too_short": f"**Too short to judge**: that takes {_SHORTEST} epochs.",
+        "never_learned": "**Never learned:** the loss did not fall.",
+        "overfitting": f"**Overfitting since epoch {since}:** {rise}, while train loss went from "
+        f"{lowest['train/loss']:.3f} to {last['train/loss']:.3f}.",
+        "unstable": f"**Unstable since epoch {since}:** {rise}, and train loss rose, too.",
+        "improving": f"**Still improving at the end:** {metric} went from {before:.3f} to {after:.3f} "
+        f"(medians of {epochs} epochs).",
+        "levelled_off": f"**Levelled off** at a {metric} of {format_score(after)}; val loss did not rise, "
+        f"and {ahead}.",
+    }[verdict]
+    if verdict == "overfitting" and _is_overconfident(history, best_epoch):
+        text += f" Val balanced accuracy rose until epoch {best_epoch}: overconfident, not worse."
+    if verdict != "too_short" and _is_at_chance(history, num_classes):
+        text += f" Val balanced accuracy is no better than chance ({1 / num_classes:.3f})."
+        if best["val/macro_auc"] > 0.65:
+            text += (
+                f" The probabilities do rank (macro AUC {best['val/macro_auc']:.3f}): it prefers one class."
+            )
+    return text
 
 
-def _grew_too_sure(history: Sequence[EpochResult], best: EpochResult) -> bool:
-    """Tell whether val balanced accuracy rose, beyond noise, after val loss had been lowest."""
-    lowest = min(history, key=lambda result: result.val.loss)
-    noise = _estimate_noise(_values(history, "val", "balanced_accuracy"))
-    gain = best.val.balanced_accuracy - lowest.val.balanced_accuracy
-    return best.epoch > lowest.epoch and gain > max(0.01, 3 * noise)
+def _gap(epoch: pd.Series) -> float:
+    return float(epoch["train/balanced_accuracy"] - epoch["val/balanced_accuracy"])
 
 
-def _compare_splits(best: EpochResult, last: EpochResult, config: TrainConfig) -> str:
-    results = {result.epoch: result for result in (best, last)}.values()
-    gaps = " and ".join(f"{result.gap:+.3f} in epoch {result.epoch}" for result in results)
-    ratios = " and ".join(_format_ratio(result.val.loss, result.train.loss) for result in results)
-    text = f"Train minus val balanced accuracy: {gaps}; val loss is {ratios} times train loss."
-    if best.gap >= 0 and not config.mixup and not config.cutmix:
+def _is_overconfident(history: pd.DataFrame, best_epoch: int) -> bool:
+    """Return whether val balanced accuracy rose, beyond noise, after the lowest val loss."""
+    scores, since = history["val/balanced_accuracy"], history["val/loss"].idxmin()
+    gain = scores[best_epoch] - scores[since]
+    return bool(best_epoch > since and gain > max(0.01, 3 * _estimate_noise(scores.to_numpy())))
+
+
+def _compare_splits(history: pd.DataFrame, best_epoch: int, config: TrainConfig) -> str:
+    epochs = dict.fromkeys((best_epoch, history.index[-1]))
+    gaps = " and ".join(f"{_gap(history.loc[epoch]):+.3f} in epoch {epoch}" for epoch in epochs)
+    ratios = " and ".join(
+        _format_ratio(*history.loc[epoch, ["val/loss", "train/loss"]].to_numpy(float)) for epoch in epochs
+    )
+    text = f"Train-val gap of balanced accuracy: {gaps}; val loss is {ratios} times train loss."
+    if _gap(history.loc[best_epoch]) >= 0 and not config.mixup and not config.cutmix:
         return text
-    return f"{text} Train is measured on altered images and while it learns: it looks worse than it is."
+    return f"{text} Train is measured on augmented images and while the network learns, so it looks worse."
 
 
 def _format_ratio(val: float, train: float) -> str:
     return f"{val / train:.1f}" if val < 100 * train else "over 100"
 
 
-def _suggest(
-    verdict: Verdict, history: Sequence[EpochResult], best: EpochResult, config: TrainConfig
-) -> list[Option]:
-    """Give at most three options worth a try, the most promising first."""
-    off = ("none", "light", "standard", 0)
-    remedies = [option for option in _REMEDIES if getattr(config, option[0]) in off]
-    if verdict == "overfitting" and _grew_too_sure(history, best):
-        remedies.sort(key=lambda option: option[0] != "label_smoothing")
-    informed = [option for option in remedies if option[0] == "weights"]
-    imbalance, longer = _weigh_classes(best, config), _train_longer(history[-1], config)
-    shorter = _stop_early(history[-1], best, config)
-    memorises = best.gap > _WIDE_GAP
-    options = {
-        "too_short": longer,
-        "never_learned": remedies
-        if memorises
-        else [*_change_lr(verdict, config), *informed, *imbalance, *longer],
-        "overfitting": [*remedies[:1], *imbalance, *shorter, *remedies[1:]],
-        "unstable": [*_change_lr(verdict, config), *_steady_steps(config)],
-        "improving": [*longer, *imbalance],
-        "levelled_off": [*imbalance, *(remedies[:2] if memorises else _enlarge(config)), *shorter],
-    }
-    return options[verdict][:3]
-
-
-def _weigh_classes(best: EpochResult, config: TrainConfig) -> list[Option]:
-    behind = best.val.accuracy - best.val.balanced_accuracy
-    if config.class_weighting != "none" or behind < 0.15:
-        return []
-    why = f"rare classes lag: balanced accuracy is {behind:.2f} below accuracy."
-    return [("class_weighting", "sqrt", why)]
-
-
-def _train_longer(last: EpochResult, config: TrainConfig) -> list[Option]:
-    if last.epoch == config.epochs <= 5_000:
-        return [("epochs", max(20, 2 * config.epochs), "more time to learn.")]
-    if config.patience > 0:
-        return [("patience", 2 * config.patience, "it was stopped early.")]
-    return []
-
-
-def _stop_early(last: EpochResult, best: EpochResult, config: TrainConfig) -> list[Option]:
-    idle = last.epoch - best.epoch
-    if config.patience > 0 or idle < 5:
-        return []
-    return [("patience", 5, f"saves time: {idle} epochs came after the best.")]
-
-
-def _change_lr(verdict: Verdict, config: TrainConfig) -> list[Option]:
-    if verdict == "unstable":
-        return [("lr", _round(config.lr / 3), "smaller steps.")]
-    if config.lr < (1e-3 if config.optimizer == "sgd" else 3e-5):
-        return [("lr", _round(config.lr * 10), "the steps may be too small to get anywhere.")]
-    return [("lr", _round(config.lr / 10), "the steps may be too large to get anywhere.")]
-
-
-def _steady_steps(config: TrainConfig) -> list[Option]:
-    steps: list[Option] = []
-    if config.lr_schedule == "constant":
-        steps.append(("lr_schedule", "cosine", "steps that shrink towards the end."))
-    if config.grad_clip == 0:
-        steps.append(("grad_clip", 1.0, "no single batch can throw it off."))
-    return steps
-
-
-def _enlarge(config: TrainConfig) -> list[Option]:
-    # A file of weights fits one network only.
-    if config.arch == "resnet152" or config.weights not in ("none", "imagenet"):
-        return []
-    larger = "resnet101" if config.arch == "resnet50" else "resnet152"
-    return [("arch", larger, "train and val are close, so a larger network may learn more.")]
-
-
-def _round(lr: float) -> float:
-    return float(f"{lr:.1g}")
-
-
-def _format_results(best: EpochResult, last: EpochResult) -> str:
-    columns = {
-        f"{split}, epoch {result.epoch}": getattr(result, split)
-        for result in (best, last)
+def _format_metrics(history: pd.DataFrame, best_epoch: int) -> str:
+    columns = [
+        (split, epoch)
+        for epoch in dict.fromkeys((best_epoch, history.index[-1]))
         for split in ("train", "val")
-    }
-    names = ("balanced_accuracy", "accuracy", "macro_auc", "loss")
-    rows = [
-        [spell_metric(name), *(format_score(getattr(m, name)) for m in columns.values())] for name in names
     ]
-    return format_table(["", *columns], rows)
+    rows = [
+        [
+            spell_metric(name),
+            *(format_score(history.loc[epoch].get(f"{split}/{name}", np.nan)) for split, epoch in columns),
+        ]
+        for name in ("balanced_accuracy", "accuracy", "macro_auc", "loss")
+    ]
+    return format_table(["", *(f"{split}, epoch {epoch}" for split, epoch in columns)], rows)

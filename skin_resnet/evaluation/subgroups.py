@@ -1,6 +1,7 @@
-"""The headline figures part by part: a good mean may hide a sex, an age, a site or a diagnosis that fails."""
+"""Metrics by sex, age, localization and diagnosis, and agreement between several photos of one lesion."""
 
 from collections.abc import Iterator
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -8,23 +9,26 @@ from numpy.typing import NDArray
 
 from skin_resnet.evaluation.metrics import (
     HEADLINES,
+    Floats,
     Predictions,
     compute_intervals,
     compute_mean_interval,
     compute_metrics,
 )
 
-MIN_IMAGES, MIN_LESIONS = 30, 20  # below, an interval is too wide, and too optimistic, to be worth printing
+MIN_IMAGES, MIN_LESIONS = 30, 20  # with fewer, an interval is too wide, and too optimistic, to be of use
 _AGE_BANDS = {"under 30": 0, "30-44": 30, "45-59": 45, "60-74": 60, "75 and over": 75}  # first year of each
 _UNKNOWN = "unknown"
 _MISSING = (np.nan, np.nan, np.nan)
 
 
-def compute_slices(predictions: Predictions, table: pd.DataFrame, lesions: NDArray[np.str_]) -> pd.DataFrame:
-    """Compute the headline figures by sex, age band and localization, and the sensitivity by diagnosis.
+def compute_subgroups(
+    predictions: Predictions, table: pd.DataFrame, lesions: NDArray[np.str_]
+) -> pd.DataFrame:
+    """Compute the headline metrics by sex, age band and localization, and the sensitivity by diagnosis.
 
-    A slice's balanced accuracy and macro AUC average over the classes that occur in it: where `classes`
-    differ, so does the task, and two slices only compare roughly.
+    A subgroup's balanced accuracy and macro AUC average over the classes that occur in it: where `classes`
+    differs, so does the task, and two subgroups compare only roughly.
 
     Args:
         predictions: Of N images.
@@ -32,29 +36,36 @@ def compute_slices(predictions: Predictions, table: pd.DataFrame, lesions: NDArr
         lesions: Which lesion each image of `predictions` shows, (N,).
 
     Returns:
-        A row per slice and figure: by ("all", "sex", "age", "localization" or "dx"), slice, images, lesions,
-        classes (how many occur), figure, value, low and high (a 95 % interval), too_small. A slice is too
-        small, and its numbers NaN, under `MIN_IMAGES` or `MIN_LESIONS`, or with one class if not by dx.
+        A row per subgroup and metric: by ("sex", "age", "localization" or "dx"), subgroup, images, lesions,
+        classes (how many occur), metric, value, low and high (a 95 % interval). The three numbers are NaN
+        where the subgroup is too small: under `MIN_IMAGES` or `MIN_LESIONS`, or with one class if not by dx.
     """
     rows = table.set_index("image_id").loc[list(predictions.image_ids)]
-    records = []
+    records: list[dict[str, Any]] = []
     for by, names in _list_partitions(rows):
         for name in names.categories[np.unique(names.codes)]:
             inside = np.asarray(names == name)
-            figures, counts = _measure(by, _select(predictions, inside), lesions[inside])
-            for figure, (value, low, high) in figures.items():
-                number = {"figure": figure, "value": value, "low": low, "high": high}
-                records.append({"by": by, "slice": name, **counts, **number, "too_small": np.isnan(value)})
+            part, part_lesions = predictions.select(inside), lesions[inside]
+            counts = {
+                "images": len(part.targets),
+                "lesions": len(np.unique(part_lesions)),
+                "classes": len(np.unique(part.targets)),
+            }
+            group = {"by": by, "subgroup": str(name)}
+            is_small = counts["images"] < MIN_IMAGES or counts["lesions"] < MIN_LESIONS
+            is_small |= by != "dx" and counts["classes"] < 2
+            for metric, (value, low, high) in _measure(by, part, part_lesions, is_small=is_small).items():
+                records.append(
+                    {**group, **counts, "metric": metric, "value": value, "low": low, "high": high}
+                )
     return pd.DataFrame(records)
 
 
 def _list_partitions(rows: pd.DataFrame) -> Iterator[tuple[str, pd.Categorical]]:
-    """Name each image's slice; an attribute that is unknown for all images makes no partition."""
-    yield "all", pd.Categorical(["all"] * len(rows))
+    """Yield each image's subgroup by attribute; attributes that are unknown for all images are left out."""
     ages = pd.cut(rows.age, [*_AGE_BANDS.values(), np.inf], right=False, labels=list(_AGE_BANDS))
-    sites = sorted(
-        set(rows.localization), key=lambda site: (site == _UNKNOWN, -sum(rows.localization == site))
-    )
+    counts = rows.localization.value_counts()
+    sites = sorted(counts.index, key=lambda site: (site == _UNKNOWN, -counts[site], site))
     for by, names in (
         ("sex", pd.Categorical(rows.sex)),
         ("age", pd.Categorical(ages.cat.add_categories(_UNKNOWN).fillna(_UNKNOWN))),
@@ -66,28 +77,86 @@ def _list_partitions(rows: pd.DataFrame) -> Iterator[tuple[str, pd.Categorical]]
 
 
 def _measure(
-    by: str, part: Predictions, lesions: NDArray[np.str_]
-) -> tuple[dict[str, tuple[float, float, float]], dict[str, int]]:
-    """Give each figure of a slice with its interval, and what the slice holds."""
-    counts = {
-        "images": len(part.targets),
-        "lesions": len(np.unique(lesions)),
-        "classes": len(np.unique(part.targets)),
-    }
+    by: str, part: Predictions, lesions: NDArray[np.str_], *, is_small: bool
+) -> dict[str, tuple[float, float, float]]:
     names = ("sensitivity",) if by == "dx" else HEADLINES
-    too_few = counts["images"] < MIN_IMAGES or counts["lesions"] < MIN_LESIONS
-    if too_few or (by != "dx" and counts["classes"] < 2):
-        return dict.fromkeys(names, _MISSING), counts
+    if is_small:
+        return dict.fromkeys(names, _MISSING)
     if by == "dx":
         hits = part.predicted == part.targets
-        return {"sensitivity": (float(hits.mean()), *compute_mean_interval(hits, lesions))}, counts
+        return {"sensitivity": (float(hits.mean()), *compute_mean_interval(hits, lesions))}
     metrics, intervals = compute_metrics(part), compute_intervals(part, lesions)
-    return {name: (getattr(metrics, name), *intervals[name]) for name in names}, counts
+    return {name: (getattr(metrics, name), *intervals[name]) for name in names}
 
 
-def _select(predictions: Predictions, inside: NDArray[np.bool_]) -> Predictions:
-    return Predictions(
-        probabilities=predictions.probabilities[inside],
-        targets=predictions.targets[inside],
-        image_ids=tuple(np.array(predictions.image_ids)[inside]),
-    )
+def compute_retest(
+    predictions: Predictions, lesions: NDArray[np.str_], classes: tuple[str, ...]
+) -> pd.DataFrame:
+    """Compare the predictions of photos that show the same lesion (test-retest); each lesion counts once.
+
+    Metrics are `agreement` (share of pairs of photos with the same prediction), `unanimous` (share of lesions
+    whose photos all have the same prediction), `distance` (total variation of the probabilities) and, where
+    there is a class mel, `mel_difference` (absolute difference of its probability).
+
+    Args:
+        predictions: Of N images.
+        lesions: Which lesion each image shows, (N,).
+        classes: The class order.
+
+    Returns:
+        A row per class ("all" first) and metric: dx, lesions and images (of the lesions with several photos),
+        metric, value, low and high (95 % interval by bootstrap over lesions), others (the same metric between
+        each of these photos and those of other lesions of the class). NaN under `MIN_LESIONS` lesions; empty
+        if no lesion has several photos.
+    """
+    _, lesion_of, photos = np.unique(lesions, return_inverse=True, return_counts=True)
+    several = np.flatnonzero(photos > 1)
+    pairs = pd.DataFrame([_compare_lesion(predictions, lesion_of == number, classes) for number in several])
+    records: list[dict[str, Any]] = []
+    if len(pairs):
+        records += _summarise("all", pairs)
+        for target, of_class in pairs.groupby("target"):
+            records += _summarise(classes[int(target)], of_class)
+    columns = ["dx", "lesions", "images", "metric", "value", "low", "high", "others"]
+    return pd.DataFrame(records, columns=columns)
+
+
+def _compare_lesion(
+    predictions: Predictions, inside: NDArray[np.bool_], classes: tuple[str, ...]
+) -> dict[str, float]:
+    """Compare a lesion's photos with each other, and with all photos of other lesions of its class."""
+    photos, target = predictions.probabilities[inside], predictions.targets[inside][0]
+    others = predictions.probabilities[~inside & (predictions.targets == target)]
+    pairs = np.triu_indices(len(photos), k=1)
+    means = {name: values[pairs].mean() for name, values in _compare(photos, photos, classes).items()}
+    row = {"target": target, "photos": len(photos), **means, "unanimous": float(means["agreement"] == 1)}
+    if len(others):
+        beside = _compare(photos, others, classes)
+        row |= {f"{name}_others": values.mean() for name, values in beside.items()}
+    return row
+
+
+def _compare(first: Floats, second: Floats, classes: tuple[str, ...]) -> dict[str, Floats]:
+    """Compare each row of first (M, K) with each of second (N, K); each metric (M, N)."""
+    differences = np.abs(first[:, None] - second[None])
+    metrics = {
+        "agreement": (first.argmax(axis=1)[:, None] == second.argmax(axis=1)).astype(np.float64),
+        "distance": differences.sum(axis=2) / 2,
+    }
+    if "mel" in classes:
+        metrics["mel_difference"] = differences[:, :, classes.index("mel")]
+    return metrics
+
+
+def _summarise(dx: str, pairs: pd.DataFrame) -> Iterator[dict[str, Any]]:
+    """Average over lesions; yield a row per metric."""
+    for metric in ("agreement", "unanimous", "distance", "mel_difference"):
+        if metric not in pairs:
+            continue
+        row = {"dx": dx, "lesions": len(pairs), "images": int(pairs.photos.sum()), "metric": metric}
+        if len(pairs) >= MIN_LESIONS:
+            low, high = compute_mean_interval(pairs[metric], np.arange(len(pairs)))
+            row |= {"value": float(pairs[metric].mean()), "low": low, "high": high}
+            if f"{metric}_others" in pairs:
+                row["others"] = float(pairs[f"{metric}_others"].mean())
+        yield row

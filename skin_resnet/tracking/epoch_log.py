@@ -4,6 +4,7 @@ import time
 from collections.abc import Iterable
 
 import mlflow
+import pandas as pd
 from mlflow.entities import Metric
 
 from skin_resnet.evaluation.metrics import EpochResult
@@ -81,6 +82,12 @@ def to_figures(result: EpochResult) -> dict[str, float]:
         "speed/epoch_s": result.seconds,
         "speed/images_per_s": result.images_per_s,
     }
+
+
+def to_frame(history: Iterable[EpochResult]) -> pd.DataFrame:
+    """Return the history as a table, indexed by epoch, with a column per MLflow key."""
+    rows = {result.epoch: to_figures(result) for result in history}
+    return pd.DataFrame.from_dict(rows, orient="index").rename_axis("epoch")
 
 
 def log_best(result: EpochResult) -> None:

@@ -17,17 +17,19 @@ class FinishedRun:
     """A finished training.
 
     Attributes:
-        leaks: Whether its split did.
-        history: Values by metric name and epoch.
+        split_hash: Which split it was trained and evaluated on.
+        leaks: Whether that split leaks.
+        history: Indexed by epoch, with columns `train/loss`, `val/loss`, ...
         predictions: A row an image: image_id, lesion_id, dx, prediction, and each class's probability.
     """
 
     run_id: str
     name: str
     arch: str
+    split_hash: str
     leaks: bool
     metrics: dict[str, float]
-    history: dict[str, dict[int, float]]
+    history: pd.DataFrame
     predictions: pd.DataFrame
 
 
@@ -152,9 +154,10 @@ def read_run(run_id: str, split: str) -> FinishedRun:
         run_id=run_id,
         name=run.info.run_name,
         arch=run.data.params["arch"],
+        split_hash=run.data.tags.get("split.hash", ""),
         leaks=run.data.tags.get("split.leaks") == "true",
         metrics=run.data.metrics,
-        history=history,
+        history=pd.DataFrame(history).sort_index(),
         predictions=pd.read_csv(
             path, dtype={"image_id": str, "lesion_id": str, "dx": str}, keep_default_na=False
         ),

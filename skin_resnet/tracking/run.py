@@ -6,7 +6,7 @@ import logging
 import os
 import re
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -185,6 +185,19 @@ def log_table(table: pd.DataFrame, path: str) -> None:
 def log_text(text: str, path: str) -> None:
     """Log a text artifact."""
     mlflow.log_text(text, path)
+
+
+def log_artifacts(files: Mapping[str, Any]) -> None:
+    """Log files by artifact path: data frames as CSV, figures as PNG, texts, and all else as JSON."""
+    for path, content in files.items():
+        if isinstance(content, pd.DataFrame):
+            mlflow.log_text(content.to_csv(index=False), path)
+        elif isinstance(content, str):
+            mlflow.log_text(content, path)
+        elif path.endswith(".png"):
+            mlflow.log_figure(content, path)
+        else:
+            mlflow.log_dict(content, path)
 
 
 def log_figure(figure: Any, path: str) -> None:

@@ -13,15 +13,15 @@ from skin_resnet.commands.evaluate import assess_and_log, predict_checkpoint
 from skin_resnet.config import TrainConfig
 from skin_resnet.data.loader import Loader
 from skin_resnet.data.prepare import PreparedData, prepare_data
-from skin_resnet.evaluation.assess import calibrate
+from skin_resnet.evaluation.assess import fit_calibration
+from skin_resnet.evaluation.leakage_page import format_leakage
 from skin_resnet.evaluation.metrics import EpochResult
-from skin_resnet.evaluation.passport import format_passport
 from skin_resnet.evaluation.plots.curves import plot_curves
 from skin_resnet.model.resnet import build_resnet
 from skin_resnet.model.weights import load_weights
 from skin_resnet.tracking import log_setting
 from skin_resnet.tracking import run as mlflow_run
-from skin_resnet.tracking.epoch_log import EpochLog, log_best
+from skin_resnet.tracking.epoch_log import EpochLog, log_best, to_frame
 from skin_resnet.training import interrupts
 from skin_resnet.training.checkpoint import hash_network, read_checkpoint, save_checkpoint
 from skin_resnet.training.engine import BestEpoch, NonFiniteLossError, fit
@@ -109,7 +109,7 @@ class _Training:
             mlflow_run.log_params(config)
             log_setting.log_setting(data, fabric.device, str(fabric.strategy.precision.precision), start)
             log_setting.log_data(data, config.data, self._fingerprint)
-            log_setting.log_passport(data.leakage.to_dict(), format_passport(data.leakage))
+            log_setting.log_passport(data.leakage.to_dict(), format_leakage(data.leakage))
 
     def run(self, on_epoch: Callable[[EpochResult], None] | None) -> None:
         """Train, epoch by epoch; what is saved is never behind what is logged."""
@@ -144,7 +144,7 @@ class _Training:
             _calibrate(self._checkpoint, self._data, self._config)
         if self._run_id:
             log_best(self._best.epoch)
-            figure = plot_curves(self._history, self._best.epoch.epoch)
+            figure = plot_curves(to_frame(self._history), self._best.epoch.epoch)
             mlflow_run.log_figure(figure, "figures/curves.png")
             table = self._data.select(self._data.split.val)
             checkpoint = read_checkpoint(self._checkpoint)
@@ -183,7 +183,7 @@ def _calibrate(path: Path, data: PreparedData, config: TrainConfig) -> None:
     """Fit on val what a network's probabilities need to be used, and keep it with the network."""
     checkpoint = read_checkpoint(path)
     predictions = predict_checkpoint(checkpoint, data.select(data.split.val), data.store, config)
-    calibration = calibrate(predictions, data.classes, config.coverage)
+    calibration = fit_calibration(predictions, data.classes, config.coverage)
     save_checkpoint(path, {**checkpoint, "calibration": calibration.to_dict()})
 
 

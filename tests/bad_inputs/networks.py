@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from skin_resnet.config import TrainConfig
-from skin_resnet.evaluation.assess import calibrate
+from skin_resnet.evaluation.assess import fit_calibration
 from skin_resnet.evaluation.metrics import Predictions
 from skin_resnet.model.resnet import build_resnet
 from tests.bad_inputs import BadInput, Options
@@ -57,7 +57,7 @@ def build_checkpoint() -> dict[str, Any]:
         "format": 1, "arch": "resnet50", "classes": list(CLASSES), "image_size": 32, "network": build_state(),
         "epoch": 1, "val": {}, "config": TrainConfig(image_size=32).model_dump(mode="json"),
         "split": {"train": ids[:6], "val": ids[6:9], "test": ids[9:]}, "baseline_class": "mole",
-        "leaks": False, "run_id": "", "calibration": calibrate(guesses, CLASSES, 0.9).to_dict(),
+        "leaks": False, "run_id": "", "calibration": fit_calibration(guesses, CLASSES, 0.9).to_dict(),
     }  # fmt: skip
 
 

@@ -1,29 +1,31 @@
-"""The course of a training: loss, scores and learning rate over the epochs."""
+"""The course of a training: loss, balanced accuracy and learning rate over the epochs."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 
 import numpy as np
+import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, MaxNLocator, NullLocator
 
-from skin_resnet.evaluation.metrics import EpochResult
-from skin_resnet.evaluation.plots.style import COLOURS, DPI, FONT, QUIET, WIDTH_INCH, build_layout, style_axes
+from skin_resnet.evaluation.plots.style import COLOURS, FONT, QUIET, build_figure, style_axes
 
 
-def plot_curves(history: Sequence[EpochResult], best_epoch: int) -> Figure:
-    """Plot loss, balanced accuracy (thin: accuracy) and learning rate over the epochs; mark the best one."""
-    best = next(result for result in history if result.epoch == best_epoch)
-    first, last = history[0].epoch, history[-1].epoch
-    figure = Figure(figsize=(WIDTH_INCH, 8), dpi=DPI, layout=build_layout())
-    figure.suptitle(
-        f"Best epoch {best_epoch} of {last}: balanced accuracy {best.val.balanced_accuracy:.3f} on val, "
-        f"{best.train.balanced_accuracy:.3f} on train",
-        fontsize=FONT + 2,
-    )
+def plot_curves(history: pd.DataFrame, best_epoch: int) -> Figure:
+    """Plot loss, balanced accuracy (thin: accuracy) and learning rate over the epochs; mark the best epoch.
+
+    Args:
+        history: Indexed by epoch, with columns `train/loss`, `val/loss`, ..., `lr`.
+        best_epoch: Which epoch val chose.
+    """
+    best = history.loc[best_epoch]
+    first, last = history.index[0], history.index[-1]
+    val, train = best["val/balanced_accuracy"], best["train/balanced_accuracy"]
+    title = f"Best epoch {best_epoch} of {last}: balanced accuracy {val:.3f} on val, {train:.3f} on train"
+    figure = build_figure(8, title)
     loss, score, lr = figure.subplots(3, 1, sharex=True, height_ratios=[3, 3, 1])
-    for axes, title in ((loss, "Loss"), (score, "Balanced accuracy (thin: accuracy)"), (lr, "Learning rate")):
-        style_axes(axes, title)
+    for axes, name in ((loss, "Loss"), (score, "Balanced accuracy (thin: accuracy)"), (lr, "Learning rate")):
+        style_axes(axes, name)
         axes.axvline(best_epoch, color=QUIET, linewidth=1, linestyle=":", zorder=1)
     lr.set_xlim(first - 0.5, last + 0.5)
     lr.xaxis.set_major_locator(MaxNLocator("auto", integer=True, steps=[1, 2, 5, 10], min_n_ticks=1))
@@ -33,51 +35,45 @@ def plot_curves(history: Sequence[EpochResult], best_epoch: int) -> Figure:
     _label_ends(loss, _draw_lines(loss, history, "loss"))
     thin = _draw_lines(score, history, "accuracy")
     _label_ends(score, thin | _draw_lines(score, history, "balanced_accuracy"))
-    _mark_best(loss, best_epoch, best.val.loss, best.train.loss)
-    _mark_best(score, best_epoch, best.val.balanced_accuracy, best.train.balanced_accuracy)
-    _plot_lr(lr, history)
+    _mark_best(loss, best_epoch, best["val/loss"], best["train/loss"])
+    _mark_best(score, best_epoch, val, train)
+    _plot_lr(lr, history.lr)
     return figure
 
 
-def _limit_loss(axes: Axes, history: Sequence[EpochResult]) -> None:
-    """Start at 0 and let no wild epoch press the rest flat: say how high it went instead."""
-    losses = np.array([(result.train.loss, result.val.loss) for result in history])
-    top = 1.2 * losses[losses <= 2.5 * np.quantile(losses, 0.9)].max(initial=1e-3)
+def _limit_loss(axes: Axes, history: pd.DataFrame) -> None:
+    """Start at 0, and cut off outliers that would flatten the curve: name the highest in the title."""
+    losses = history[["train/loss", "val/loss"]]
+    values = losses.to_numpy()
+    top = 1.2 * values[values <= 2.5 * np.quantile(values, 0.9)].max(initial=1e-3)
     axes.set_ylim(0, top)
-    if losses.max() > top:
-        row, column = divmod(int(losses.argmax()), 2)
-        split = ("train", "val")[column]
-        note = f"off this axis: {split} loss {losses[row, column]:.3g} in epoch {history[row].epoch}"
+    if values.max() > top:
+        epoch, name = losses.stack().idxmax()
+        split = name.partition("/")[0]
+        note = f"off this axis: {split} loss {values.max():.3g} in epoch {epoch}"
         axes.set_title(note, fontsize=FONT, loc="right", color=COLOURS[split])
 
 
-def _draw_lines(axes: Axes, history: Sequence[EpochResult], name: str) -> dict[str, tuple[float, str]]:
-    """Draw a figure of both splits; give the name, last value and colour of each line."""
-    epochs = [result.epoch for result in history]
-    lines = {split: [getattr(getattr(result, split), name) for result in history] for split in COLOURS}
-    thin = name == "accuracy"
+def _draw_lines(axes: Axes, history: pd.DataFrame, metric: str) -> dict[str, tuple[float, str]]:
+    """Draw a metric of both splits; return name, last value and colour of each line."""
+    is_thin = metric == "accuracy"
+    lines = {split: history[f"{split}/{metric}"] for split in COLOURS}
     for split, values in lines.items():
-        axes.plot(
-            epochs,
-            values,
-            color=COLOURS[split],
-            linewidth=0.9 if thin else 2,
-            marker=_marker(history),
-            markersize=2 if thin else 4,
-        )
-    if not thin:
-        axes.fill_between(epochs, lines["train"], lines["val"], color=QUIET, alpha=0.12, linewidth=0)
-    suffix = " accuracy" if thin else ""
-    return {split + suffix: (values[-1], COLOURS[split]) for split, values in lines.items()}
+        width, size = (0.9, 2) if is_thin else (2, 4)
+        axes.plot(values, color=COLOURS[split], linewidth=width, marker=_marker(history), markersize=size)
+    if not is_thin:
+        axes.fill_between(history.index, lines["train"], lines["val"], color=QUIET, alpha=0.12, linewidth=0)
+    suffix = " accuracy" if is_thin else ""
+    return {split + suffix: (values.iloc[-1], COLOURS[split]) for split, values in lines.items()}
 
 
-def _marker(history: Sequence[EpochResult]) -> str:
-    # Dots tell where a value was measured; on a long run they only thicken the line.
+def _marker(history: pd.DataFrame | pd.Series) -> str:
+    # Dots show where a value was measured; on a long run they only thicken the line.
     return "o" if len(history) <= 25 else ""
 
 
 def _label_ends(axes: Axes, ends: Mapping[str, tuple[float, str]]) -> None:
-    """Name each line where it ends; move the names of lines that end close together apart."""
+    """Name each line at its end; move the names of lines that end close together apart."""
     bottom, top = axes.get_ylim()
     upwards = sorted(ends, key=lambda name: ends[name][0])
     wanted = np.array([(ends[name][0] - bottom) / (top - bottom) for name in upwards])
@@ -90,7 +86,7 @@ def _label_ends(axes: Axes, ends: Mapping[str, tuple[float, str]]) -> None:
 
 
 def _mark_best(axes: Axes, epoch: int, val: float, train: float) -> None:
-    """Put a dot on val, and its value on the side of it where train is not."""
+    """Mark val with a dot, and write its value on the side away from train."""
     place = (epoch - axes.get_xlim()[0]) / np.ptp(axes.get_xlim())
     height = (val - axes.get_ylim()[0]) / np.ptp(axes.get_ylim())
     above = height < 0.12 or (val >= train and height < 0.88)
@@ -109,12 +105,10 @@ def _mark_best(axes: Axes, epoch: int, val: float, train: float) -> None:
     )
 
 
-def _plot_lr(axes: Axes, history: Sequence[EpochResult]) -> None:
-    lrs = np.array([result.lr for result in history])
-    epochs = [result.epoch for result in history]
-    axes.plot(epochs, lrs, color=QUIET, linewidth=1.5, marker=_marker(history), markersize=3)
+def _plot_lr(axes: Axes, lrs: pd.Series) -> None:
+    axes.plot(lrs, color=QUIET, linewidth=1.5, marker=_marker(lrs), markersize=3)
     # A cosine nears 0 in its last epochs only, and keeps its shape on a linear axis; a staircase does not.
-    if lrs.min() > 0 and np.quantile(lrs, 0.1) < lrs.max() / 100:
+    if lrs.min() > 0 and lrs.quantile(0.1) < lrs.max() / 100:
         axes.set_yscale("log")
         axes.yaxis.set_minor_locator(NullLocator())
     else:

@@ -1,4 +1,6 @@
-"""Photos beside the places that spoke for their prediction."""
+"""Figures of images: Grad-CAM examples, and the gallery of missed melanomas."""
+
+from collections.abc import Sequence
 
 import numpy as np
 from matplotlib import colormaps
@@ -7,7 +9,18 @@ from matplotlib.figure import Figure
 from numpy.typing import NDArray
 
 from skin_resnet.evaluation.metrics import Predictions
-from skin_resnet.evaluation.plots.style import DPI, EMPTY, FONT, QUIET, WIDTH_INCH, build_layout
+from skin_resnet.evaluation.plots.style import (
+    EMPTY,
+    FONT,
+    QUIET,
+    WIDTH_INCH,
+    build_figure,
+    literal,
+    name_classes,
+    shorten,
+)
+
+_COLUMNS = 6  # of the gallery
 
 
 def plot_gradcam(
@@ -17,7 +30,7 @@ def plot_gradcam(
     rows: NDArray[np.int64],
     classes: tuple[str, ...],
 ) -> Figure:
-    """Plot the examples a row a class, right predictions on the left and wrong ones on the right.
+    """Plot the examples, a row per class, right predictions on the left and wrong ones on the right.
 
     Args:
         images: The examples' pixels (M, S, S, 3).
@@ -27,51 +40,45 @@ def plot_gradcam(
         classes: The class order.
     """
     targets, is_right = predictions.targets, predictions.predicted == predictions.targets
-    occurring = np.unique(targets)
+    shown_classes = np.unique(targets[rows])
     examples = {
         (target, right): np.flatnonzero((targets[rows] == target) & (is_right[rows] == right)).tolist()
-        for target in occurring
+        for target in shown_classes
         for right in (True, False)
     }
-    widths = {
-        right: max(1, *(len(examples[target, right]) for target in occurring)) for right in (True, False)
-    }
-    columns = sum(widths.values())
-    names = [_shorten(name, 46 // columns - 6) for name in classes]
+    widths = [max(1, *(len(examples[target, right]) for target in shown_classes)) for right in (True, False)]
+    columns = sum(widths)
+    names = name_classes(classes, max(5, 46 // columns - 6))
     height = (WIDTH_INCH - 0.6) / columns / 2 + 0.3
-    figure = Figure(figsize=(WIDTH_INCH, height * len(occurring) + 0.8), dpi=DPI, layout=build_layout())
-    cells = -(-images.shape[1] // 32)  # the last stage's features, which the heat is computed from
-    heading = f"Photos, and what speaks for the predicted class (Grad-CAM, {cells} x {cells} places)"
-    caption = "true → predicted, and how probable the network finds that"
-    figure.suptitle(f"{heading}\n{caption}", fontsize=FONT + 1)
-    grid = figure.subplots(len(occurring), columns, squeeze=False)
-    for line, target in zip(grid, occurring, strict=True):
-        sides = {True: line[: widths[True]], False: line[widths[True] :]}
-        for right, side in sides.items():
-            shown = examples[target, right]
-            for axes, example in zip(side, shown, strict=False):
-                said = predictions.predicted[rows[example]]
-                probability = predictions.probabilities[rows[example], said]
+    cells = -(-images.shape[1] // 32)  # the last stage's features, from which the map is computed
+    heading = (
+        f"Images, and the regions that support the predicted class (Grad-CAM, {cells} x {cells})\n"
+        "true → predicted, with its probability"
+    )
+    figure = build_figure(height * len(shown_classes) + 0.8, heading)
+    grid = figure.subplots(len(shown_classes), columns, squeeze=False)
+    for line, target in zip(grid, shown_classes, strict=True):
+        for right, side in ((True, line[: widths[0]]), (False, line[widths[0] :])):
+            chosen = examples[target, right]
+            for axes, example in zip(side, chosen, strict=False):
+                predicted = predictions.predicted[rows[example]]
+                p = predictions.probabilities[rows[example], predicted]
                 _show_pair(axes, images[example], heats[example])
-                axes.set_title(f"{names[target]} → {names[said]}, p {probability:.2f}", fontsize=FONT)
-            for axes in side[len(shown) :]:
-                _leave_empty(axes, "no other" if shown else "none right" if right else "none wrong")
+                axes.set_title(f"{names[target]} → {names[predicted]}, p {p:.2f}", fontsize=FONT)
+            for axes in side[len(chosen) :]:
+                _leave_empty(axes, "no other" if chosen else "none right" if right else "none wrong")
         of_class = is_right[targets == target]
         line[0].set_ylabel(f"{names[target]}\n{of_class.sum():,} of {len(of_class):,} right", fontsize=FONT)
     return figure
 
 
-def blend_heat(image: NDArray[np.uint8], heat: NDArray[np.float32]) -> NDArray[np.uint8]:
-    """Lay heat (S, S) over a photo (S, S, 3): the hotter, the less of the photo shines through."""
+def _show_pair(axes: Axes, image: NDArray[np.uint8], heat: NDArray[np.float32]) -> None:
+    """Show an image beside itself under its heat: the hotter, the less of the image shines through."""
     opacity = 0.6 * heat[..., None]
     colours = 255 * colormaps["viridis"](heat)[..., :3]
-    blend: NDArray[np.uint8] = np.round(image * (1 - opacity) + colours * opacity).astype(np.uint8)
-    return blend
-
-
-def _show_pair(axes: Axes, image: NDArray[np.uint8], heat: NDArray[np.float32]) -> None:
+    blend = np.round(image * (1 - opacity) + colours * opacity).astype(np.uint8)
     gap = np.full((len(image), max(1, len(image) // 50), 3), 255, dtype=np.uint8)
-    axes.imshow(np.hstack([image, gap, blend_heat(image, heat)]))
+    axes.imshow(np.hstack([image, gap, blend]))
     _remove_frame(axes)
 
 
@@ -88,6 +95,25 @@ def _remove_frame(axes: Axes) -> None:
     axes.spines[:].set_visible(False)
 
 
-def _shorten(name: str, length: int) -> str:
-    length = max(5, length)  # HAM10000's codes always fit
-    return name if len(name) <= length else f"{name[: length - 1]}…"
+def plot_gallery(images: NDArray[np.uint8], captions: Sequence[str], title: str) -> Figure:
+    """Show images in a grid, each under its caption; captions beyond the last image are counted in the title.
+
+    Args:
+        images: uint8 (M, S, S, 3).
+        captions: One per image and for those not shown, all of as many lines.
+        title: What they are; their number is added.
+    """
+    shown, total = len(images), len(captions)
+    rows = -(-shown // _COLUMNS)
+    lines = captions[0].count("\n") + 1 if shown else 0
+    count = f"{shown} of {total:,}" if total > shown else f"{shown or 'none'}"
+    figure = build_figure(0.6 + (1.5 + 0.2 * lines) * rows, f"{title}: {count}")
+    if not shown:
+        return figure
+    for axes in figure.subplots(rows, _COLUMNS, squeeze=False).flat:
+        axes.set_axis_off()
+    for axes, image, caption in zip(figure.axes, images, captions, strict=False):
+        axes.imshow(image)
+        short = "\n".join(shorten(line, 19) for line in caption.splitlines())
+        axes.set_title(literal(short), fontsize=FONT - 2)
+    return figure
