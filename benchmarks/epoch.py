@@ -15,13 +15,14 @@ import mlflow
 from skin_resnet.config import TrainConfig
 from skin_resnet.data.augment import RECIPES, augment, mix
 from skin_resnet.data.prepare import prepare_data
-from skin_resnet.data.store import normalize
+from skin_resnet.model.preprocess import normalize, to_float
 from skin_resnet.model.resnet import build_resnet
 from skin_resnet.tracking import run as mlflow_run
-from skin_resnet.tracking.epoch_log import EpochLog
+from skin_resnet.tracking.epochs import EpochLog
 from skin_resnet.training.checkpoint import save_checkpoint
-from skin_resnet.training.engine import fit, seed_step, to_float
-from skin_resnet.training.state import build_fabric, build_state
+from skin_resnet.training.device import build_fabric
+from skin_resnet.training.engine import fit, seed_step
+from skin_resnet.training.state import build_state
 
 EPOCHS = 3
 
@@ -58,8 +59,8 @@ def main() -> None:
     feeding_s = measure(feed)
     with tempfile.TemporaryDirectory() as folder:
         mlflow.set_tracking_uri(f"sqlite:///{folder}/mlflow.db")
-        with mlflow_run.open_run("benchmark") as run_id:
-            tracking_s = measure(lambda: EpochLog(run_id).write(results[-1]), times=20)
+        with mlflow_run.open_run("benchmark") as run:
+            tracking_s = measure(lambda: EpochLog(run.run_id).write(results[-1]), times=20)
         saving_s = measure(
             lambda: save_checkpoint(Path(folder) / "best.pt", {"n": state.network.state_dict()})
         )

@@ -16,12 +16,13 @@ from search.config import SearchConfig
 from search.space import BASELINES, build_space
 from skin_resnet.config import TrainConfig
 from skin_resnet.errors import UserError
-from skin_resnet.evaluation.metrics import EpochResult
 from skin_resnet.tracking import search_runs
-from skin_resnet.tracking.run import OUTAGES
+from skin_resnet.tracking.run import TrackedRun
+from skin_resnet.tracking.store import OUTAGES
 from skin_resnet.training import interrupts
+from skin_resnet.training.device import is_out_of_memory
+from skin_resnet.training.engine import EpochResult
 from skin_resnet.training.run import TrainResult, run_training
-from skin_resnet.training.state import is_out_of_memory
 
 _logger = logging.getLogger(__name__)
 _RETRY_S = 1.0
@@ -151,16 +152,16 @@ class Objective:
         tags = {**self._tags, search_runs.TRIAL: str(trial.number)}
         with ExitStack() as stack:
 
-            def open_child() -> str:
+            def open_child() -> TrackedRun:
                 child = search_runs.open_child(self._parent_run_id, name, tags, pruned=TrialPruned)
                 return stack.enter_context(child)
 
             try:
-                run_id = wait_for_server(open_child, self._check_alive)
+                run = wait_for_server(open_child, self._check_alive)
             except (UserError, *OUTAGES) as error:
                 raise NotTracked(f"trial {trial.number} has no MLflow run ({error})") from error
-            trial.set_user_attr("run_id", run_id)
-            return self._train(config, on_epoch).best
+            trial.set_user_attr("run_id", run.run_id)
+            return self._train(config, tracker=run, on_epoch=on_epoch).best
 
     def _build_on_epoch(self, trial: Trial) -> Callable[[EpochResult], None]:
         names = self._config.objective_names

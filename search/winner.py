@@ -32,8 +32,8 @@ from skin_resnet.evaluation.metrics import (
 )
 from skin_resnet.options import format_value
 from skin_resnet.tracking import history as finished_runs
-from skin_resnet.tracking import run as mlflow_run
 from skin_resnet.tracking import search_runs
+from skin_resnet.tracking.run import TrackedRun, open_run
 from skin_resnet.training.checkpoint import read_checkpoint
 from skin_resnet.training.run import run_training
 
@@ -114,22 +114,21 @@ def _train_in_child(study: Study, recipe: str, config: TrainConfig, parent_run_i
     name = f"{recipe}, seed {config.seed}"
     print(f"\n{name}")
     tags = {search_runs.STUDY: get_study_id(study), "search.recipe": recipe}
-    with search_runs.open_child(parent_run_id, name, tags) as run_id:
-        result = run_training(config)
-        mlflow_run.log_note(report(config, result))
-        model_uri = mlflow_run.log_model(result.checkpoint, result.data.classes)
-    result.checkpoint.unlink()  # it is logged
+    with search_runs.open_child(parent_run_id, name, tags) as run:
+        result = run_training(config, tracker=run)
+        run.describe(report(run, result))
+        model_uri = run.log_model(result.checkpoint_path, result.data.classes)
     return Retrained(
         recipe=recipe,
         config=config.model_dump_json(),
-        run_id=run_id,
+        run_id=run.run_id,
         model_uri=model_uri,
         val=result.best.val.balanced_accuracy,
         gap=result.best.gap,
     )
 
 
-def evaluate_on_test(retrained: Sequence[Retrained]) -> tuple[pd.DataFrame, str]:
+def evaluate_on_test(run: TrackedRun, retrained: Sequence[Retrained]) -> tuple[pd.DataFrame, str]:
     """Evaluate all recipes and seeds on test, and log each one's metrics on its run.
 
     Returns:
@@ -137,14 +136,14 @@ def evaluate_on_test(retrained: Sequence[Retrained]) -> tuple[pd.DataFrame, str]
     """
     config = TrainConfig.model_validate_json(retrained[0].config)
     data = prepare_data(config)
-    table, warning = break_seal(config, data)
+    table, warning = break_seal(run, config, data)
     predictions: dict[str, list[Predictions]] = {}
     for each in retrained:
         checkpoint = read_checkpoint(finished_runs.download_checkpoint(each.run_id))
-        with search_runs.reopen_child(each.run_id):
-            assess_and_log(checkpoint, table, data.store, config, "test")
-        run = finished_runs.read_run(each.run_id, "test")
-        predictions.setdefault(each.recipe, []).append(read_predictions(run.predictions))
+        with open_run(run_id=each.run_id) as child:
+            assess_and_log(child, checkpoint, table, data.store, config)
+        tested = finished_runs.read_run(each.run_id, "test")
+        predictions.setdefault(each.recipe, []).append(read_predictions(tested.predictions))
     return compare_recipes(predictions, join_lesions(table).to_numpy(str)), warning
 
 

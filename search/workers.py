@@ -39,7 +39,7 @@ from search.study import (
 )
 from skin_resnet.errors import UserError
 from skin_resnet.tracking import search_runs
-from skin_resnet.tracking.run import OUTAGES
+from skin_resnet.tracking.store import OUTAGES
 from skin_resnet.training import interrupts
 
 _logger = logging.getLogger(__name__)

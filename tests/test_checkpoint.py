@@ -48,12 +48,12 @@ def test_anything_else_is_refused_in_one_line_and_no_code_runs(tmp_path: Path, c
         path.write_bytes(pickle.dumps(Bomb(tmp_path / "ran")))
     else:
         torch.save([1, 2] if content == "other" else {"format": 99}, path)
-    with pytest.raises(UserError, match="a checkpoint must") as told:
+    with pytest.raises(UserError, match="not a checkpoint") as told:
         read_checkpoint(path)
     assert "\n" not in str(told.value)
     assert not (tmp_path / "ran").exists()
 
 
 def test_a_missing_checkpoint_is_told(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match=r"there is no .*nowhere\.pt"):
+    with pytest.raises(UserError, match=r"no checkpoint .*nowhere\.pt"):
         read_checkpoint(tmp_path / "nowhere.pt")

@@ -13,9 +13,11 @@ from torch import nn
 
 from skin_resnet.config import TrainConfig
 from skin_resnet.data.loader import Loader, PixelSource
-from skin_resnet.evaluation.metrics import EpochResult, Metrics
-from skin_resnet.training.engine import BestEpoch, NonFiniteLossError, fit, predict
-from skin_resnet.training.state import TrainingState, build_fabric, build_state
+from skin_resnet.evaluation.metrics import Metrics
+from skin_resnet.training.device import build_fabric
+from skin_resnet.training.early_stopping import BestEpoch
+from skin_resnet.training.engine import EpochResult, NonFiniteLossError, fit, predict
+from skin_resnet.training.state import TrainingState, build_state
 
 
 def build_loaders() -> tuple[Loader, Loader]:

@@ -13,7 +13,7 @@ import pytest
 from skin_resnet.training import interrupts
 
 ROOT = Path(__file__).parent.parent
-SIGNALS = [signal.SIGINT, signal.SIGTERM, signal.SIGHUP]
+SIGNALS = [signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2]
 
 
 @pytest.mark.parametrize("number", SIGNALS)
@@ -74,7 +74,7 @@ def start(script: str) -> Iterator[subprocess.Popen[str]]:
 
 def test_a_second_one_ends_the_process_at_once_whatever_it_does() -> None:
     script = (
-        "import time; from skin_resnet import interrupts\n"
+        "import time; from skin_resnet.training import interrupts\n"
         "with interrupts.handled(), interrupts.deferred():\n"
         "    print('ready')\n"
         "    while True: time.sleep(0.01)\n"

@@ -15,10 +15,11 @@ import mlflow
 import pytest
 
 from skin_resnet.errors import UserError
-from skin_resnet.evaluation.metrics import EpochResult, Metrics
-from skin_resnet.tracking import epoch_log
-from skin_resnet.tracking.epoch_log import EpochLog, to_figures
+from skin_resnet.evaluation.metrics import Metrics
+from skin_resnet.tracking import epochs
+from skin_resnet.tracking.epochs import EpochLog
 from skin_resnet.tracking.run import open_run
+from skin_resnet.training.engine import EpochResult
 
 ROOT = Path(__file__).parent.parent
 
@@ -48,7 +49,7 @@ def store(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
 
 def read_values(uri: str, run_id: str) -> dict[str, list[tuple[int, float]]]:
     client = mlflow.MlflowClient(uri)
-    names = to_figures(build_epoch(1))
+    names = build_epoch(1).to_metrics()
     points = {name: client.get_metric_history(run_id, name) for name in names}
     return {name: sorted((point.step, point.value) for point in points[name]) for name in names}
 
@@ -66,26 +67,26 @@ def test_what_a_store_does_not_take_is_written_once_it_is_back(store: str, capsy
     EpochLog(run_id, map(build_epoch, (1, 2, 3, 4))).finish()
     values = read_values(store, run_id)
     for name in values:
-        assert values[name] == [(number, to_figures(build_epoch(number))[name]) for number in (1, 2, 3, 4)], (
-            name
-        )
+        assert values[name] == [
+            (number, build_epoch(number).to_metrics()[name]) for number in (1, 2, 3, 4)
+        ], name
     told = capsys.readouterr().out.splitlines()
     assert len(told) == 2, "one line when it goes, one when it is back"
-    assert "tracking is away" in told[0]
-    assert "tracking is back" in told[1]
+    assert "MLflow unreachable" in told[0]
+    assert "MLflow reachable again" in told[1]
 
 
 def test_a_store_that_stays_away_ends_the_run_in_one_line(store: str, monkeypatch) -> None:
-    monkeypatch.setattr(epoch_log, "_WAIT_S", 0)
-    monkeypatch.setattr(epoch_log, "_RETRY_S", 0)
+    monkeypatch.setattr(epochs, "_WAIT_S", 0)
+    monkeypatch.setattr(epochs, "_RETRY_S", 0)
     away = f"http://127.0.0.1:{find_free_port()}"
 
     def go_on_while_it_goes_away() -> None:
-        with open_run("a run") as run_id:
+        with open_run("a run") as run:
             mlflow.set_tracking_uri(away)
-            EpochLog(run_id, [build_epoch(1)]).finish()
+            EpochLog(run.run_id, [build_epoch(1)]).finish()
 
-    with pytest.raises(UserError, match=f"{away} answers no more .*resume the run") as told:
+    with pytest.raises(UserError, match=f"MLflow unreachable at {away} .*resume the run") as told:
         go_on_while_it_goes_away()
     assert "\n" not in str(told.value)
 
@@ -101,7 +102,7 @@ def test_a_server_that_is_down_at_the_start_is_one_line_and_exit_code_2(
     )  # fmt: skip
     assert done.returncode == 2
     (line,) = done.stderr.strip().splitlines()
-    assert line.startswith("error: the run must be tracked, but http://127.0.0.1:")
+    assert line.startswith("error: MLflow unreachable at http://127.0.0.1:")
     assert list(tmp_path.iterdir()) == []
 
 
@@ -186,11 +187,11 @@ def test_a_training_goes_on_while_its_server_is_away(server: Server, class_folde
     try:
         wait_for("epoch 2/60")
         server.stop()
-        wait_for("tracking is away")
+        wait_for("MLflow unreachable")
         epochs = log.read_text().count("\nepoch ")
         wait_for(f"epoch {epochs + 1}/60")
         server.start()
-        wait_for("tracking is back")
+        wait_for("MLflow reachable again")
         assert process.wait(300) == 0, log.read_text()
     finally:
         process.kill()

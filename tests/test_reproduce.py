@@ -6,10 +6,11 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import mlflow
+import pandas as pd
 import pytest
 from PIL import Image
 
-from skin_resnet.commands.reproduce import Deviation, compare_histories, describe, reproduce
+from skin_resnet.commands.reproduce import compare_histories, describe, reproduce
 from skin_resnet.commands.train import train
 from skin_resnet.config import ReproduceConfig, TrainConfig
 from skin_resnet.errors import UserError
@@ -75,23 +76,23 @@ def test_one_pixel_that_changed_is_found(run_id: str, config: TrainConfig, data:
     finally:
         path.write_bytes(whole)
     page = capsys.readouterr().out
-    assert "Not the same" in page
+    assert "Not identical" in page
     assert "of epoch 1: " in page
     assert "data.fingerprint" in page
 
 
 def test_only_a_finished_training_is_reproduced(config: TrainConfig) -> None:
-    with pytest.raises(UserError, match="run must be the id of a finished training"):
+    with pytest.raises(UserError, match="finished training"):
         reproduce(build_config("0" * 32, config))
 
 
 def test_the_first_epoch_and_metric_that_differ_are_told_and_by_how_much() -> None:
     first = {"val/loss": {1: 0.5, 2: 0.25, 3: 0.125}, "lr": {1: 0.1, 2: 0.1, 3: 0.1}}
     again = {"val/loss": {1: 0.5, 2: 0.375, 3: 0.125}, "lr": {1: 0.1, 2: 0.1}}
-    deviations, compared = compare_histories(first, again)
+    differences, compared = compare_histories(pd.DataFrame(first), pd.DataFrame(again))
     assert compared == 6
-    assert deviations[0] == Deviation(epoch=2, metric="val/loss", first=0.25, again=0.375)
-    assert [(each.epoch, each.metric) for each in deviations] == [(2, "val/loss"), (3, "lr")]
-    page = describe("ID", deviations, compared, {"version.torch": ("2.14.0", "2.14.1")})
-    assert "2 of 6 values differ. The first is val/loss of epoch 2: 0.25, now 0.375, +0.125." in page
+    assert differences.to_numpy().tolist()[0] == [2, "val/loss", 0.25, 0.375]
+    assert differences[["epoch", "metric"]].to_numpy().tolist() == [[2, "val/loss"], [3, "lr"]]
+    page = describe("ID", differences, compared, {"version.torch": ("2.14.0", "2.14.1")})
+    assert "2 of 6 values differ. The first is val/loss of epoch 2: 0.25, now 0.375 (+0.125)." in page
     assert "| version.torch | 2.14.0 | 2.14.1 |" in page

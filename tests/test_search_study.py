@@ -38,10 +38,12 @@ from search.study import (
 from search.workers import close_killed_runs, name_session, work
 from skin_resnet.config import TrainConfig
 from skin_resnet.errors import UserError
-from skin_resnet.evaluation.metrics import EpochResult, Metrics
+from skin_resnet.evaluation.metrics import Metrics
+from skin_resnet.training.engine import EpochResult
 
 State = TrialState
-Train = Callable[[TrainConfig, Callable[[EpochResult], None]], SimpleNamespace]
+Report = Callable[[EpochResult], None]
+Train = Callable[..., SimpleNamespace]
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -78,7 +80,9 @@ def make_epoch(epoch: int, score: float, train_score: float = 0.9) -> EpochResul
     return EpochResult(epoch=epoch, lr=0.1, seconds=1, images_per_s=1, train=train, val=val)
 
 
-def train_well(config: TrainConfig, on_epoch: Callable[[EpochResult], None]) -> SimpleNamespace:
+def train_well(
+    config: TrainConfig, on_epoch: Callable[[EpochResult], None], **more: object
+) -> SimpleNamespace:
     """Score better the smaller lr is, and the later the epoch."""
     results = [make_epoch(epoch, 0.5 - config.lr + epoch / 100) for epoch in range(1, config.epochs + 1)]
     for result in results:
@@ -153,7 +157,9 @@ def test_a_resumed_study_replays_no_draws(tmp_path: Path, parent: str, sampler: 
 def test_a_pruned_trial_ends_killed_and_baselines_are_never_pruned(tmp_path: Path, parent: str) -> None:
     numbers = itertools.count()
 
-    def train_ever_worse(config: TrainConfig, on_epoch: Callable[[EpochResult], None]) -> SimpleNamespace:
+    def train_ever_worse(
+        config: TrainConfig, on_epoch: Callable[[EpochResult], None], **more: object
+    ) -> SimpleNamespace:
         return train_well(config.with_changes(lr=0.01 * (1 + next(numbers))), on_epoch)
 
     config = make_config(tmp_path, n_trials=7, epochs=6)
@@ -168,7 +174,7 @@ def test_a_pruned_trial_ends_killed_and_baselines_are_never_pruned(tmp_path: Pat
 
 
 def test_a_failed_trial_ends_failed_with_its_reason_and_counts(tmp_path: Path, parent: str) -> None:
-    def fail(config: TrainConfig, on_epoch: Callable[[EpochResult], None]) -> SimpleNamespace:
+    def fail(config: TrainConfig, on_epoch: Report, **more: object) -> SimpleNamespace:
         raise UserError("the loss must stay finite")
 
     trials = run(make_config(tmp_path), parent, fail)
@@ -192,7 +198,9 @@ def test_out_of_memory_is_tried_once_more_with_half_the_batch(
     tmp_path: Path, parent: str, error: Exception
 ) -> None:
     def need_less_than(limit: int) -> Train:
-        def train(config: TrainConfig, on_epoch: Callable[[EpochResult], None]) -> SimpleNamespace:
+        def train(
+            config: TrainConfig, on_epoch: Callable[[EpochResult], None], **more: object
+        ) -> SimpleNamespace:
             on_epoch(make_epoch(1, 0.3))
             if config.batch_size >= limit:
                 raise error
@@ -212,7 +220,9 @@ def test_out_of_memory_is_tried_once_more_with_half_the_batch(
 def test_an_interrupted_trial_is_run_again_and_counted_once(tmp_path: Path, parent: str) -> None:
     calls = itertools.count()
 
-    def interrupt_third(config: TrainConfig, on_epoch: Callable[[EpochResult], None]) -> SimpleNamespace:
+    def interrupt_third(
+        config: TrainConfig, on_epoch: Callable[[EpochResult], None], **more: object
+    ) -> SimpleNamespace:
         if next(calls) == 2:
             on_epoch(make_epoch(1, 0.5))
             raise KeyboardInterrupt
@@ -233,7 +243,7 @@ def test_an_interrupted_trial_is_run_again_and_counted_once(tmp_path: Path, pare
 def test_a_trial_that_always_kills_its_process_is_given_up_unless_it_is_a_baseline(
     tmp_path: Path, parent: str, is_baseline: bool
 ) -> None:
-    def die(config: TrainConfig, on_epoch: Callable[[EpochResult], None]) -> SimpleNamespace:
+    def die(config: TrainConfig, on_epoch: Report, **more: object) -> SimpleNamespace:
         if config.patience == 0 if is_baseline else config.augment == "strong":
             raise KeyboardInterrupt
         return train_well(config, on_epoch)
@@ -300,7 +310,9 @@ def test_a_lock_is_held_by_one_and_free_afterwards(tmp_path: Path) -> None:
 
 
 def test_a_gap_beyond_the_limit_is_no_winner(tmp_path: Path, parent: str) -> None:
-    def overfit_when_fast(config: TrainConfig, on_epoch: Callable[[EpochResult], None]) -> SimpleNamespace:
+    def overfit_when_fast(
+        config: TrainConfig, on_epoch: Callable[[EpochResult], None], **more: object
+    ) -> SimpleNamespace:
         result = make_epoch(1, 0.7, 0.95) if config.grad_clip == 0 else make_epoch(1, 0.6, 0.65)
         on_epoch(result)
         return SimpleNamespace(best=result)
@@ -319,7 +331,9 @@ def test_several_objectives_give_a_pareto_front_that_holds_the_winner(tmp_path: 
     numbers = itertools.count()
     scores = [(0.5, 0.9), (0.6, 0.9), (0.55, 0.6), (0.5, 0.5), (0.45, 0.5), (0.6, 0.95)]
 
-    def trade_off(config: TrainConfig, on_epoch: Callable[[EpochResult], None]) -> SimpleNamespace:
+    def trade_off(
+        config: TrainConfig, on_epoch: Callable[[EpochResult], None], **more: object
+    ) -> SimpleNamespace:
         result = make_epoch(1, *scores[next(numbers)])
         on_epoch(result)
         return SimpleNamespace(best=result)

@@ -15,13 +15,13 @@ from search.run import search
 from search.space import BASELINE_RECIPE
 from skin_resnet.config import TrainConfig
 from skin_resnet.data.prepare import prepare_data
-from skin_resnet.evaluation.metrics import EpochResult
 from skin_resnet.tracking.search_runs import register_model
+from skin_resnet.training.engine import EpochResult
 
 pytestmark = pytest.mark.slow
 
 
-def make_up(config: TrainConfig, on_epoch: Callable[[EpochResult], None]) -> SimpleNamespace:
+def make_up(config: TrainConfig, on_epoch: Callable[[EpochResult], None], **more: object) -> SimpleNamespace:
     """Let the defaults win, without training."""
     result = make_epoch(1, 0.4 if config.grad_clip == 0 else 0.8 if config.augment == "light" else 0.6)
     on_epoch(result)

@@ -22,10 +22,10 @@ import torch
 from PIL import Image
 
 from skin_resnet.data.decode import decode_image
-from skin_resnet.data.store import normalize
 from skin_resnet.errors import UserError
+from skin_resnet.model.preprocess import normalize
 from skin_resnet.model.resnet import build_resnet
-from skin_resnet.tracking import run as mlflow_run
+from skin_resnet.tracking.run import TrackedRun
 from skin_resnet.training.checkpoint import save_checkpoint
 
 CLASSES = ("blue", "green", "red")
@@ -51,8 +51,8 @@ def model_uri(tmp_path_factory: pytest.TempPathFactory, network: torch.nn.Module
     save_checkpoint(folder / "best.pt", checkpoint)
     mlflow.set_tracking_uri(f"sqlite:///{folder}/mlflow.db")
     experiment = mlflow.create_experiment("packaged", artifact_location=(folder / "artifacts").as_uri())
-    with mlflow.start_run(experiment_id=experiment):
-        uri = mlflow_run.log_model(folder / "best.pt", CLASSES)
+    with mlflow.start_run(experiment_id=experiment) as run:
+        uri = TrackedRun(run.info.run_id).log_model(folder / "best.pt", CLASSES)
     path = mlflow.artifacts.download_artifacts(uri)
     mlflow.set_tracking_uri(None)
     return path

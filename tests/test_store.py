@@ -18,14 +18,12 @@ from torchvision.transforms.v2 import functional as F
 from skin_resnet.data import store as store_module
 from skin_resnet.data.decode import decode_image
 from skin_resnet.data.store import (
-    IMAGENET_MEAN,
-    IMAGENET_STD,
     ImageStore,
     fingerprint_images,
-    normalize,
     open_store,
 )
 from skin_resnet.errors import UserError
+from skin_resnet.model.preprocess import IMAGENET_MEAN, IMAGENET_STD, normalize
 
 
 def draw_images(folder: Path, count: int, sides: tuple[int, int] = (60, 45)) -> pd.DataFrame:

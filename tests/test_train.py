@@ -20,11 +20,11 @@ from skin_resnet.config import EvaluateConfig, TrainConfig
 from skin_resnet.data.prepare import HIDDEN, open_test, prepare_data
 from skin_resnet.data.split import Split
 from skin_resnet.errors import UserError
-from skin_resnet.evaluation.metrics import EpochResult
 from skin_resnet.evaluation.page import LEAK_BANNER
+from skin_resnet.tracking.history import download_checkpoint
 from skin_resnet.training import engine
 from skin_resnet.training.checkpoint import read_checkpoint
-from skin_resnet.training.engine import NonFiniteLossError
+from skin_resnet.training.engine import EpochResult, NonFiniteLossError
 from skin_resnet.training.run import run_training
 
 ROOT = Path(__file__).parent.parent
@@ -116,7 +116,7 @@ def test_what_it_stands_on_is_on_the_run(run: Run) -> None:
 
 
 def test_figures_tables_report_and_note_are_on_the_run(run: Run) -> None:
-    assert list_artifacts(run) >= {"checkpoint", "data", "figures", "val", "test", "report.md"}
+    assert list_artifacts(run) >= {"config.yaml", "data", "figures", "val", "test", "report.md"}
     assert list_artifacts(run, "figures") == {"figures/curves.png"}
     tables = {"per_class.csv", "predictions.csv", "subgroups.csv", "metrics.csv"}
     tables |= {"evaluation.md", "evaluation.json"}
@@ -130,8 +130,7 @@ def test_figures_tables_report_and_note_are_on_the_run(run: Run) -> None:
 
 
 def test_the_checkpoint_holds_the_best_epoch_and_the_split(run: Run) -> None:
-    path = mlflow.artifacts.download_artifacts(run_id=run.info.run_id, artifact_path="checkpoint/best.pt")
-    checkpoint = read_checkpoint(Path(path))
+    checkpoint = read_checkpoint(download_checkpoint(run.info.run_id))
     assert checkpoint["epoch"] == run.data.metrics["best/epoch"]
     assert checkpoint["classes"] == ["blue", "green", "red"]
     assert checkpoint["run_id"] == run.info.run_id
@@ -152,9 +151,7 @@ def test_test_was_opened_once_and_predictions_agree_with_the_figures(run: Run) -
 
 
 def test_evaluate_gives_the_same_scores_and_counts_the_opening(run: Run, config: TrainConfig, capsys) -> None:
-    for number, model in enumerate(
-        (run.info.run_id, str(config.checkpoint_dir / run.info.run_id / "best.pt"))
-    ):
+    for number, model in enumerate((run.info.run_id, str(download_checkpoint(run.info.run_id)))):
         evaluate(EvaluateConfig(model=model, device="cpu", cache_dir=config.cache_dir))
         latest = mlflow.search_runs(output_format="list", max_results=1)[0]
         for name in ("accuracy", "balanced_accuracy", "macro_auc", "loss"):
@@ -191,9 +188,7 @@ def test_training_cannot_see_the_diagnoses_of_the_test_images(config: TrainConfi
 
 def test_the_leak_passport_of_the_split_is_on_the_run(run: Run) -> None:
     assert run.data.tags["split.leaks"] == "false"
-    path = mlflow.artifacts.download_artifacts(
-        run_id=run.info.run_id, artifact_path="data/leak_passport.json"
-    )
+    path = mlflow.artifacts.download_artifacts(run_id=run.info.run_id, artifact_path="data/leakage.json")
     assert json.loads(Path(path).read_text())["leaks"] is False
 
 
@@ -260,7 +255,7 @@ def test_training_without_a_run_tracks_nothing_and_calls_back(config: TrainConfi
     result = run_training(config, on_epoch=seen.append)
     assert [epoch.epoch for epoch in seen] == [1, 2]
     assert tuple(seen) == result.history
-    assert result.checkpoint.exists()
+    assert result.checkpoint_path.exists()
     assert len(mlflow.search_runs(output_format="list")) == before
 
 
@@ -295,7 +290,7 @@ def test_a_loss_that_is_not_finite_names_the_images_of_its_batch(config, monkeyp
     order = np.random.default_rng((config.seed, 0)).permutation(len(data.split.train))
     batches = np.array_split(order, -(-len(order) // config.batch_size))
     assert named == [data.split.train[position] for position in batches[2]]
-    assert "go on with it" not in capsys.readouterr().out, "it would come to the same again"
+    assert "resume with" not in capsys.readouterr().out, "it would come to the same again"
     assert mlflow.search_runs(output_format="list")[0].info.status == "FAILED"
 
 
@@ -313,7 +308,7 @@ def test_a_full_memory_names_what_to_try(config: TrainConfig, monkeypatch, error
         raise error
 
     monkeypatch.setattr(engine, "compute_loss", fill_memory)
-    with pytest.raises(UserError, match="batch_size=8 and image_size=32 do not; try batch_size=4"):
+    with pytest.raises(UserError, match="out of memory at batch_size=8, image_size=32; try batch_size=4"):
         train(config)
 
 

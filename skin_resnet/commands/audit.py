@@ -11,7 +11,6 @@ from skin_resnet.data.split import split_lesions
 from skin_resnet.data.store import open_store
 from skin_resnet.errors import UserError, expand
 from skin_resnet.evaluation.leakage_page import format_leakage
-from skin_resnet.tracking import log_setting
 from skin_resnet.tracking import run as mlflow_run
 
 LEAKS = 1  # exit code for a split that leaks
@@ -43,12 +42,13 @@ def audit(config: AuditConfig) -> int:
         report = replace(report, unread=len(store.skipped))
     page = format_leakage(report)
     if mlflow_run.is_project_run():
-        with mlflow_run.open_run("leak audit"):
-            mlflow_run.log_params(config)
-            log_setting.log_passport(report.to_dict(), page)
-            mlflow_run.log_note(page)
+        with mlflow_run.open_run("leakage audit") as run:
+            run.log_params(config)
+            run.log_artifacts({"data/leakage.json": report.to_dict(), "data/leakage.md": page})
+            run.set_tags({"split.leaks": str(report.leaks).lower()})
+            run.describe(page)
             if report.leaks:  # `mlflow run` ends the run FAILED for exit code 1
-                mlflow_run.set_tags({"failure": "the split leaks"})
+                run.set_tags({"failure": "the split leaks"})
     if config.report != "none":
         _write_report(report, config.report)
     print(page)

@@ -18,9 +18,8 @@ from skin_resnet.evaluation.page import LEAK_BANNER
 from skin_resnet.evaluation.plots.comparison import plot_curves_of_models, plot_differences
 from skin_resnet.model.resnet import STAGE_DEPTHS, build_resnet
 from skin_resnet.tracking import history as finished_runs
-from skin_resnet.tracking import log_setting
-from skin_resnet.tracking import run as mlflow_run
 from skin_resnet.tracking.history import FinishedRun
+from skin_resnet.tracking.run import describe_location, open_run
 
 
 def compare(config: CompareConfig) -> None:
@@ -29,20 +28,19 @@ def compare(config: CompareConfig) -> None:
     Raises:
         UserError: A run cannot be read, or the runs were not trained on one split.
     """
-    with mlflow_run.open_run("comparison") as run_id:
-        mlflow_run.log_params(config)
-        log_setting.log_versions()
+    with open_run("comparison") as comparison:
+        comparison.log_params(config)
         runs = _name_runs(_read_runs(config))
         predictions = {name: read_predictions(run.predictions) for name, run in runs.items()}
         lesions = join_lesions(next(iter(runs.values())).predictions).to_numpy(str)
         page, files = _compare(runs, predictions, lesions, config.split)
         print(f"\n{page}")
-        mlflow_run.log_note(
+        comparison.describe(
             page + "\n\n" + "\n".join(f"- {name}: run {run.run_id}" for name, run in runs.items())
         )
-        mlflow_run.log_artifacts(files)
-        mlflow_run.set_tags({"compares": " ".join(run.run_id for run in runs.values())})
-    print(f"\n{mlflow_run.describe_location(run_id)}")
+        comparison.log_artifacts(files)
+        comparison.set_tags({"compares": " ".join(run.run_id for run in runs.values())})
+    print(f"\n{describe_location(comparison.run_id)}")
 
 
 def _read_runs(config: CompareConfig) -> list[FinishedRun]:

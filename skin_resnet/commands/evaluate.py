@@ -11,7 +11,7 @@ from skin_resnet.config import EvaluateConfig, TrainConfig
 from skin_resnet.data.extract import extract
 from skin_resnet.data.loader import Loader, place_pixels
 from skin_resnet.data.split import Split, drop_seen
-from skin_resnet.data.store import ImageStore, normalize, open_store
+from skin_resnet.data.store import ImageStore, open_store
 from skin_resnet.errors import UserError
 from skin_resnet.evaluation.artifacts import Examples, list_artifacts
 from skin_resnet.evaluation.assess import Assessment, Calibration, assess
@@ -19,14 +19,14 @@ from skin_resnet.evaluation.explain import MAX_IMAGES, choose_examples, compute_
 from skin_resnet.evaluation.metrics import Predictions
 from skin_resnet.evaluation.operating import find_positives, tabulate_missed
 from skin_resnet.evaluation.page import LEAK_BANNER
+from skin_resnet.model.preprocess import normalize, to_float
 from skin_resnet.model.resnet import ResNet, build_resnet
 from skin_resnet.tracking import history as finished_runs
-from skin_resnet.tracking import log_setting
-from skin_resnet.tracking import run as mlflow_run
 from skin_resnet.tracking.openings import record_opening
+from skin_resnet.tracking.run import TrackedRun, describe_location, open_run
 from skin_resnet.training.checkpoint import read_checkpoint
-from skin_resnet.training.engine import predict, to_float
-from skin_resnet.training.state import build_fabric
+from skin_resnet.training.device import build_fabric
+from skin_resnet.training.engine import predict
 
 
 def evaluate(config: EvaluateConfig) -> None:
@@ -38,24 +38,30 @@ def evaluate(config: EvaluateConfig) -> None:
     Raises:
         UserError: The model or the data cannot be used.
     """
-    with mlflow_run.open_run(f"evaluation of {config.model}") as run_id:
-        mlflow_run.log_params(config)
-        log_setting.log_versions()
+    with open_run(f"evaluation of {config.model}") as run:
+        run.log_params(config)
         checkpoint = read_finished(config.model)
-        log_setting.log_model_tested(checkpoint)
+        run.set_tags(
+            {
+                "model.run_id": checkpoint["run_id"],
+                "model.arch": checkpoint["arch"],
+                "model.epoch": checkpoint["epoch"],
+                "split.leaks": str(checkpoint["leaks"]).lower(),
+            }
+        )
         images, store = _read_images(checkpoint, config)
         if store.skipped:
             print(f"skipped  {len(store.skipped)} that cannot be read")
-            mlflow_run.set_tags({"skipped_images": len(store.skipped)})
-            mlflow_run.log_artifacts({"data/skipped_images.json": dict(store.skipped)})
+            run.set_tags({"skipped_images": len(store.skipped)})
+            run.log_artifacts({"data/skipped_images.json": dict(store.skipped)})
         warning = ""
         split = _get_split(checkpoint)
         if set(split.test) & set(images.image_id):
-            warning = record_opening(split.hash, of=checkpoint["run_id"])
-        page = assess_and_log(checkpoint, images, store, config, "test", warning)
-        mlflow_run.log_note(page)
+            warning = record_opening(run.run_id, split.hash, of=checkpoint["run_id"])
+        page = assess_and_log(run, checkpoint, images, store, config, warning)
+        run.describe(page)
         print(f"\n{page}")
-    print(f"\n{mlflow_run.describe_location(run_id)}")
+    print(f"\n{describe_location(run.run_id)}")
 
 
 def _read_images(checkpoint: dict[str, Any], config: EvaluateConfig) -> tuple[pd.DataFrame, ImageStore]:
@@ -177,14 +183,14 @@ def build_network(checkpoint: dict[str, Any]) -> ResNet:
 
 
 def assess_and_log(
+    run: TrackedRun,
     checkpoint: dict[str, Any],
     table: pd.DataFrame,
     store: ImageStore,
     config: TrainConfig | EvaluateConfig,
-    split: str,
     warning: str = "",
 ) -> str:
-    """Evaluate a checkpoint's network on a table's images, log everything on the open run; return the page.
+    """Evaluate a checkpoint's network on a table's images, log everything on a run, and return the page.
 
     Raises:
         UserError: There is no image, or the network's output is not finite.
@@ -192,20 +198,18 @@ def assess_and_log(
     raw = predict_checkpoint(checkpoint, table, store, config)
     calibration = Calibration.from_dict(checkpoint["calibration"])
     assessment = assess(raw, table, tuple(checkpoint["classes"]), checkpoint["baseline_class"], calibration)
-    title = f"{split.capitalize()}, {checkpoint['arch']} epoch {checkpoint['epoch']}"
+    title = f"Test, {checkpoint['arch']} epoch {checkpoint['epoch']}"
     views = _get_views(config)
     notes = [
         warning,
         LEAK_BANNER if checkpoint["leaks"] else "",
         f"Predictions are averaged over {views} views; the calibration was fitted with one." * (views > 1),
     ]
-    examples = None
-    if split == "test":
-        mlflow_run.log_metrics(assessment.metrics(split), step=checkpoint["epoch"])
-        examples = show_examples(checkpoint, assessment, store)
-    files = list_artifacts(assessment, split, title, notes, examples)
-    mlflow_run.log_artifacts(files)
-    return str(files[f"{split}/evaluation.md"])
+    run.log_metrics(assessment.metrics("test"), step=checkpoint["epoch"])
+    examples = show_examples(checkpoint, assessment, store)
+    files = list_artifacts(assessment, "test", title, notes, examples)
+    run.log_artifacts(files)
+    return str(files["test/evaluation.md"])
 
 
 def show_examples(checkpoint: dict[str, Any], assessment: Assessment, store: ImageStore) -> Examples:

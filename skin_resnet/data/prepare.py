@@ -43,6 +43,11 @@ class PreparedData:
         return get_class_names(self.table)
 
     @property
+    def baseline_class(self) -> str:
+        """The class with most training images."""
+        return str(self.select(self.split.train).dx.mode()[0])
+
+    @property
     def fingerprint(self) -> str:
         """A text that changes with the split, with any diagnosis, and with any decoded pixel."""
         return "-".join(self.split_fingerprints[name] for name in SPLITS)

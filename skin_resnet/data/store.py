@@ -17,18 +17,12 @@ from typing import Any, BinaryIO, Literal
 import numpy as np
 import numpy.typing as npt
 import pandas as pd
-import torch
 from PIL import Image
-from torch import Tensor
 
 from skin_resnet.config import OnBadImage
 from skin_resnet.data.cache import lock_folder, write_folder
 from skin_resnet.data.decode import BadImageError, decode_image, open_image
 from skin_resnet.errors import UserError, expand
-
-# Source: torchvision's ImageNet weights, `torchvision.transforms._presets.ImageClassification`.
-IMAGENET_MEAN = (0.485, 0.456, 0.406)
-IMAGENET_STD = (0.229, 0.224, 0.225)
 
 AUTO_IMAGE_SIZE = 224
 THUMBNAIL_SIDE = 16
@@ -77,14 +71,6 @@ class ImageStore:
         if (missing := rows < 0).any():
             raise KeyError(f"{wanted[missing][0]} is not among the store's {len(self.image_ids)} images")
         return rows
-
-
-def normalize(images: Tensor) -> Tensor:
-    """Shift and scale float32 images (N, 3, H, W) in [0, 1] as the ImageNet weights expect, in one pass."""
-    mean, std = torch.tensor(IMAGENET_MEAN), torch.tensor(IMAGENET_STD)
-    # Non-blocking, or a GPU would finish all earlier work before these six numbers are copied.
-    shift, scale = torch.stack((-mean / std, 1 / std)).view(2, 3, 1, 1).to(images.device, non_blocking=True)
-    return torch.addcmul(shift, images, scale)
 
 
 def open_store(

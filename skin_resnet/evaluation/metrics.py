@@ -68,41 +68,6 @@ class Metrics:
         return {f"{split}/{name}": value for name, value in asdict(self).items() if not np.isnan(value)}
 
 
-@dataclass(frozen=True, kw_only=True)
-class EpochResult:
-    """What one epoch gave.
-
-    Attributes:
-        epoch: Counted from 1.
-        lr: Learning rate of its last step.
-        seconds: Wall time, val included.
-        images_per_s: Training images per second, val excluded.
-        train: Measured over the epoch, on augmented images, while the network learnt.
-        val: Measured at its end.
-        timestamp_ms: When it ended, in milliseconds since 1970. Logged again with the same one, a metric is
-            the same one to MLflow.
-    """
-
-    epoch: int
-    lr: float
-    seconds: float
-    images_per_s: float
-    train: Metrics
-    val: Metrics
-    timestamp_ms: int = 0
-
-    @classmethod
-    def from_dict(cls, fields: dict[str, Any]) -> "EpochResult":
-        """Read back what `dataclasses.asdict` gave."""
-        parts = {name: Metrics(**fields[name]) for name in ("train", "val")}
-        return cls(**{**fields, **parts})
-
-    @property
-    def gap(self) -> float:
-        """The generalization gap: balanced accuracy on train minus that on val."""
-        return self.train.balanced_accuracy - self.val.balanced_accuracy
-
-
 def compute_metrics(predictions: Predictions) -> Metrics:
     """Compute the metrics over all images at once: summed over images, divided once."""
     targets, probabilities = predictions.targets, predictions.probabilities

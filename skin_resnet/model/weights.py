@@ -2,14 +2,16 @@
 
 import os
 import pickle
+import warnings
+import zipfile
 from pathlib import Path
+from typing import Any
 
-import safetensors.torch
+import torch
 import torchvision.models
 from torch import Tensor, nn
 
 from skin_resnet.errors import UserError
-from skin_resnet.model.torch_file import read_torch_file
 
 HEAD_KEYS = ("fc.weight", "fc.bias")
 
@@ -57,7 +59,9 @@ def read_state_dict(path: Path) -> dict[str, Tensor]:
         raise UserError(f"weights must be none, imagenet or a file, but there is no file {str(path)!r}.")
     try:
         if path.suffix == ".safetensors":
-            return safetensors.torch.load_file(path)
+            import safetensors.torch  # here: a logged model reads its checkpoint without this package
+
+            return dict(safetensors.torch.load_file(path))
         content = read_torch_file(path)
     except pickle.UnpicklingError:
         raise UserError(
@@ -78,6 +82,23 @@ def read_state_dict(path: Path) -> dict[str, Tensor]:
             f"{type(content).__name__}{' of others' * isinstance(content, dict)}; save network.state_dict()."
         )
     return {key.removeprefix("module."): value for key, value in content.items()}
+
+
+def read_torch_file(path: Path) -> Any:
+    """Read tensors and plain values that `torch.save` wrote, onto the CPU, without running code in the file.
+
+    Raises:
+        pickle.UnpicklingError: The file holds other objects, none of which has been loaded.
+        Exception: It is damaged: whatever torch's reader fails with, RuntimeError, EOFError, IndexError, ...
+    """
+    if zipfile.is_zipfile(path):
+        with zipfile.ZipFile(path) as archive:
+            # torch writes checksums, unless told not to, and ignores them: a flipped bit is a wrong weight.
+            if any(member.CRC for member in archive.infolist()) and (damaged := archive.testzip()):
+                raise RuntimeError(f"{damaged} is damaged")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # about pickle protocols: an error or nothing follows
+        return torch.load(path, map_location="cpu", weights_only=True)
 
 
 def _download_imagenet(arch: str) -> dict[str, Tensor]:

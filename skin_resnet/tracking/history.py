@@ -1,11 +1,12 @@
 """What finished runs left in MLflow: checkpoints, histories, predictions."""
 
-import shlex
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import mlflow
 import pandas as pd
+import yaml
 
 from skin_resnet.errors import UserError
 
@@ -38,12 +39,12 @@ class RecordedTraining:
     """What is on record of a finished training that it takes to run it again.
 
     Attributes:
-        params: As text, as they would be typed.
+        options: From `config.yaml`.
         split: The split's CSV.
         history: Values by metric name and epoch.
     """
 
-    params: dict[str, str]
+    options: dict[str, Any]
     tags: dict[str, str]
     split: Path
     history: dict[str, dict[int, float]]
@@ -65,6 +66,7 @@ def read_training(run_id: str, folder: Path) -> RecordedTraining:
         if "best/epoch" not in run.data.metrics:
             raise OSError("it is no finished training")
         split = client.download_artifacts(run_id, "data/split.csv", str(folder))
+        options = client.download_artifacts(run_id, "config.yaml", str(folder))
     except (mlflow.MlflowException, OSError) as error:
         raise UserError(
             f"run must be the id of a finished training, but {run_id!r} is none in "
@@ -73,8 +75,7 @@ def read_training(run_id: str, folder: Path) -> RecordedTraining:
     names = ["lr", *(name for name in run.data.metrics if name.startswith(("train/", "val/")))]
     of_epochs = {name: client.get_metric_history(run_id, name) for name in names}
     return RecordedTraining(
-        # `mlflow run` logs what is quoted for a shell with its quotes.
-        params={name: " ".join(shlex.split(text)) for name, text in run.data.params.items()},
+        options=yaml.safe_load(Path(options).read_text("utf-8")),
         tags=run.data.tags,
         split=Path(split),
         history={name: {p.step: p.value for p in points} for name, points in of_epochs.items()},
@@ -92,8 +93,12 @@ def download_checkpoint(model: str) -> Path:
             folder = Path(mlflow.artifacts.download_artifacts(model))
             return next(folder.rglob("*.pt"))
         run_id = model.removeprefix("runs:/").rstrip("/")
-        return Path(mlflow.artifacts.download_artifacts(run_id=run_id, artifact_path="checkpoint/best.pt"))
-    except (mlflow.MlflowException, OSError, StopIteration) as error:
+        experiment_id = mlflow.get_run(run_id).info.experiment_id
+        models = mlflow.search_logged_models(
+            [experiment_id], f"source_run_id = '{run_id}'", output_format="list"
+        )
+        return next(Path(mlflow.artifacts.download_artifacts(models[-1].model_uri)).rglob("*.pt"))
+    except (mlflow.MlflowException, OSError, StopIteration, IndexError) as error:
         reason = (str(error).splitlines() or ["it holds none"])[0]
         raise UserError(
             f"model must be a run id, models:/NAME@ALIAS or a checkpoint file, but {model!r} gives no "

@@ -5,19 +5,19 @@ from datetime import UTC, datetime
 import mlflow
 
 
-def record_opening(split_hash: str, of: str | None = None) -> str:
+def record_opening(run_id: str, split_hash: str, of: str | None = None) -> str:
     """Record on the run of the model tested that its test is opened: when, by the open run, how often.
 
     Args:
+        run_id: The open run's.
         split_hash: Which split's test.
         of: The model's run; None: the open run is.
 
     Returns:
         A warning where runs of the same experiment have opened it before, else nothing.
     """
-    run = mlflow.active_run()
-    assert run is not None, "an opening is recorded on an open run"
     client = mlflow.MlflowClient()
+    run = client.get_run(run_id)
     before = client.search_runs(
         [run.info.experiment_id], f"tags.`test.opened` = '{split_hash}'", max_results=1000
     )

@@ -1,11 +1,9 @@
-"""The only module that talks to MLflow: what a run records, and how it ends."""
+"""An MLflow run, from its start to its end: the same life cycle for runs, child runs and searches."""
 
 import contextlib
-import importlib.metadata
-import logging
 import os
 import re
-import tempfile
+import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -14,96 +12,97 @@ from typing import Any
 import mlflow
 import numpy as np
 import pandas as pd
-import requests
-from mlflow.entities import LoggedModelStatus, RunStatus
-from numpy.typing import NDArray
+from mlflow.entities import LoggedModelStatus, Metric, Param, RunTag
 
-import skin_resnet
 from skin_resnet.errors import UserError
+from skin_resnet.evaluation.artifacts import list_artifacts
+from skin_resnet.evaluation.assess import assess
+from skin_resnet.evaluation.page import LEAK_BANNER
+from skin_resnet.evaluation.plots.curves import plot_curves
 from skin_resnet.options import FrozenConfig
-from skin_resnet.tracking import serving as packaged_model
+from skin_resnet.tracking import provenance
+from skin_resnet.tracking.epochs import EpochLog, log_best
+from skin_resnet.tracking.log_model import log_model
+from skin_resnet.tracking.store import OUTAGES, hide_password, prepare_store
 from skin_resnet.training import interrupts
-
-_logger = logging.getLogger(__name__)
-
-# How an absent server or a failing database shows itself.
-OUTAGES = (mlflow.MlflowException, requests.RequestException)
-
-
-def set_up() -> None:
-    """Make MLflow quiet, and quick to give up: called before it is first asked anything."""
-    # Tables being made, the monitor starting and files being copied are no news to whoever trains.
-    logging.getLogger("mlflow").setLevel(logging.WARNING)
-    logging.getLogger("urllib3").setLevel(logging.ERROR)  # each retry; what comes of them is told
-    os.environ.setdefault("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false")
-    # MLflow's own seven retries would hold a training for minutes at each epoch, and a mistyped address, too.
-    os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "2")
+from skin_resnet.training.engine import EpochResult, to_frame
+from skin_resnet.training.run import TrainResult, TrainStart
 
 
 @contextmanager
-def open_run(description: str, run_id: str | None = None, parent_run_id: str | None = None) -> Iterator[str]:
-    """Open the run that `mlflow run` has begun, or a new one, or an old one again, and give its id.
+def open_run(
+    name: str | None = None,
+    *,
+    run_id: str | None = None,
+    parent_run_id: str | None = None,
+    tags: Mapping[str, str] | None = None,
+    pruned: tuple[type[BaseException], ...] = (),
+) -> Iterator["TrackedRun"]:
+    """Open the run that `mlflow run` has created, a new run, or a run that is resumed.
 
-    However the block is left, the run ends: FINISHED; KILLED where it was interrupted; FAILED, with the
-    reason as a tag, on any error.
+    The run ends with the block: FINISHED; KILLED if it was interrupted or left by an exception in `pruned`;
+    FAILED, with the reason in the tag `failure`, on any other exception.
 
     Args:
-        description: Shown while it is open.
-        run_id: An old run to go on with. The one that `mlflow run` has begun then only points to it.
-        parent_run_id: The run that this one belongs under.
+        name: Of a new run; None: one that MLflow makes up.
+        run_id: A run to resume. The run that `mlflow run` has created then only points to it.
+        parent_run_id: The run under which a new run is shown.
+        tags: Set at the start, besides the versions of the code.
+        pruned: Exceptions that end the run early without being a failure.
 
     Raises:
-        UserError: The tracking store cannot be used, from the start or no more.
+        UserError: The tracking store cannot be used, or stops answering.
     """
-    set_up()
+    prepare_store()
     try:
-        if run_id:
-            _point_to(run_id)
-            _forget_end(run_id)
-        with interrupts.deferred():  # the tables of a new database are made whole, or it is spoilt for good
-            experiment_id = None if is_project_run() else _find_experiment(parent_run_id)
-            run = mlflow.start_run(
-                run_id, experiment_id=experiment_id, description=description, log_system_metrics=True
-            )
-        if parent_run_id:
-            mlflow.set_tag("mlflow.parentRunId", parent_run_id)
+        run = TrackedRun(_start(name, run_id, parent_run_id))
+        run.set_tags({**provenance.read_versions(), **(tags or {})})
     except OUTAGES as error:
-        raise UserError(
-            f"the run must be tracked, but {mlflow.get_tracking_uri()} does not "
-            f"{'have it' if run_id else 'answer'} ({_tell_briefly(error)}); check MLFLOW_TRACKING_URI."
-        ) from None
+        raise _explain_outage(error) from None
     try:
         interrupts.check()
-        yield run.info.run_id
+        yield run
         mlflow.end_run()
     except OUTAGES as error:
-        _end_badly(error)
-        raise UserError(
-            f"the run must be tracked, but {mlflow.get_tracking_uri()} answers no more "
-            f"({_tell_briefly(error)}); what was trained is kept: resume the run once it does."
-        ) from None
+        _end_early(run, "FAILED", error)
+        raise _explain_outage(error, "; what was trained is kept, so resume the run then") from None
     except BaseException as error:
-        _end_badly(error)
+        is_killed = isinstance(error, (KeyboardInterrupt, SystemExit, *pruned))
+        _end_early(run, "KILLED" if is_killed else "FAILED", error)
         raise
+    run.remove_checkpoints()
 
 
-def _find_experiment(run_id: str | None) -> str | None:
-    return mlflow.MlflowClient().get_run(run_id).info.experiment_id if run_id else None
-
-
-def _point_to(run_id: str) -> None:
-    """Let the run that `mlflow run` has begun say that an old one goes on."""
-    begun = os.environ.get("MLFLOW_RUN_ID")
-    if begun and begun != run_id:
-        del os.environ["MLFLOW_RUN_ID"]
-        client = mlflow.MlflowClient()
-        client.set_tag(begun, "resumes", run_id)
-        client.set_tag(begun, "mlflow.note.content", f"Goes on with run {run_id}, where all of it is.")
-
-
-def _forget_end(run_id: str) -> None:
-    """Remove from a run that goes on why it failed, and a model that was being logged as it was stopped."""
+def _start(name: str | None, run_id: str | None, parent_run_id: str | None) -> str:
+    """Start a run in MLflow and return its id."""
     client = mlflow.MlflowClient()
+    experiment_id = None
+    if run_id:
+        _point_to(client, run_id)
+        _forget_end(client, run_id)
+    elif parent_run_id and not is_project_run():
+        experiment_id = client.get_run(parent_run_id).info.experiment_id
+    with interrupts.deferred():  # the tables of a new database are all created, or it is unusable
+        run = mlflow.start_run(
+            run_id, run_name=name, experiment_id=experiment_id, nested=True,
+            log_system_metrics=parent_run_id is None,
+        )  # fmt: skip
+    if parent_run_id:
+        client.set_tag(run.info.run_id, "mlflow.parentRunId", parent_run_id)
+    return str(run.info.run_id)
+
+
+def _point_to(client: mlflow.MlflowClient, run_id: str) -> None:
+    """Let the run that `mlflow run` has created say which run is resumed instead."""
+    created = os.environ.get("MLFLOW_RUN_ID")
+    if created and created != run_id:
+        del os.environ["MLFLOW_RUN_ID"]
+        client.set_tag(created, "resumes", run_id)
+        client.set_tag(created, "mlflow.note.content", f"Resumes run {run_id}, which holds all results.")
+
+
+def _forget_end(client: mlflow.MlflowClient, run_id: str) -> None:
+    """Remove from a run that is resumed why it failed, and a model whose logging was interrupted."""
     run = client.get_run(run_id)
     if "failure" in run.data.tags:
         client.delete_tag(run_id, "failure")
@@ -112,64 +111,141 @@ def _forget_end(run_id: str) -> None:
             client.delete_logged_model(model.model_id)
 
 
-def _tell_briefly(error: BaseException) -> str:
-    return " ".join(str(error).split())[:300]
+def _explain_outage(error: BaseException, consequence: str = "") -> UserError:
+    uri = hide_password(mlflow.get_tracking_uri())
+    reason = hide_password(" ".join(str(error).split()))[:240]
+    return UserError(f"MLflow unreachable at {uri} ({reason}); check MLFLOW_TRACKING_URI{consequence}")
 
 
-def _end_badly(error: BaseException) -> None:
-    """End the open run as interrupted or failed, as far as the tracking store can be told."""
-    is_killed = isinstance(error, KeyboardInterrupt | SystemExit)
-    try:
-        log_note("interrupted" if is_killed else f"failed: {error}")
-        if not is_killed:
-            mlflow.set_tag("failure", f"{type(error).__name__}: {error}"[:5000])
-    except OUTAGES:
-        _logger.warning("the tracking store does not answer: the run's end is told at the next start")
+def _end_early(run: "TrackedRun", status: str, error: BaseException) -> None:
+    """End a run that did not finish, as far as the tracking store can be reached."""
     with contextlib.suppress(*OUTAGES):
-        mlflow.end_run(RunStatus.to_string(RunStatus.KILLED if is_killed else RunStatus.FAILED))
+        reason = f"{type(error).__name__}: {error}"[:5000]
+        run.describe(f"failed: {error}" if status == "FAILED" else f"interrupted ({type(error).__name__})")
+        if status == "FAILED":
+            run.set_tags({"failure": reason})
+    with contextlib.suppress(*OUTAGES):
+        mlflow.end_run(status)
+    run.remove_checkpoints(keep_state=True)
 
 
-def close_abandoned(run_id: str) -> bool:
-    """End a run as KILLED whose process died before it could; say whether it is ended now."""
-    client = mlflow.MlflowClient()
-    try:
-        if client.get_run(run_id).info.status == RunStatus.to_string(RunStatus.RUNNING):
-            client.set_tag(run_id, "mlflow.note.content", "killed")
-            client.set_terminated(run_id, RunStatus.to_string(RunStatus.KILLED))
-    except OUTAGES:
-        return False  # it is in another store, or this one is away
-    return True
+class TrackedRun:
+    """An open MLflow run, and the tracker of the training in it.
 
-
-def is_project_run() -> bool:
-    """Say whether `mlflow run` started this process, and with it a run."""
-    return "MLFLOW_RUN_ID" in os.environ
-
-
-def get_active_run_id() -> str | None:
-    """Give the id of the run that is open in this process."""
-    run = mlflow.active_run()
-    return run.info.run_id if run else None
-
-
-def log_params(config: FrozenConfig) -> None:
-    """Log every field once: `mlflow run` has logged what was typed, as text, before our code started."""
-    run = mlflow.active_run()
-    assert run is not None, "params are logged on an open run"
-    known = mlflow.MlflowClient().get_run(run.info.run_id).data.params
-    mlflow.log_params({name: text for name, text in config.to_params().items() if name not in known})
-
-
-def log_metrics(metrics: dict[str, float], step: int | None = None) -> None:
-    """Log figures in one call, without those that are not finite, or that the run shows already.
-
-    A run that goes on after it was killed at its end comes to the same figures again.
+    Args:
+        run_id: The run's.
     """
-    run = mlflow.active_run()
-    assert run is not None, "figures are logged on an open run"
-    known = mlflow.MlflowClient().get_run(run.info.run_id).data.metrics
-    figures = {_clean_name(name): value for name, value in metrics.items() if np.isfinite(value)}
-    mlflow.log_metrics({name: v for name, v in figures.items() if known.get(name) != v}, step=step)
+
+    def __init__(self, run_id: str) -> None:
+        self.run_id = run_id
+        self._client = mlflow.MlflowClient()
+        self._training: TrainStart | None = None
+        self._epochs = EpochLog(run_id)
+
+    def log_params(self, config: FrozenConfig) -> None:
+        """Log every option as a param, and all of them as `config.yaml`, from which they are read back.
+
+        `mlflow run` has already logged those that were typed, quoted as for a shell.
+        """
+        known = self._client.get_run(self.run_id).data.params
+        new = [Param(name, text) for name, text in config.to_params().items() if name not in known]
+        self._client.log_batch(self.run_id, params=new)
+        self.log_artifacts({"config.yaml": config.model_dump(mode="json")})
+
+    def log_metrics(self, metrics: Mapping[str, float], step: int | None = None) -> None:
+        """Log finite metrics, without those that the run shows already: it may have been resumed."""
+        known = self._client.get_run(self.run_id).data.metrics
+        now = int(1000 * time.time())
+        values = {_clean_name(name): value for name, value in metrics.items() if np.isfinite(value)}
+        new = [Metric(n, float(v), now, step or 0) for n, v in values.items() if known.get(n) != v]
+        self._client.log_batch(self.run_id, metrics=new)
+
+    def set_tags(self, tags: Mapping[str, Any]) -> None:
+        """Set tags, their values as text."""
+        self._client.log_batch(self.run_id, tags=[RunTag(name, str(value)) for name, value in tags.items()])
+
+    def read_tags(self) -> dict[str, str]:
+        """Return all tags."""
+        return dict(self._client.get_run(self.run_id).data.tags)
+
+    def describe(self, markdown: str) -> None:
+        """Set the description, which the run's page shows first."""
+        self.set_tags({"mlflow.note.content": markdown})
+
+    def log_artifacts(self, files: Mapping[str, Any]) -> None:
+        """Log artifacts by path.
+
+        Args:
+            files: Each a data frame (written as CSV), a text, a dict or list (JSON or YAML, by the path's
+                ending; NaN as null), or a matplotlib figure (PNG).
+
+        Raises:
+            UserError: They cannot be written.
+        """
+        with _explain_full_folder():
+            for path, content in files.items():
+                if isinstance(content, pd.DataFrame):
+                    self._client.log_text(self.run_id, content.to_csv(index=False), path)
+                elif isinstance(content, str):
+                    self._client.log_text(self.run_id, content, path)
+                elif isinstance(content, dict | list):
+                    self._client.log_dict(self.run_id, _to_plain(content), path)
+                else:
+                    self._client.log_figure(self.run_id, content, path)
+
+    def log_model(self, checkpoint: Path, classes: tuple[str, ...]) -> str:
+        """Log the model that serves a checkpoint, which travels in it, and return the model's URI."""
+        with _explain_full_folder():
+            return log_model(checkpoint, classes)
+
+    def on_start(self, start: TrainStart) -> None:
+        """Log options, hardware, data and split of a training that begins or is resumed."""
+        self._training = start
+        self._epochs = EpochLog(self.run_id, start.history)
+        self.log_params(start.config)
+        self.set_tags(provenance.describe_start(start))
+        self.log_artifacts(provenance.list_data_files(start.data))
+        for split, dataset in provenance.build_datasets(start.data, start.config.data):
+            mlflow.log_input(dataset, context=split)
+
+    def on_epoch(self, result: EpochResult) -> None:
+        """Log an epoch's metrics, or buffer them while the tracking store is away."""
+        self._epochs.write(result)
+
+    def on_end(self, result: TrainResult) -> None:
+        """Log the best epoch, the curves and the evaluation on val."""
+        self._epochs.finish()
+        log_best(self.run_id, result.best)
+        self.set_tags({"best.sha256": result.weights_sha256})
+        best, val = result.best.epoch, result.data.select(result.data.split.val)
+        assessment = assess(
+            result.val_predictions, val, result.data.classes, result.data.baseline_class, result.calibration
+        )
+        notes = [LEAK_BANNER] if result.data.leakage.leaks else []
+        self.log_artifacts(
+            {
+                "figures/curves.png": plot_curves(to_frame(result.history), best),
+                **list_artifacts(assessment, "val", f"Val, {result.config.arch} epoch {best}", notes),
+            }
+        )
+
+    def remove_checkpoints(self, *, keep_state: bool = False) -> None:
+        """Remove a training's checkpoints; with `keep_state` only if it cannot be resumed from them."""
+        if self._training and not (keep_state and self._training.folder.last.exists()):
+            self._training.folder.remove()
+
+
+@contextmanager
+def _explain_full_folder() -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        if isinstance(error, OUTAGES):
+            raise
+        raise UserError(
+            f"cannot write the run's artifacts ({error.strerror or error}: {error.filename}); what was "
+            "trained is kept, so make room and resume the run"
+        ) from None
 
 
 def _clean_name(name: str) -> str:
@@ -177,102 +253,38 @@ def _clean_name(name: str) -> str:
     return re.sub(r"[^a-zA-Z0-9_./ -]", "_", name)
 
 
-def log_table(table: pd.DataFrame, path: str) -> None:
-    """Log a table as a CSV artifact."""
-    mlflow.log_text(table.to_csv(index=False), path)
+def _to_plain(value: Any) -> Any:
+    """Return plain values; NaN becomes None, for JSON has no NaN."""
+    if isinstance(value, dict):
+        return {key: _to_plain(each) for key, each in value.items()}
+    if isinstance(value, list | tuple):
+        return [_to_plain(each) for each in value]
+    if isinstance(value, float | np.floating):
+        return float(value) if np.isfinite(value) else None
+    return value.item() if isinstance(value, np.generic) else value
 
 
-def log_text(text: str, path: str) -> None:
-    """Log a text artifact."""
-    mlflow.log_text(text, path)
+def close_abandoned(run_id: str) -> str:
+    """End a run as KILLED if its process died before it could; return its status, empty if unknown."""
+    client = mlflow.MlflowClient()
+    try:
+        status = str(client.get_run(run_id).info.status)
+        if status == "RUNNING":
+            client.set_tag(run_id, "mlflow.note.content", "killed")
+            client.set_terminated(run_id, status := "KILLED")
+    except OUTAGES:
+        return ""  # it is in another store, or this one is away
+    return status
 
 
-def log_artifacts(files: Mapping[str, Any]) -> None:
-    """Log files by artifact path: data frames as CSV, figures as PNG, texts, and all else as JSON."""
-    for path, content in files.items():
-        if isinstance(content, pd.DataFrame):
-            mlflow.log_text(content.to_csv(index=False), path)
-        elif isinstance(content, str):
-            mlflow.log_text(content, path)
-        elif path.endswith(".png"):
-            mlflow.log_figure(content, path)
-        else:
-            mlflow.log_dict(content, path)
-
-
-def log_figure(figure: Any, path: str) -> None:
-    """Log a matplotlib figure as a PNG artifact."""
-    mlflow.log_figure(figure, path)
-
-
-def log_image(image: NDArray[np.uint8], key: str, step: int) -> None:
-    """Log an image (H, W, 3) of a series, which the run's page shows with a slider over the steps.
-
-    One that the run has already, from before it was stopped, is not logged twice: MLflow would keep both.
-    """
-    run = mlflow.active_run()
-    assert run is not None, "images are logged on an open run"
-    name = _clean_name(key)
-    # MLflow names the file by key, step, time and a random word.
-    start = re.compile(re.escape(name).replace("/", "[~#]") + rf"[+%]step[+%]{step}[+%].*\.png")
-    known = mlflow.MlflowClient().list_artifacts(run.info.run_id, "images")
-    if not any(start.fullmatch(Path(each.path).name) for each in known):
-        mlflow.log_image(image, key=name, step=step)
-
-
-def set_tags(tags: dict[str, Any]) -> None:
-    """Set tags on the open run."""
-    mlflow.set_tags(tags)
-
-
-def read_tags(run_id: str) -> dict[str, str]:
-    """Read a run's tags."""
-    tags: dict[str, str] = mlflow.MlflowClient().get_run(run_id).data.tags
-    return tags
-
-
-def log_note(text: str) -> None:
-    """Write the run's description, Markdown, as the MLflow UI shows it first."""
-    mlflow.set_tag("mlflow.note.content", text)
-
-
-def log_model(checkpoint: Path, classes: tuple[str, ...]) -> str:
-    """Log the best checkpoint, and the model that serves it; give the model's URI."""
-    mlflow.log_artifact(str(checkpoint), "checkpoint")
-    package = Path(skin_resnet.__file__).parent
-    with tempfile.TemporaryDirectory() as folder:
-        # A copy without caches: MLflow takes along whatever lies in the folder.
-        code = Path(folder) / package.name
-        _copy_sources(package, code)
-        info = mlflow.pyfunc.log_model(
-            name="model",
-            python_model=packaged_model.__file__,
-            code_paths=[str(code)],
-            artifacts={"checkpoint": str(checkpoint)},
-            signature=packaged_model.build_signature(classes),
-            input_example=packaged_model.draw_example(),
-            pip_requirements=[
-                f"{name}=={importlib.metadata.version(name).split('+')[0]}"
-                for name in packaged_model.REQUIREMENTS
-            ],
-        )
-    return str(info.model_uri)
-
-
-def _copy_sources(package: Path, target: Path) -> None:
-    for file in package.rglob("*"):
-        if file.suffix in {".py", ".csv"}:
-            (target / file.relative_to(package)).parent.mkdir(parents=True, exist_ok=True)
-            (target / file.relative_to(package)).write_bytes(file.read_bytes())
+def is_project_run() -> bool:
+    """Return whether `mlflow run` started this process and created a run for it."""
+    return "MLFLOW_RUN_ID" in os.environ
 
 
 def describe_location(run_id: str) -> str:
-    """Say where a run is, and how to look at it."""
+    """Return where a run is, and how to look at it."""
     run = mlflow.MlflowClient().get_run(run_id)
     uri = mlflow.get_tracking_uri()
-    look = (
-        uri
-        if uri.startswith("http")
-        else f"mlflow server --backend-store-uri {uri}   then http://127.0.0.1:5000"
-    )
-    return f"run {run_id} ({run.info.run_name}) in {uri}\nlook at it: {look}"
+    server = f"mlflow server --backend-store-uri {uri}   then http://127.0.0.1:5000"
+    return f"run {run_id} ({run.info.run_name}) in {uri}\nview: {uri if uri.startswith('http') else server}"

@@ -7,7 +7,7 @@ from contextlib import contextmanager
 import mlflow
 from mlflow.entities import Metric, Run, RunStatus
 
-from skin_resnet.tracking import log_setting
+from skin_resnet.tracking.run import TrackedRun, open_run
 
 STUDY, TRIAL, STATE = "search.study_id", "search.trial", "search.state"
 CHAMPION = "champion"  # the alias of a registered model's best version
@@ -27,35 +27,21 @@ def set_tracking_uri(uri: str) -> None:
 @contextmanager
 def open_child(
     parent_run_id: str, name: str, tags: dict[str, str], pruned: type[BaseException] | None = None
-) -> Iterator[str]:
-    """Open a child run and give its id; however the block is left, it ends.
+) -> Iterator[TrackedRun]:
+    """Open a child run; however the block is left, it ends, and the tag `search.state` says how.
 
-    FINISHED; KILLED where it was interrupted, or left by the exception `pruned`; FAILED, with the reason as a
-    tag, on any other error. The tag `search.state` says which.
+    FINISHED; KILLED if it was interrupted, or left by the exception `pruned`; FAILED on any other exception.
     """
-    experiment_id = mlflow.MlflowClient().get_run(parent_run_id).info.experiment_id
-    run = mlflow.start_run(
-        run_name=name, nested=True, parent_run_id=parent_run_id, experiment_id=experiment_id, tags=tags
-    )
-    try:
-        log_setting.log_versions()
-        yield run.info.run_id
-    except (KeyboardInterrupt, SystemExit):
-        _end("KILLED", "KILLED")
-        raise
-    except BaseException as error:
-        if pruned and isinstance(error, pruned):
-            _end("PRUNED", "KILLED")
-        else:
-            mlflow.set_tag("failure", f"{type(error).__name__}: {error}"[:5000])
-            _end("FAIL", "FAILED")
-        raise
-    _end("COMPLETE", "FINISHED")
-
-
-def _end(state: str, status: str) -> None:
-    mlflow.set_tag(STATE, state)
-    mlflow.end_run(status)
+    expected = (pruned,) if pruned else ()
+    with open_run(name, parent_run_id=parent_run_id, tags=tags, pruned=expected) as run:
+        try:
+            yield run
+        except BaseException as error:
+            is_pruned = isinstance(error, expected)
+            is_killed = isinstance(error, KeyboardInterrupt | SystemExit)
+            run.set_tags({STATE: "PRUNED" if is_pruned else "KILLED" if is_killed else "FAIL"})
+            raise
+        run.set_tags({STATE: "COMPLETE"})
 
 
 def close_killed(study_id: str, is_alive: Callable[[str, dict[str, str]], bool]) -> list[str]:
@@ -83,13 +69,6 @@ def log_progress(run_id: str, figures: dict[str, float], step: int) -> None:
     now = int(1000 * time.time())
     metrics = [Metric(name, value, now, step) for name, value in figures.items()]
     mlflow.MlflowClient().log_batch(run_id, metrics=metrics)
-
-
-@contextmanager
-def reopen_child(run_id: str) -> Iterator[None]:
-    """Open a finished child run again, to log what came to be known later."""
-    with mlflow.start_run(run_id=run_id, nested=True):
-        yield
 
 
 def register_model(model_uri: str, name: str, val: float, split_hash: str) -> str:

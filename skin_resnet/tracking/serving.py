@@ -17,7 +17,7 @@ from mlflow.types import ColSpec, DataType, Schema
 from PIL import Image
 
 from skin_resnet.data.decode import BadImageError, decode_image
-from skin_resnet.data.store import normalize
+from skin_resnet.model.preprocess import normalize, to_float
 from skin_resnet.model.resnet import build_resnet
 from skin_resnet.training.checkpoint import read_checkpoint
 
@@ -92,8 +92,7 @@ class LesionClassifier(PythonModel):
         pixels = torch.stack(
             [torch.from_numpy(self._decode(image, first_row + i)) for i, image in enumerate(images)]
         )
-        floats = pixels.to(self._device).permute(0, 3, 1, 2).float().div_(255)
-        logits: torch.Tensor = self._network(normalize(floats))
+        logits: torch.Tensor = self._network(normalize(to_float(pixels.to(self._device))))
         return (logits / self._temperature).softmax(dim=1).double().cpu()
 
     def _decode(self, image: bytes, row: int) -> Any:

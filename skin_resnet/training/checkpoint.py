@@ -1,70 +1,53 @@
-"""Checkpoints: written whole or not at all, read without running code."""
+"""Checkpoints, written whole or not at all and read without running code, and the folder of a run."""
 
 import contextlib
-import glob
 import hashlib
 import os
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import filelock
 import torch
 from torch import Tensor
 
-from skin_resnet.data.folders import hold_lock, is_held
 from skin_resnet.errors import UserError
-from skin_resnet.model.torch_file import read_torch_file
+from skin_resnet.model.weights import read_torch_file
 
-FORMAT = 1  # raised when what is in a checkpoint changes its meaning
+FORMAT = 2  # raised when what is in a checkpoint changes its meaning
 
 
 def save_checkpoint(path: Path, content: dict[str, Any]) -> None:
     """Write a checkpoint of tensors and plain values; a process killed meanwhile leaves the old file whole.
 
     Raises:
-        UserError: The disk is full or the folder cannot be written; the old checkpoint is still there.
+        UserError: The disk is full or the folder is not writable; the old checkpoint is still there.
     """
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    temporary = path.with_name(f".{path.name}.tmp")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        _remove_leftovers(path)
-        with temporary.open("wb") as file, hold_lock(temporary):
+        with temporary.open("wb") as file:
             torch.save({"format": FORMAT, **content}, file)
             file.flush()
             os.fsync(file.fileno())
         temporary.replace(path)
         _sync_folder(path.parent)
     except (OSError, RuntimeError) as error:
-        # torch tells a full disk as a RuntimeError about positions; what else it tells is no matter of disks.
+        # torch reports a full disk as a RuntimeError about positions in the file, caused by an OSError.
         cause = error if isinstance(error, OSError) else error.__context__
         if not isinstance(cause, OSError):
             raise
         raise UserError(
-            f"checkpoints need a folder with room, but {str(path)!r} cannot be written "
-            f"({cause.strerror or cause}); free space or set checkpoint_dir."
+            f"cannot write the checkpoint {path} ({cause.strerror or cause}); make room, or set another "
+            "checkpoint_dir"
         ) from None
     finally:
         with contextlib.suppress(OSError):
             temporary.unlink()
 
 
-def hash_network(network: dict[str, Tensor]) -> str:
-    """Name a network's weights: equal if and only if each bit of each is."""
-    digest = hashlib.sha256()
-    for name in sorted(network):
-        digest.update(name.encode() + network[name].detach().cpu().contiguous().numpy().tobytes())
-    return digest.hexdigest()
-
-
-def _remove_leftovers(path: Path) -> None:
-    """Remove what killed processes left of this checkpoint: a file as large as itself for each."""
-    for leftover in path.parent.glob(f".{glob.escape(path.name)}.*.tmp"):
-        with contextlib.suppress(OSError):
-            if not is_held(leftover):
-                leftover.unlink()
-
-
 def _sync_folder(folder: Path) -> None:
-    # The rename itself is on the disk only after its folder is. Not every file system can: the file is whole.
+    # A rename is on the disk only after its folder is; where that cannot be had, the file is whole.
     with contextlib.suppress(OSError):
         descriptor = os.open(folder, os.O_RDONLY)
         try:
@@ -80,14 +63,115 @@ def read_checkpoint(path: Path) -> dict[str, Any]:
         UserError: There is no such file, or it is not one of our checkpoints.
     """
     if not path.is_file():
-        raise UserError(f"a checkpoint must be a file, but there is no {str(path)!r}.")
+        raise UserError(f"there is no checkpoint {path}")
     try:
         content = read_torch_file(path)
     except Exception:  # a broken file can raise any
+        raise UserError(f"{path} is not a checkpoint, or it is damaged") from None
+    found = content.get("format") if isinstance(content, dict) else None
+    if found != FORMAT:
         raise UserError(
-            f"a checkpoint must be written by this project, but {str(path)!r} is broken or something else."
-        ) from None
-    if not isinstance(content, dict) or content.get("format") != FORMAT:
-        found = content.get("format") if isinstance(content, dict) else type(content).__name__
-        raise UserError(f"a checkpoint must have format {FORMAT}, but {str(path)!r} has {found}.")
-    return content
+            f"{path} is not a checkpoint of this version (its format is {found}, not {FORMAT}); train again, "
+            "or use the version that wrote it"
+        )
+    return dict(content)
+
+
+def hash_network(network: dict[str, Tensor]) -> str:
+    """Return a digest of a network's weights, equal only if every bit of them is."""
+    digest = hashlib.sha256()
+    for name in sorted(network):
+        digest.update(name.encode() + network[name].detach().cpu().contiguous().numpy().tobytes())
+    return digest.hexdigest()
+
+
+class RunFolder:
+    """The folder `checkpoint_dir/<run id>` of a run, held by one process at a time.
+
+    Attributes:
+        path: The folder.
+        best: The network of the best epoch, which is evaluated, logged and served.
+        last: The whole state to resume from.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.best, self.last = path / "best.pt", path / "last.pt"
+        self._lock = filelock.FileLock(path / "running.lock", timeout=0)
+
+    def acquire(self) -> None:
+        """Create the folder if needed, and hold it until `release` or the process's end, however it ends.
+
+        Raises:
+            UserError: Another process holds it, or it is not writable.
+        """
+        try:
+            self.path.mkdir(parents=True, exist_ok=True)
+            self._lock.acquire()
+        except filelock.Timeout:
+            raise UserError(f"run {self.path.name} is already being trained by another process") from None
+        except OSError as error:
+            raise UserError(
+                f"cannot write to {self.path} ({error.strerror or error}); set another checkpoint_dir"
+            ) from None
+
+    def release(self) -> None:
+        """Release the folder, and remove it if it holds nothing."""
+        with contextlib.suppress(OSError):
+            (self.path / "running.lock").unlink()
+        self._lock.release()
+        with contextlib.suppress(OSError):  # it holds something
+            self.path.rmdir()
+            self.path.parent.rmdir()
+
+    def remove(self) -> None:
+        """Remove the checkpoints and release the folder."""
+        for path in (self.last, self.best):
+            path.unlink(missing_ok=True)
+        for path in self.path.glob(".*.tmp"):
+            path.unlink(missing_ok=True)
+        self.release()
+
+    def read_state(self) -> dict[str, Any]:
+        """Read the state to resume from.
+
+        Raises:
+            UserError: There is none, or it is damaged.
+        """
+        if not self.last.is_file():
+            raise UserError(
+                f"cannot resume run {self.path.name}: {self.path} has no {self.last.name}. It has finished, "
+                "never started training, or has another checkpoint_dir"
+            )
+        state = read_checkpoint(self.last)
+        if "history" not in state:
+            raise UserError(f"cannot resume from {self.last}: it holds a network, but no training state")
+        return state
+
+
+def list_interrupted(checkpoint_dir: Path) -> list[RunFolder]:
+    """Return the folders of runs that can be resumed, the latest first; some may be training or ending."""
+    ages = {}
+    for path in checkpoint_dir.glob("*/last.pt"):
+        with contextlib.suppress(OSError):  # its run has finished meanwhile
+            ages[path] = path.stat().st_mtime
+    return [RunFolder(path.parent) for path in sorted(ages, key=lambda path: ages[path], reverse=True)]
+
+
+def clean_up_killed(checkpoint_dir: Path, end_run: Callable[[str], str]) -> None:
+    """End the runs whose process was killed, and remove the checkpoints that none of them needs.
+
+    Args:
+        checkpoint_dir: Where the runs have their folders.
+        end_run: Ends a run in the tracking store if it has not ended, and returns its status; empty if the
+            store does not know or does not answer.
+    """
+    for lock in sorted(checkpoint_dir.glob("*/running.lock")):
+        folder = RunFolder(lock.parent)
+        with contextlib.suppress(UserError):  # its process is alive
+            folder.acquire()
+            status = end_run(folder.path.name)
+            if status == "FINISHED" or (status and not folder.last.exists()):
+                folder.remove()
+            elif status:
+                folder.release()

@@ -2,8 +2,11 @@
 
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
+import pandas as pd
 import torch
 from lightning_fabric import Fabric
 from numpy.typing import NDArray
@@ -11,14 +14,66 @@ from torch import Tensor, nn
 
 from skin_resnet.data.augment import RECIPES, augment, mix
 from skin_resnet.data.loader import Batch, Loader
-from skin_resnet.data.store import normalize
 from skin_resnet.errors import UserError
-from skin_resnet.evaluation.metrics import EpochResult, Metrics, Predictions, compute_metrics
+from skin_resnet.evaluation.metrics import Metrics, Predictions, compute_metrics
+from skin_resnet.model.preprocess import normalize, to_float
 from skin_resnet.training.optim import compute_loss
 from skin_resnet.training.state import TrainingState
 
-# Wraps the batches of an epoch to show how far it is: given the batches and the epoch, gives the batches.
+# Wraps the batches of an epoch (given with its number) to show how far it is.
 Progress = Callable[[Iterable[Batch], int], Iterable[Batch]]
+
+
+@dataclass(frozen=True, kw_only=True)
+class EpochResult:
+    """What one epoch gave.
+
+    Attributes:
+        epoch: Counted from 1.
+        lr: Learning rate of its last step.
+        seconds: Wall time, val included.
+        images_per_s: Training images per second, val excluded.
+        train: Measured over the epoch, on augmented images, while the network learnt.
+        val: Measured at its end.
+        timestamp_ms: When it ended, in milliseconds since 1970. MLflow stores a value once, however often
+            it is logged with the same step and timestamp.
+    """
+
+    epoch: int
+    lr: float
+    seconds: float
+    images_per_s: float
+    train: Metrics
+    val: Metrics
+    timestamp_ms: int = 0
+
+    @classmethod
+    def from_dict(cls, fields: dict[str, Any]) -> "EpochResult":
+        """Build the result from what `dataclasses.asdict` returned."""
+        return cls(**{**fields, **{split: Metrics(**fields[split]) for split in ("train", "val")}})
+
+    @property
+    def gap(self) -> float:
+        """The train-val gap: balanced accuracy on train minus that on val."""
+        return self.train.balanced_accuracy - self.val.balanced_accuracy
+
+    def to_metrics(self) -> dict[str, float]:
+        """Return the metrics under their MLflow keys, without those that are NaN."""
+        return {
+            **self.train.to_dict("train"),
+            **self.val.to_dict("val"),
+            "val/gap": self.gap,
+            "lr": self.lr,
+            "speed/epoch_s": self.seconds,
+            "speed/images_per_s": self.images_per_s,
+        }
+
+
+def to_frame(history: Iterable[EpochResult]) -> pd.DataFrame:
+    """Return a history as a table: a row an epoch (index `epoch`), a column an MLflow metric key."""
+    history = list(history)
+    index = pd.Index([result.epoch for result in history], name="epoch")
+    return pd.DataFrame([result.to_metrics() for result in history], index=index)
 
 
 class NonFiniteLossError(UserError):
@@ -66,6 +121,7 @@ def fit(
             what, lr = "what the network says of val", state.config.lr
             raise build_non_finite_error(what, "nan", state.epoch + 1, lr, last.positions)
         train_metrics, val_metrics = _measure(trained), _measure((scored, val.targets))
+        state.val_probabilities = scored
         state.end_epoch(val_metrics.loss)
         yield EpochResult(
             epoch=state.epoch,
@@ -122,11 +178,6 @@ def seed_step(seed: int, epoch: int, step: int, rank: int) -> torch.Generator:
     step_seed = int(np.random.SeedSequence((seed, epoch, step, rank)).generate_state(1, np.uint64)[0] >> 1)
     torch.manual_seed(step_seed)
     return torch.Generator().manual_seed(step_seed)
-
-
-def to_float(pixels: Tensor) -> Tensor:
-    """Turn pixels uint8 (N, H, W, 3) into images float32 (N, 3, H, W) in [0, 1], laid out channels-last."""
-    return pixels.permute(0, 3, 1, 2).float().div_(255)
 
 
 class _LossWatch:
@@ -211,43 +262,3 @@ def _to_probabilities(values: Tensor) -> NDArray[np.float64]:
 def _measure(predicted: tuple[NDArray[np.float64], Tensor]) -> Metrics:
     probabilities, targets = predicted
     return compute_metrics(Predictions(probabilities=probabilities, targets=targets.numpy(), image_ids=()))
-
-
-class BestEpoch:
-    """Remembers the best epoch by a val metric, and says when none better has come for too long.
-
-    Args:
-        metric: `balanced_accuracy`, `macro_auc` (higher is better) or `loss` (lower is).
-        patience: Epochs to wait for a better one; 0: for ever.
-    """
-
-    def __init__(self, metric: str, patience: int) -> None:
-        self._metric = metric
-        self._patience = patience
-        self._best: EpochResult | None = None
-        self._last_epoch = 0
-
-    @property
-    def epoch(self) -> EpochResult:
-        """The best epoch so far; there must have been one."""
-        assert self._best is not None, "no epoch has finished yet"
-        return self._best
-
-    def update(self, result: EpochResult) -> bool:
-        """Take note of an epoch; say whether it is the best so far. The first of equals stays."""
-        self._last_epoch = result.epoch
-        if self._best is not None and self._score(result) <= self._score(self._best):
-            return False
-        self._best = result
-        return True
-
-    @property
-    def should_stop(self) -> bool:
-        """Whether patience has run out."""
-        return self._patience > 0 and self._last_epoch - self.epoch.epoch >= self._patience
-
-    def _score(self, result: EpochResult) -> float:
-        value: float = getattr(result.val, self._metric)
-        if np.isnan(value):
-            return -np.inf
-        return -value if self._metric == "loss" else value

@@ -1,5 +1,7 @@
-"""What a training says on the terminal: a head, a bar while an epoch runs, a line when it is over."""
+"""What a training prints: a header, a bar while an epoch runs, a line when it is done."""
 
+import contextlib
+import os
 import sys
 from collections.abc import Iterable, Iterator
 
@@ -11,28 +13,37 @@ from skin_resnet.data.extract import has_lesion_ids
 from skin_resnet.data.loader import Batch, Loader
 from skin_resnet.data.prepare import PreparedData
 from skin_resnet.data.split import SPLITS
-from skin_resnet.evaluation.metrics import EpochResult
-from skin_resnet.training.engine import Progress
+from skin_resnet.training.engine import EpochResult, Progress
 from skin_resnet.training.state import TrainingState
 
 
-def describe_start(config: TrainConfig, data: PreparedData, fabric: Fabric, start: str) -> str:
-    """Tell what is about to be trained, and on what."""
+def say(text: str) -> None:
+    """Print a text at once; a stdout that is closed or full is no reason to stop."""
+    try:
+        print(text, flush=True)
+    except OSError:
+        # What is buffered would fail again when Python exits.
+        with contextlib.suppress(OSError, ValueError):
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
+def describe_start(config: TrainConfig, data: PreparedData, fabric: Fabric, weights: str) -> str:
+    """Return what is about to be trained, on what data."""
     sizes = ", ".join(f"{len(getattr(data.split, name))} {name}" for name in SPLITS)
     skipped = f", {len(data.store.skipped)} skipped" if data.store.skipped else ""
     known = has_lesion_ids(data.table)
-    lesions = f"{data.table.lesion_id.nunique()} lesions" if known else "no known lesions"
+    lesions = f"{data.table.lesion_id.nunique()} lesions" if known else "lesions unknown"
     return (
-        f"data     {config.data}: {len(data.table)} images, {lesions}{skipped}, {data.store.image_size} px\n"
-        f"split    {sizes} ({data.split.hash})\n"
-        f"network  {config.arch}, {start}\n"
-        f"training {config.epochs} epochs on {fabric.world_size} x {fabric.device.type}, "
+        f"data      {config.data}: {len(data.table)} images, {lesions}{skipped}, {data.store.image_size} px\n"
+        f"split     {sizes} ({data.split.hash})\n"
+        f"model     {config.arch}, {weights}\n"
+        f"training  {config.epochs} epochs on {fabric.world_size} x {fabric.device.type}, "
         f"{config.optimizer} lr {config.lr:g}, augment {config.augment}"
     )
 
 
 def describe_epoch(result: EpochResult, config: TrainConfig, *, is_best: bool) -> str:
-    """Tell an epoch in one line that begins with `epoch N/M`."""
+    """Return an epoch in one line that begins with `epoch N/M`."""
     train, val = result.train, result.val
     return (
         f"epoch {result.epoch}/{config.epochs}  "
@@ -45,7 +56,8 @@ def describe_epoch(result: EpochResult, config: TrainConfig, *, is_best: bool) -
 
 
 def show_progress(state: TrainingState, loader: Loader) -> Progress:
-    """Give what shows a bar with images per second and time to go on a terminal, and nothing in a log."""
+    """Return what shows a bar, with images per second and remaining time, on a terminal only."""
+    is_shown = state.fabric.is_global_zero and sys.stderr is not None and sys.stderr.isatty()
 
     def show(batches: Iterable[Batch], epoch: int) -> Iterator[Batch]:
         with tqdm(
@@ -54,7 +66,7 @@ def show_progress(state: TrainingState, loader: Loader) -> Progress:
             initial=len(loader.rows) * state.step // len(loader),
             unit=" img",
             leave=False,
-            disable=not (state.fabric.is_global_zero and sys.stderr.isatty()),
+            disable=not is_shown,
         ) as bar:
             for batch in batches:
                 yield batch

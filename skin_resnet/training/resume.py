@@ -1,140 +1,185 @@
-"""Going on with a run that was stopped: which one, by which options, and whether its data are the same."""
+"""Resuming an interrupted run: which one, with which options, and only on the same data."""
 
 import dataclasses
-import zlib
+import time
+from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from skin_resnet.config import TrainConfig
-from skin_resnet.data.prepare import PreparedData
 from skin_resnet.errors import UserError
-from skin_resnet.evaluation.metrics import EpochResult
 from skin_resnet.options import format_value
-from skin_resnet.training.checkpoint import read_checkpoint
-from skin_resnet.training.engine import build_non_finite_error
-from skin_resnet.training.run_folder import RunFolder, list_runs, read_state, require_state
+from skin_resnet.training import interrupts
+from skin_resnet.training.checkpoint import RunFolder, list_interrupted, read_checkpoint, save_checkpoint
+from skin_resnet.training.engine import EpochResult, build_non_finite_error
 from skin_resnet.training.state import TrainingState
 
-# Options that say where a run works, not what it computes: given anew, they hold for the rest of it.
-_MAY_MOVE = ("data", "cache_dir", "checkpoint_dir", "checkpoint_minutes", "device")
+# Options about where a run works, not about what it computes: they may change when it is resumed.
+_MAY_CHANGE = ("data", "cache_dir", "checkpoint_dir", "checkpoint_minutes", "device")
 
 
 @dataclass(frozen=True, kw_only=True)
-class Kept:
-    """Where a run keeps its state, and what it kept before it was stopped.
+class ResumePoint:
+    """Where a run keeps its state, and the state it is resumed from.
 
     Attributes:
-        folder: The run's.
-        before: The state to go on from; None for a new run.
+        folder: The run's, held by this process (by its first one, if there are several).
+        config: The options to train with.
+        saved: What `describe_state` returned; None for a new run.
     """
 
     folder: RunFolder
-    before: dict[str, Any] | None = None
+    config: TrainConfig
+    saved: dict[str, Any] | None = None
 
     @property
     def history(self) -> list[EpochResult]:
         """The epochs that had finished."""
-        return [EpochResult.from_dict(fields) for fields in self.before["history"]] if self.before else []
+        return [EpochResult.from_dict(fields) for fields in self.saved["history"]] if self.saved else []
 
 
-def find_stopped_run(config: TrainConfig) -> RunFolder | None:
-    """Find the run to go on with; None where a new one is wanted.
+def find_resume_point(config: TrainConfig) -> ResumePoint | None:
+    """Find the run to resume and hold its folder; None if a new run is to be started.
+
+    `resume=auto` takes the latest interrupted run with the same options that no other process is training.
 
     Raises:
-        UserError: There is no such run to go on with.
+        UserError: The given run cannot be resumed, or was given another option.
     """
     checkpoint_dir = config.checkpoint_dir.expanduser()
     if config.resume == "none":
         return None
     if config.resume != "auto":
         folder = RunFolder(checkpoint_dir / config.resume)
-        require_state(folder)
-        return folder
-    return next((run for run in list_runs(checkpoint_dir) if _is_same_training(run, config)), None)
+        return _hold(folder, lambda: read_resume_point(folder, config))
+    for folder in list_interrupted(checkpoint_dir):
+        try:
+            return _hold(folder, lambda folder=folder: _read_if_same(folder, config))  # type: ignore[misc]
+        except UserError:
+            continue  # it is being trained, has finished meanwhile, is damaged, or has other options
+    return None
 
 
-def _is_same_training(run: RunFolder, config: TrainConfig) -> bool:
+def _hold(folder: RunFolder, read: Callable[[], ResumePoint]) -> ResumePoint:
+    folder.acquire()
     try:
-        before = TrainConfig.model_validate(read_state(run)["config"])
-    except UserError:
-        return False  # damaged, or by another version: nothing to go on with unasked
-    where = {name: getattr(config, name) for name in ("resume", *_MAY_MOVE) if name != "data"}
-    return before.with_changes(**where) == config
+        return read()
+    except BaseException:
+        folder.release()
+        raise
 
 
-def read_kept(folder: RunFolder, config: TrainConfig) -> tuple[Kept, TrainConfig]:
-    """Read what a stopped run kept, and with which options it goes on: its own.
+def _read_if_same(folder: RunFolder, config: TrainConfig) -> ResumePoint:
+    before = TrainConfig.model_validate(folder.read_state()["config"])
+    where = {name: getattr(config, name) for name in ("resume", *_MAY_CHANGE) if name != "data"}
+    if before.with_changes(**where) != config:
+        raise UserError(f"run {folder.path.name} has other options")
+    return read_resume_point(folder, config)
+
+
+def read_resume_point(folder: RunFolder, config: TrainConfig) -> ResumePoint:
+    """Read the state of an interrupted run, and merge the options that may change into its own.
 
     Raises:
-        UserError: It cannot be read, or an option is given that the run does not have.
+        UserError: It cannot be read, or `config` has an option that the run does not have.
     """
-    state = read_state(folder)
-    own = TrainConfig.model_validate(state["config"])
+    saved = folder.read_state()
+    own = TrainConfig.model_validate(saved["config"])
     defaults = TrainConfig.model_validate({})
-    moved = {"resume": config.resume}
+    changes = {"resume": config.resume}
     for name in TrainConfig.model_fields:
         value, before = getattr(config, name), getattr(own, name)
-        # `mlflow run` passes every option, so one at its default was not asked for.
+        # `mlflow run` passes every option: one at its default was not asked for.
         if name == "resume" or value in (before, getattr(defaults, name)):
             continue
-        if name not in _MAY_MOVE:
+        if name not in _MAY_CHANGE:
             raise UserError(
-                f"resume goes on with a run's own options, but {folder.path.name} has {name}="
-                f"{format_value(before)} and got {format_value(value)}; leave it out, or start a new run."
+                f"run {folder.path.name} was started with {name}={format_value(before)} and cannot be "
+                f"resumed with {name}={format_value(value)}; leave the option out, or start a new run"
             )
-        moved[name] = value
-    if state["history"]:
-        read_checkpoint(folder.best)  # the best epoch may lie behind: without its network, all is lost
-    return Kept(folder=folder, before=state), own.with_changes(**moved)
+        changes[name] = value
+    if saved["history"]:
+        read_checkpoint(folder.best)  # damaged, the best epoch so far would be lost
+    return ResumePoint(folder=folder, config=own.with_changes(**changes), saved=saved)
 
 
 def describe_state(
-    state: TrainingState, data: str, history: list[EpochResult], run_id: str | None
+    state: TrainingState, fingerprint: str, history: list[EpochResult], run_id: str
 ) -> dict[str, Any]:
-    """Give all that another process needs to go on exactly here.
+    """Return all that another process needs to continue exactly here.
 
     Early stopping and the best epoch follow from the history; order, augmentation and dropout from seed,
     epoch and step.
 
     Args:
         state: What training changes.
-        data: The fingerprint of what it is trained on.
+        fingerprint: Of the data that it is trained on.
         history: The epochs that have finished.
-        run_id: The MLflow run's; None where there is none.
+        run_id: The run's.
 
     Raises:
-        NonFiniteLossError: The network is broken. A GPU is asked for that less often than states are saved,
-            and the state before must not be lost for this one.
+        NonFiniteLossError: The network is broken. A GPU's losses are checked less often than states are
+            saved, and the last whole state must not be overwritten.
     """
-    if state.seen is not None and not (is_whole := state.seen.isfinite().all(dim=1)).all():
-        positions = (~is_whole).nonzero().flatten()
+    if state.seen is not None and not (is_finite := state.seen.isfinite().all(dim=1)).all():
+        positions = (~is_finite).nonzero().flatten()
         raise build_non_finite_error("the loss", "nan", state.epoch + 1, state.config.lr, positions)
     return {
         "config": state.config.model_dump(mode="json"),
-        "run_id": run_id or "",
-        "data": data,
+        "run_id": run_id,
+        "data_fingerprint": fingerprint,
         "state": state.state_dict(),
         "history": [dataclasses.asdict(result) for result in history],
     }
 
 
-def restore(kept: Kept, state: TrainingState, data: str) -> None:
-    """Put a training's state back to where it was kept; `data` is the fingerprint of what it is trained on.
+def restore(point: ResumePoint, state: TrainingState, fingerprint: str) -> None:
+    """Restore a training's saved state, if there is one.
 
     Raises:
-        UserError: The data are no longer those that it was trained on.
+        UserError: The data, named by `fingerprint`, are not those that the run was trained on.
     """
-    if kept.before is None:
+    if point.saved is None:
         return
-    if kept.before["data"] != data:
+    before = point.saved["data_fingerprint"]
+    if before != fingerprint:
         raise UserError(
-            f"resume needs the data that the run was trained on, but {state.config.data} gives another split "
-            f"or other pixels ({data}, not {kept.before['data']}); put them back, or start "
-            "a new run."
+            f"cannot resume: the split or the pixels of data={state.config.data} have changed since the run "
+            f"was interrupted ({fingerprint} instead of {before}); restore the data, or start a new run"
         )
-    state.load_state_dict(kept.before["state"])
+    state.load_state_dict(point.saved["state"])
 
 
-def fingerprint(data: PreparedData) -> str:
-    """Name what is learnt from: the split, and every pixel as it was decoded. It reads all of them."""
-    return f"{data.split.hash}-{data.store.image_size}px-{zlib.crc32(data.store.pixels.data):08x}"
+class StateSaver:
+    """Saves a training's whole state: on request, every few minutes, and when the process is asked to end.
+
+    Args:
+        path: Where.
+        describe: Returns what to save.
+        minutes: Between two savings within an epoch; 0: save at the end of epochs only.
+    """
+
+    def __init__(self, path: Path, describe: Callable[[], dict[str, Any]], minutes: float) -> None:
+        self._path, self._describe, self._pause_s = path, describe, 60 * minutes
+        self._saved_at_s = time.monotonic()  # a clock that nobody sets back
+
+    def save(self) -> None:
+        """Save the state as it is.
+
+        Raises:
+            UserError: It cannot be written; the one before is still there.
+        """
+        save_checkpoint(self._path, self._describe())
+        self._saved_at_s = time.monotonic()
+
+    def on_batch(self) -> None:
+        """Save if it is time to, and check for signals.
+
+        Raises:
+            KeyboardInterrupt: The process was asked to end; everything up to here is saved.
+        """
+        is_due = time.monotonic() - self._saved_at_s >= self._pause_s or interrupts.is_asked()
+        if self._pause_s > 0 and is_due:
+            self.save()
+        interrupts.check()

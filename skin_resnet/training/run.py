@@ -1,34 +1,54 @@
-"""A training from its data to its best network: what `train`, a search's trials and `reproduce` all run."""
+"""A training from its data to its best network: what `train`, `reproduce` and a search's trials all run."""
 
 import os
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from lightning_fabric import Fabric
 
-from skin_resnet.commands.evaluate import assess_and_log, predict_checkpoint
 from skin_resnet.config import TrainConfig
 from skin_resnet.data.loader import Loader
 from skin_resnet.data.prepare import PreparedData, prepare_data
-from skin_resnet.evaluation.assess import fit_calibration
-from skin_resnet.evaluation.leakage_page import format_leakage
-from skin_resnet.evaluation.metrics import EpochResult
-from skin_resnet.evaluation.plots.curves import plot_curves
+from skin_resnet.data.split import SPLITS
+from skin_resnet.evaluation.assess import Calibration, fit_calibration
+from skin_resnet.evaluation.metrics import Predictions
 from skin_resnet.model.resnet import build_resnet
 from skin_resnet.model.weights import load_weights
-from skin_resnet.tracking import log_setting
-from skin_resnet.tracking import run as mlflow_run
-from skin_resnet.tracking.epoch_log import EpochLog, log_best, to_frame
 from skin_resnet.training import interrupts
-from skin_resnet.training.checkpoint import hash_network, read_checkpoint, save_checkpoint
-from skin_resnet.training.engine import BestEpoch, NonFiniteLossError, fit
-from skin_resnet.training.progress import describe_epoch, describe_start, show_progress
-from skin_resnet.training.resume import Kept, describe_state, fingerprint, restore
-from skin_resnet.training.run_folder import Keeper, RunFolder
-from skin_resnet.training.state import TrainingState, build_fabric, build_state
+from skin_resnet.training.checkpoint import RunFolder, hash_network, read_checkpoint, save_checkpoint
+from skin_resnet.training.device import build_fabric
+from skin_resnet.training.early_stopping import BestEpoch
+from skin_resnet.training.engine import EpochResult, NonFiniteLossError, fit
+from skin_resnet.training.progress import describe_epoch, describe_start, say, show_progress
+from skin_resnet.training.resume import ResumePoint, StateSaver, describe_state, restore
+from skin_resnet.training.state import TrainingState, build_state
+from skin_resnet.training.worker import get_worker_task, start_workers_with
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainStart:
+    """A training that is about to begin, or to be resumed.
+
+    Attributes:
+        fingerprint: Of the split and every pixel.
+        weights: What the network starts from, in words.
+        precision: Fabric's name of it.
+        history: The epochs that a resumed run had finished.
+        folder: Where its checkpoints are until the run ends.
+    """
+
+    config: TrainConfig
+    data: PreparedData
+    fingerprint: str
+    weights: str
+    device: torch.device
+    precision: str
+    history: tuple[EpochResult, ...]
+    folder: RunFolder
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -38,137 +58,199 @@ class TrainResult:
     Attributes:
         best: The epoch that val chose.
         history: All epochs, in order.
-        checkpoint: The file with the best epoch's network.
+        checkpoint_path: The best epoch's network; a tracked run removes the file when it ends.
         data: What it was trained on.
+        val_predictions: Of the best epoch, before temperature, in the order of the val split.
+        calibration: Fitted on them; it is in the checkpoint, too.
+        weights_sha256: Digest of the best epoch's weights.
     """
 
+    config: TrainConfig
     best: EpochResult
     history: tuple[EpochResult, ...]
-    checkpoint: Path
+    checkpoint_path: Path
     data: PreparedData
+    val_predictions: Predictions
+    calibration: Calibration
+    weights_sha256: str
+
+
+class Tracker(Protocol):
+    """Records a training as it proceeds."""
+
+    run_id: str
+
+    def on_start(self, start: TrainStart) -> None:
+        """Called before the first step."""
+
+    def on_epoch(self, result: EpochResult) -> None:
+        """Called after each epoch, when its state has been saved."""
+
+    def on_end(self, result: TrainResult) -> None:
+        """Called when the best epoch's checkpoint is complete."""
 
 
 def run_training(
-    config: TrainConfig, on_epoch: Callable[[EpochResult], None] | None = None, kept: Kept | None = None
+    config: TrainConfig,
+    *,
+    tracker: Tracker | None = None,
+    on_epoch: Callable[[EpochResult], None] | None = None,
+    resume: ResumePoint | None = None,
 ) -> TrainResult:
-    """Train a network and log to the MLflow run that is open, if one is. The test split is not touched.
+    """Train a network. The test split is not touched.
 
     Args:
-        config: What to do.
-        on_epoch: Called after each epoch is logged; what it raises stops the training.
-        kept: Where to keep the whole state, and from which to go on; None: keep the best network only.
-
-    Returns:
-        What the training left; the checkpoint of the best epoch is on disk.
+        config: All options.
+        tracker: Records the training.
+        on_epoch: Called after each epoch is recorded; an exception that it raises stops the training.
+        resume: Where to keep the whole state, and the state to resume from, if any; None: only the best
+            network is kept, while the run lasts.
 
     Raises:
         UserError: Something the user gave cannot be used.
-        NonFiniteLossError: The loss became non-finite; the message names the images of the batch.
+        NonFiniteLossError: The loss became NaN or infinite; the message names the images of the batch.
     """
-    data = prepare_data(config)  # before other processes start, which then find the store built
+    data = prepare_data(config)  # before other processes start, which then find the decoded images
+    name = tracker.run_id if tracker else f"untracked-{os.getpid()}"
+    folder = resume.folder if resume else RunFolder(config.checkpoint_dir.expanduser() / name)
     fabric = build_fabric(config.device, config.precision, config.devices)
-    fabric.launch()
+    task = {
+        "config": config.model_dump_json(),
+        "folder": str(folder.path),
+        "is_resumed": "yes" if resume and resume.saved else "",
+    }
+    with nullcontext() if get_worker_task() else start_workers_with(task):
+        fabric.launch()
+    if fabric.is_global_zero and not resume:
+        folder.acquire()
     try:
-        training = _Training(config, data, fabric, kept)
+        point = resume or ResumePoint(folder=folder, config=config)
+        training = _Training(data, fabric, tracker, point, saves_state=resume is not None)
         training.run(on_epoch)
         return training.conclude()
     except BaseException as error:
         # The other processes wait for this one in the middle of a step, and would do so for half an hour.
         for process in getattr(fabric.strategy.launcher, "procs", ()):
             process.kill()
+        if fabric.is_global_zero and not folder.last.exists():
+            folder.remove()
         if isinstance(error, NonFiniteLossError):
             ids = [data.split.train[position] for position in error.positions]
-            raise NonFiniteLossError(f"{error} Its batch: {', '.join(ids)}.", error.positions) from None
+            raise NonFiniteLossError(f"{error}. Its batch: {', '.join(ids)}", error.positions) from None
         raise
 
 
-class _Training:
-    """A training under way: what it has, and what came of it so far."""
+def take_part() -> bool:
+    """Take part in the training of the process that started this one; return False if none has."""
+    task = get_worker_task()
+    if task is None:
+        return False
+    config, folder = TrainConfig.model_validate_json(task["config"]), RunFolder(Path(task["folder"]))
+    saved = folder.read_state() if task["is_resumed"] else None
+    run_training(config, resume=ResumePoint(folder=folder, config=config, saved=saved))
+    return True
 
-    def __init__(self, config: TrainConfig, data: PreparedData, fabric: Fabric, kept: Kept | None) -> None:
-        self._config, self._data, self._fabric, self._kept = config, data, fabric, kept
+
+class _Training:
+    """A training in progress: what it consists of, and its results so far."""
+
+    def __init__(
+        self,
+        data: PreparedData,
+        fabric: Fabric,
+        tracker: Tracker | None,
+        point: ResumePoint,
+        *,
+        saves_state: bool,
+    ) -> None:
+        self._config, self._data, self._fabric = point.config, data, fabric
+        self._tracker, self._point = tracker, point
         source = data.place(fabric)
-        self._train = data.build_loader(data.split.train, source, fabric, config.batch_size)
-        self._val = data.build_loader(data.split.val, source, fabric, config.batch_size)
-        self._state, start = _build_state(config, data, fabric, self._train)
-        self._run_id = mlflow_run.get_active_run_id() if fabric.is_global_zero else None
-        name = self._run_id or f"untracked-{os.getpid()}"
-        self._checkpoint = RunFolder(config.checkpoint_dir.expanduser() / name).best
-        self._best = BestEpoch(config.best_by, config.patience)
-        self._history: list[EpochResult] = []
-        self._fingerprint = fingerprint(data)
-        if kept:
-            restore(kept, self._state, self._fingerprint)
-            self._history = kept.history
-            for result in self._history:
-                self._best.update(result)
-        self._say(describe_start(config, data, fabric, start))
-        if kept and kept.before:
-            self._say(f"resumed  after epoch {self._state.epoch}, batch {self._state.step}")
-        if self._run_id:
-            mlflow_run.log_params(config)
-            log_setting.log_setting(data, fabric.device, str(fabric.strategy.precision.precision), start)
-            log_setting.log_data(data, config.data, self._fingerprint)
-            log_setting.log_passport(data.leakage.to_dict(), format_leakage(data.leakage))
+        self._train = data.build_loader(data.split.train, source, fabric, self._config.batch_size)
+        self._val = data.build_loader(data.split.val, source, fabric, self._config.batch_size)
+        self._state, weights = _build_state(self._config, data, fabric, self._train)
+        self._fingerprint = data.fingerprint
+        restore(point, self._state, self._fingerprint)
+        self._history = point.history
+        self._best = BestEpoch(self._config.best_by, self._config.patience)
+        for result in self._history:
+            self._best.update(result)
+        self._saver = self._build_saver() if saves_state and fabric.is_global_zero else None
+        self._say(describe_start(self._config, data, fabric, weights))
+        if point.saved:
+            self._say(f"resumed   after epoch {self._state.epoch}, batch {self._state.step}")
+        if tracker:
+            start = TrainStart(
+                config=self._config, data=data, fingerprint=self._fingerprint, weights=weights,
+                device=fabric.device, precision=str(fabric.strategy.precision.precision),
+                history=tuple(self._history), folder=point.folder,
+            )  # fmt: skip
+            tracker.on_start(start)
 
     def run(self, on_epoch: Callable[[EpochResult], None] | None) -> None:
-        """Train, epoch by epoch; what is saved is never behind what is logged."""
-        epoch_log = EpochLog(self._run_id, self._history) if self._run_id else None
-        keeper = self._build_keeper()
+        """Train, epoch by epoch; what is tracked has always been saved."""
         with interrupts.deferred():
-            if keeper:
-                keeper.save()
-            on_batch = keeper.on_batch if keeper else interrupts.check
+            if self._saver:
+                self._saver.save()
+            on_batch = self._saver.on_batch if self._saver else interrupts.check
             progress = show_progress(self._state, self._train)
             epochs = fit(self._state, self._train, self._val, progress, on_batch)
             while not self._stops_early() and (result := next(epochs, None)):
                 self._history.append(result)
                 is_best = self._best.update(result)
                 if is_best and self._fabric.is_global_zero:
-                    content = _describe_checkpoint(self._state, self._data, result, self._run_id)
-                    save_checkpoint(self._checkpoint, content)
-                if keeper:
-                    keeper.save()
+                    save_checkpoint(self._point.folder.best, self._describe_checkpoint(result))
+                if self._saver:
+                    self._saver.save()
                 self._say(describe_epoch(result, self._config, is_best=is_best))
-                if epoch_log:
-                    epoch_log.write(result)
+                if self._tracker:
+                    self._tracker.on_epoch(result)
                 if on_epoch:
                     on_epoch(result)
                 interrupts.check()
-        if epoch_log:
-            epoch_log.finish()
 
     def conclude(self) -> TrainResult:
-        """Calibrate the best epoch's network, and log what it scores on val."""
-        if self._fabric.is_global_zero:
-            _calibrate(self._checkpoint, self._data, self._config)
-        if self._run_id:
-            log_best(self._best.epoch)
-            figure = plot_curves(to_frame(self._history), self._best.epoch.epoch)
-            mlflow_run.log_figure(figure, "figures/curves.png")
-            table = self._data.select(self._data.split.val)
-            checkpoint = read_checkpoint(self._checkpoint)
-            mlflow_run.set_tags({"best.sha256": hash_network(checkpoint["network"])})
-            assess_and_log(checkpoint, table, self._data.store, self._config, "val")
-        return TrainResult(
-            best=self._best.epoch, history=tuple(self._history), checkpoint=self._checkpoint, data=self._data
+        """Calibrate the best epoch's network on its val predictions, and complete its checkpoint."""
+        path = self._point.folder.best
+        self._fabric.barrier()  # the first process has written it
+        checkpoint = read_checkpoint(path)
+        val = self._data.select(self._data.split.val)
+        predictions = Predictions(
+            probabilities=checkpoint["val_probabilities"].numpy(),
+            targets=val.target.to_numpy(),
+            image_ids=self._data.split.val,
         )
+        calibration = fit_calibration(predictions, self._data.classes, self._config.coverage)
+        if self._fabric.is_global_zero:
+            save_checkpoint(path, {**checkpoint, "calibration": calibration.to_dict()})
+        result = TrainResult(
+            config=self._config,
+            best=self._best.epoch,
+            history=tuple(self._history),
+            checkpoint_path=path,
+            data=self._data,
+            val_predictions=predictions,
+            calibration=calibration,
+            weights_sha256=hash_network(checkpoint["network"]),
+        )
+        if self._tracker:
+            self._tracker.on_end(result)
+        return result
 
-    def _build_keeper(self) -> Keeper | None:
-        if self._kept is None or not self._fabric.is_global_zero:
-            return None
-        # Within an epoch, each of several processes has statistics of its own: there only its end is whole.
+    def _build_saver(self) -> StateSaver:
+        # Within an epoch, several processes have BatchNorm statistics of their own: only its end is whole.
         minutes = self._config.checkpoint_minutes if self._fabric.world_size == 1 else 0.0
-        return Keeper(
-            self._kept.folder.last,
-            lambda: describe_state(self._state, self._fingerprint, self._history, self._run_id),
+        run_id = self._point.folder.path.name
+        return StateSaver(
+            self._point.folder.last,
+            lambda: describe_state(self._state, self._fingerprint, self._history, run_id),
             minutes,
         )
 
     def _stops_early(self) -> bool:
         if self._history and self._best.should_stop:
             self._say(
-                f"stopped early: none of {self._config.patience} epochs was better than epoch "
+                f"stopped early: no improvement in {self._config.patience} epochs since epoch "
                 f"{self._best.epoch.epoch}"
             )
             return True
@@ -176,48 +258,37 @@ class _Training:
 
     def _say(self, text: str) -> None:
         if self._fabric.is_global_zero:
-            print(text)
+            say(text)
 
-
-def _calibrate(path: Path, data: PreparedData, config: TrainConfig) -> None:
-    """Fit on val what a network's probabilities need to be used, and keep it with the network."""
-    checkpoint = read_checkpoint(path)
-    predictions = predict_checkpoint(checkpoint, data.select(data.split.val), data.store, config)
-    calibration = fit_calibration(predictions, data.classes, config.coverage)
-    save_checkpoint(path, {**checkpoint, "calibration": calibration.to_dict()})
+    def _describe_checkpoint(self, result: EpochResult) -> dict[str, Any]:
+        """Return what it takes to use a network anywhere, and never to test it on its training images."""
+        data, split, probabilities = self._data, self._data.split, self._state.val_probabilities
+        assert probabilities is not None, "an epoch has finished"
+        return {
+            "arch": self._config.arch,
+            "classes": list(data.classes),
+            "image_size": data.store.image_size,
+            "network": self._state.scored_network.state_dict(),
+            "epoch": result.epoch,
+            "val": result.val.to_dict("val"),
+            "val_probabilities": torch.from_numpy(probabilities),
+            "config": self._config.model_dump(mode="json"),
+            "split": {name: list(getattr(split, name)) for name in SPLITS},
+            "data_fingerprint": self._fingerprint,
+            "split_fingerprints": dict(data.split_fingerprints),
+            "baseline_class": data.baseline_class,
+            "leaks": data.leakage.leaks,
+            "run_id": self._tracker.run_id if self._tracker else "",
+        }
 
 
 def _build_state(
     config: TrainConfig, data: PreparedData, fabric: Fabric, train_loader: Loader
 ) -> tuple[TrainingState, str]:
-    torch.manual_seed(config.seed)  # on every process the same: they must start from equal weights
+    """Return the state at the start of a training, and what the network starts from in words."""
+    torch.manual_seed(config.seed)  # in every process the same: all must start from equal weights
     network = build_resnet(
         config.arch, len(data.classes), dropout=config.dropout, stochastic_depth=config.stochastic_depth
     )
-    start = load_weights(network, config.weights, config.arch)
-    return build_state(config, fabric, network, train_loader, len(data.classes)), start
-
-
-def _describe_checkpoint(
-    state: TrainingState, data: PreparedData, result: EpochResult, run_id: str | None
-) -> dict[str, Any]:
-    """Give what a network needs to be used and tested anywhere: also the split, so that it is never tested on
-    images it has learnt from.
-    """
-    return {
-        "arch": state.config.arch,
-        "classes": list(data.classes),
-        "image_size": data.store.image_size,
-        "network": state.scored_network.state_dict(),
-        "epoch": result.epoch,
-        "val": result.val.to_dict("val"),
-        "config": state.config.model_dump(mode="json"),
-        "split": {
-            "train": list(data.split.train),
-            "val": list(data.split.val),
-            "test": list(data.split.test),
-        },
-        "baseline_class": data.select(data.split.train).dx.mode()[0],
-        "leaks": data.leakage.leaks,
-        "run_id": run_id or "",
-    }
+    weights = load_weights(network, config.weights, config.arch)
+    return build_state(config, fabric, network, train_loader, len(data.classes)), weights

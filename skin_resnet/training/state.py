@@ -7,11 +7,11 @@ from typing import Any
 import numpy as np
 import torch
 from lightning_fabric import Fabric
+from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from skin_resnet.config import TrainConfig
 from skin_resnet.data.loader import Loader
-from skin_resnet.errors import UserError
 from skin_resnet.training.optim import Schedule, build_optimizer, compute_class_weights
 
 
@@ -28,6 +28,7 @@ class TrainingState:
         seen: What the network said of the training images of the epoch under way, float32 (N, 1 + K): first
             the target, then the probabilities; None between epochs.
         epoch_s: Seconds that the epoch under way had taken when the state was saved.
+        val_probabilities: Of the last epoch that finished, float64 (N, K); not part of what is saved.
     """
 
     config: TrainConfig
@@ -42,6 +43,7 @@ class TrainingState:
     step: int = 0
     seen: Tensor | None = None
     epoch_s: float = 0.0
+    val_probabilities: NDArray[np.float64] | None = None
 
     @property
     def scored_network(self) -> nn.Module:
@@ -92,45 +94,6 @@ class TrainingState:
         self.schedule.load_state_dict(state["schedule"])
         self.epoch, self.step, self.epoch_s = state["epoch"], state["step"], state["epoch_s"]
         self.seen = None if state["seen"] is None else state["seen"].to(self.fabric.device)
-
-
-def build_fabric(device: str, precision: str, devices: int) -> Fabric:
-    """Choose device and precision; with several devices, each gets a process of its own by `fabric.launch()`.
-
-    Raises:
-        UserError: The device asked for is not there.
-    """
-    has_cuda, has_mps = torch.cuda.is_available(), torch.backends.mps.is_available()
-    if (device == "cuda" and not has_cuda) or (device == "mps" and not has_mps):
-        raise UserError(
-            f"device must be one that this machine has, but it has no {device}; use device=auto or cpu."
-        )
-    accelerator = device
-    if device == "auto":
-        accelerator = "cuda" if has_cuda else "mps" if has_mps else "cpu"
-    if accelerator == "cuda" and devices > torch.cuda.device_count():
-        raise UserError(
-            f"devices must not exceed the {torch.cuda.device_count()} GPUs here, but got {devices}."
-        )
-    # bf16 on a CPU without units for it is nine times slower than fp32, so there it is never chosen unasked.
-    bf16 = precision == "bf16" or (
-        precision == "auto" and accelerator == "cuda" and torch.cuda.is_bf16_supported()
-    )
-    torch.backends.cudnn.benchmark = accelerator == "cuda"
-    return Fabric(
-        accelerator=accelerator,
-        devices=devices,
-        strategy="ddp" if devices > 1 else "auto",
-        precision="bf16-mixed" if bf16 else "32-true",
-    )
-
-
-def is_out_of_memory(error: BaseException) -> bool:
-    """Say whether an error is that of a full memory, the GPU's or the machine's."""
-    if isinstance(error, MemoryError | torch.OutOfMemoryError):
-        return True
-    # The CPU's and Apple's allocators, and CUDA's first call, tell it as a plain RuntimeError.
-    return any(words in str(error).lower() for words in ("allocate memory", "out of memory"))
 
 
 def build_state(
