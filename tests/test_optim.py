@@ -7,6 +7,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from search.space import build_hyperparameters
 from skin_resnet.config import TrainConfig
 from skin_resnet.training.optim import (
     Schedule,
@@ -93,19 +94,32 @@ def test_class_weights_average_one_over_the_images() -> None:
         assert weights[3] == 0
 
 
-def test_the_loss_of_one_hot_targets_is_torchs_of_class_indices() -> None:
+HAM10000_COUNTS = np.array([327, 514, 1099, 115, 1113, 6705, 142])  # akiec to vasc
+SPACE = build_hyperparameters(epochs=16)
+
+
+@pytest.mark.parametrize("smoothing", np.arange(0, SPACE["label_smoothing"].high + 0.01, 0.05).round(2))
+@pytest.mark.parametrize("weighting", SPACE["class_weighting"].choices)
+def test_the_best_prediction_for_a_certain_image_is_the_smoothed_target_whatever_the_weights(
+    smoothing: float, weighting: str
+) -> None:
+    weights = compute_class_weights(HAM10000_COUNTS, weighting)
+    one_hot = torch.eye(7)
+    smoothed = one_hot * (1 - smoothing) + smoothing / 7
+    # Also of a mixed image; and without smoothing the best logits are infinite.
+    targets = torch.stack([smoothed[5], smoothed[3], 0.7 * smoothed[5] + 0.3 * smoothed[3]])
+    logits = targets.clamp(min=1e-12).log().requires_grad_()
+    mixed = torch.stack([one_hot[5], one_hot[3], 0.7 * one_hot[5] + 0.3 * one_hot[3]])
+    compute_loss(logits, mixed, weights, smoothing).backward()
+    assert logits.grad.abs().max() < 1e-6
+    if smoothing == 0.1:
+        assert logits.softmax(dim=1)[0, 5].item() == pytest.approx(0.914, abs=1e-3)
+
+
+@pytest.mark.parametrize("smoothing", [0.0, 0.1])
+def test_the_loss_of_each_image_is_torchs_times_the_weight_of_its_class(smoothing: float) -> None:
     torch.manual_seed(0)
     logits, targets, weights = torch.randn(16, 7), torch.randint(7, (16,)), torch.rand(7) + 0.5
-    ours = compute_loss(logits, F.one_hot(targets, 7).float(), weights, 0.0)
-    # Torch divides by the sum of the weights for class indices, we by the number of images.
-    theirs = F.cross_entropy(logits, targets, weights) * weights[targets].sum() / 16
-    assert ours.item() == pytest.approx(theirs.item(), rel=1e-6)
-
-
-def test_label_smoothing_is_torchs() -> None:
-    torch.manual_seed(0)
-    logits, targets = torch.randn(16, 7), torch.randint(7, (16,))
-    ours = compute_loss(logits, F.one_hot(targets, 7).float(), torch.ones(7), 0.1)
-    assert ours.item() == pytest.approx(
-        F.cross_entropy(logits, targets, label_smoothing=0.1).item(), rel=1e-6
-    )
+    ours = compute_loss(logits, F.one_hot(targets, 7).float(), weights, smoothing)
+    theirs = F.cross_entropy(logits, targets, label_smoothing=smoothing, reduction="none") * weights[targets]
+    assert ours.item() == pytest.approx(theirs.mean().item(), rel=1e-6)

@@ -2,6 +2,7 @@
 
 import os
 import random
+import shlex
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -19,7 +20,7 @@ from tests.conftest import write_class_folders
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_class_folders(tmp_path_factory.mktemp("reproduce") / "data")
+    return write_class_folders(tmp_path_factory.mktemp("reproduce") / 'it\'s  "the" \\ data')
 
 
 @pytest.fixture(scope="module")
@@ -40,8 +41,13 @@ def config(data: Path) -> Iterator[TrainConfig]:
 
 @pytest.fixture(scope="module")
 def run_id(config: TrainConfig) -> str:
+    """A training as `mlflow run` starts it: its params are there already, quoted as for a shell."""
+    client = mlflow.MlflowClient()
+    run_id = str(client.create_run(os.environ["MLFLOW_EXPERIMENT_ID"]).info.run_id)
+    client.log_param(run_id, "data", shlex.quote(config.data))
+    os.environ["MLFLOW_RUN_ID"] = run_id
     train(config)
-    return str(mlflow.search_runs(output_format="list")[0].info.run_id)
+    return run_id
 
 
 def build_config(run_id: str, config: TrainConfig) -> ReproduceConfig:
@@ -60,6 +66,7 @@ def test_a_run_is_reproduced_to_the_bit_in_a_child_run(run_id: str, config: Trai
     assert child.data.tags["best.sha256"] == first.data.tags["best.sha256"]
     assert child.data.metrics["reproduce/values"] == 2 * 10  # epochs, metrics
     assert child.data.metrics["reproduce/deviations"] == 0
+    assert not config.checkpoint_dir.exists()
 
 
 def test_one_pixel_that_changed_is_found(run_id: str, config: TrainConfig, data: Path, capsys) -> None:

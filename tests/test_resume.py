@@ -1,7 +1,9 @@
 """Runs that are killed, at any moment, go on to the very weights and metrics of one that never was."""
 
+import errno
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -20,8 +22,15 @@ from skin_resnet.config import TrainConfig
 from skin_resnet.errors import UserError
 from skin_resnet.tracking.run import close_abandoned
 from skin_resnet.training import run as run_module
-from skin_resnet.training.checkpoint import clean_up_killed, read_checkpoint, save_checkpoint
+from skin_resnet.training.checkpoint import (
+    RunFolder,
+    clean_up_killed,
+    list_interrupted,
+    read_checkpoint,
+    save_checkpoint,
+)
 from skin_resnet.training.engine import NonFiniteLossError
+from skin_resnet.training.resume import find_resume_point
 from skin_resnet.training.state import TrainingState
 
 ROOT = Path(__file__).parent.parent
@@ -247,20 +256,20 @@ def test_auto_begins_anew_where_no_run_was_given_these_options(stopped: str, con
         train(config.with_changes(resume=stopped))
 
 
-def test_a_run_stopped_at_its_end_shows_nothing_twice(
+def test_a_run_whose_artifact_folder_is_full_at_its_end_is_kept_and_shows_nothing_twice(
     config: TrainConfig, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def stop(**options: object) -> None:
         mlflow.initialize_logged_model("model")
-        raise UserError("stopped while the model was logged")
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), "mlruns")
 
     with monkeypatch.context() as patch:
         patch.setattr("mlflow.pyfunc.log_model", stop)
-        with pytest.raises(UserError, match="stopped while"):
+        with pytest.raises(UserError, match=r"No space left .* resume the run"):
             train(config.with_changes(test="at_end"))
     client = mlflow.MlflowClient()
     (failed,) = mlflow.search_runs(output_format="list")
-    assert "stopped while" in failed.data.tags["failure"]
+    assert "No space left" in failed.data.tags["failure"]
     train(config.with_changes(test="at_end", resume=failed.info.run_id))
     (run,) = mlflow.search_runs(output_format="list")
     assert (run.info.status, run.data.tags.get("failure")) == ("FINISHED", None)
@@ -271,7 +280,8 @@ def test_a_run_stopped_at_its_end_shows_nothing_twice(
 def test_a_run_that_another_process_is_at_is_left_alone(stopped: str, config: TrainConfig) -> None:
     script = (
         "import sys, pathlib, time; from skin_resnet.training.checkpoint import RunFolder\n"
-        "RunFolder(pathlib.Path(sys.argv[1])).acquire(); print('held', flush=True); time.sleep(60)"
+        "folder = RunFolder(pathlib.Path(sys.argv[1])); folder.acquire(); print('held', flush=True)\n"
+        "time.sleep(60)"
     )
     command = [sys.executable, "-c", script, str(config.checkpoint_dir / stopped)]
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
@@ -286,6 +296,23 @@ def test_a_run_that_another_process_is_at_is_left_alone(stopped: str, config: Tr
     assert mlflow.get_run(stopped).info.status == "KILLED"
 
 
+def test_auto_takes_the_latest_interrupted_run_that_no_process_is_training(
+    stopped: str, config: TrainConfig
+) -> None:
+    latest = RunFolder(config.checkpoint_dir / ("f" * 32))
+    shutil.copytree(config.checkpoint_dir / stopped, latest.path)
+    found = [find_resume_point(config.with_changes(resume="auto")) for _ in range(3)]
+    assert [point and point.folder.path.name for point in found] == [latest.path.name, stopped, None]
+
+
+def test_a_run_that_finishes_while_folders_are_listed_is_skipped(
+    stopped: str, config: TrainConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    states = [config.checkpoint_dir / name / "last.pt" for name in (stopped, "finished")]
+    monkeypatch.setattr(Path, "glob", lambda folder, pattern: states)
+    assert [folder.path.name for folder in list_interrupted(config.checkpoint_dir)] == [stopped]
+
+
 def test_a_broken_network_is_not_saved_over_a_whole_state(config: TrainConfig, monkeypatch) -> None:
     def break_network(state: TrainingState, *arguments: Any) -> None:
         if state.step == 2:
@@ -296,7 +323,7 @@ def test_a_broken_network_is_not_saved_over_a_whole_state(config: TrainConfig, m
     describe = run_module.describe_state
     monkeypatch.setattr(run_module, "describe_state", break_network)
     config = config.with_changes(batch_size=8, checkpoint_minutes=1e-9)
-    with pytest.raises(NonFiniteLossError, match="must stay finite") as told:
+    with pytest.raises(NonFiniteLossError, match="became nan in epoch 1") as told:
         train(config)
     assert told.value.positions == [5]
     (state,) = config.checkpoint_dir.glob("*/last.pt")

@@ -20,8 +20,10 @@ from skin_resnet.config import EvaluateConfig, TrainConfig
 from skin_resnet.data.prepare import HIDDEN, open_test, prepare_data
 from skin_resnet.data.split import Split
 from skin_resnet.errors import UserError
+from skin_resnet.evaluation.metrics import compute_metrics
 from skin_resnet.evaluation.page import LEAK_BANNER
 from skin_resnet.tracking.history import download_checkpoint
+from skin_resnet.tracking.run import open_run
 from skin_resnet.training import engine
 from skin_resnet.training.checkpoint import read_checkpoint
 from skin_resnet.training.engine import EpochResult, NonFiniteLossError
@@ -259,12 +261,32 @@ def test_training_without_a_run_tracks_nothing_and_calls_back(config: TrainConfi
     assert len(mlflow.search_runs(output_format="list")) == before
 
 
-def test_what_on_epoch_raises_stops_the_training(config: TrainConfig) -> None:
-    def stop(result: EpochResult) -> None:
+def test_a_pruned_training_ends_killed_and_leaves_no_weights(config: TrainConfig) -> None:
+    def prune(result: EpochResult) -> None:
         raise KeyError(result.epoch)
 
-    with pytest.raises(KeyError):
-        run_training(config, on_epoch=stop)
+    with pytest.raises(KeyError), open_run("pruned", pruned=(KeyError,)) as run:
+        run_training(config, tracker=run, on_epoch=prune)
+    ended = mlflow.get_run(run.run_id)
+    assert (ended.info.status, "failure" in ended.data.tags) == ("KILLED", False)
+    assert ended.data.metrics["train/loss"] > 0
+    assert not config.checkpoint_dir.joinpath(run.run_id).exists()
+
+
+def test_the_weights_of_a_finished_run_are_in_its_model_only(run: Run, config: TrainConfig) -> None:
+    assert not config.checkpoint_dir.joinpath(run.info.run_id).exists()
+    assert not any(path.endswith(".pt") for path in list_artifacts(run))
+    path = download_checkpoint(run.info.run_id)
+    assert len(list(path.parent.parent.rglob("*.pt"))) == 1
+
+
+def test_val_is_predicted_once_an_epoch(config: TrainConfig, monkeypatch: pytest.MonkeyPatch) -> None:
+    calls = []
+    predict = engine.predict
+    monkeypatch.setattr(engine, "predict", lambda *args, **more: calls.append(1) or predict(*args, **more))
+    result = run_training(config)
+    assert len(calls) == config.epochs
+    assert compute_metrics(result.val_predictions) == result.best.val
 
 
 def test_a_failed_run_ends_failed_with_the_reason(config: TrainConfig) -> None:
@@ -334,17 +356,24 @@ def test_skipped_images_are_counted_and_listed(config: TrainConfig, tmp_path) ->
 
 
 @pytest.mark.slow
-def test_two_processes_train_one_network_and_one_run(config: TrainConfig, store: Path) -> None:
+def test_two_processes_train_one_network_in_one_run_and_reproduce_it(
+    config: TrainConfig, store: Path
+) -> None:
     options = [
         part
         for item in config.with_changes(devices=2).to_params().items()
         for part in (f"--{item[0]}", item[1])
     ]
     before = len(mlflow.search_runs(output_format="list"))
+    environment = {
+        **os.environ, "PYTHONPATH": str(ROOT), "MLFLOW_TRACKING_URI": f"sqlite:///{store}/mlflow.db",
+        # What torchrun and Slurm leave behind is not ours.
+        "LOCAL_RANK": "abc", "RANK": "1", "WORLD_SIZE": "4", "SLURM_NTASKS": "4", "SLURM_PROCID": "3",
+        "SLURM_JOB_NAME": "job", "MASTER_PORT": "1",
+    }  # fmt: skip
     done = subprocess.run(
         [sys.executable, "-m", "skin_resnet", "train", *options],
-        env={**os.environ, "PYTHONPATH": str(ROOT), "MLFLOW_TRACKING_URI": f"sqlite:///{store}/mlflow.db"},
-        capture_output=True, text=True, timeout=300, check=False,
+        env=environment, capture_output=True, text=True, timeout=300, check=False,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     assert [line.split()[1] for line in done.stdout.splitlines() if line.startswith("epoch ")] == [
@@ -354,4 +383,11 @@ def test_two_processes_train_one_network_and_one_run(config: TrainConfig, store:
     runs = mlflow.search_runs(output_format="list")
     assert len(runs) == before + 1
     assert runs[0].info.status == "FINISHED"
-    assert runs[0].data.metrics["test/images"] > 0
+    assert runs[0].data.metrics["test/accuracy"] >= 0
+    again = subprocess.run(
+        [sys.executable, "-m", "skin_resnet", "reproduce", runs[0].info.run_id,
+         f"--cache_dir={config.cache_dir}"],
+        env=environment, capture_output=True, text=True, timeout=300, check=False,
+    )  # fmt: skip
+    assert again.returncode == 0, again.stdout + again.stderr
+    assert len(mlflow.search_runs(output_format="list")) == before + 2

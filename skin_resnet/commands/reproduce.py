@@ -11,7 +11,6 @@ from skin_resnet.tracking import history as finished_runs
 from skin_resnet.tracking.run import describe_location, open_run
 from skin_resnet.tracking.store import prepare_store
 from skin_resnet.training.engine import to_frame
-from skin_resnet.training.progress import say
 from skin_resnet.training.run import run_training, take_part
 
 _NOT_COMPARED = ("speed/epoch_s", "speed/images_per_s")  # durations are never the same twice
@@ -47,8 +46,8 @@ def reproduce(config: ReproduceConfig) -> int:
             run.log_metrics({"reproduce/values": compared, "reproduce/deviations": len(differences)})
             run.log_artifacts({"reproduction.md": page})
             run.describe(page)
-            say(f"\n{page}\n")
-    say(describe_location(run.run_id))
+            print(f"\n{page}\n")
+    print(describe_location(run.run_id))
     return _DIFFERS if len(differences) or _WEIGHTS in changes else 0
 
 

@@ -16,7 +16,6 @@ from skin_resnet.tracking.store import prepare_store
 from skin_resnet.training.checkpoint import RunFolder, clean_up_killed, read_checkpoint
 from skin_resnet.training.device import explain_out_of_memory, is_out_of_memory
 from skin_resnet.training.engine import NonFiniteLossError, to_frame
-from skin_resnet.training.progress import say
 from skin_resnet.training.resume import ResumePoint, find_resume_point
 from skin_resnet.training.run import TrainResult, run_training, take_part
 
@@ -49,9 +48,9 @@ def train(config: TrainConfig) -> None:
             # What diverged would diverge again.
             if point.folder.last.exists() and not isinstance(error, NonFiniteLossError):
                 command = _write_resume_command(point.config, run.run_id, by_project=started_by_project)
-                say(f"\nresume with: {command}")
+                print(f"\nresume with: {command}")
             raise
-    say(f"\n{describe_location(run.run_id)}")
+    print(f"\n{describe_location(run.run_id)}")
 
 
 def _write_resume_command(config: TrainConfig, run_id: str, *, by_project: bool) -> str:
@@ -76,9 +75,9 @@ def _train_and_test(run: TrackedRun, point: ResumePoint) -> None:
             raise
         raise explain_out_of_memory(config) from None
     text = report(run, result)
-    say(f"\n{text}\n")
+    print(f"\n{text}\n")
     page = _test(run, result) if config.test == "at_end" else ""
-    say(page)
+    print(page)
     # The page of a run shows the first lines only: the test comes first there.
     run.describe(f"{page}\n\n{text}".strip())
     run.log_model(result.checkpoint_path, result.data.classes)

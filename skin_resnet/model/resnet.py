@@ -3,13 +3,14 @@
 Source: He, Zhang, Ren, Sun, "Deep Residual Learning for Image Recognition", CVPR 2016, table 1, figure 5.
 """
 
+import torch
 from torch import Tensor, nn
 from torchvision.ops import StochasticDepth
 
 # Bottleneck blocks in each of the four stages (table 1).
 STAGE_DEPTHS = {"resnet50": (3, 4, 6, 3), "resnet101": (3, 4, 23, 3), "resnet152": (3, 8, 36, 3)}
 STAGE_WIDTHS = (64, 128, 256, 512)
-EXPANSION = 4  # a block gives four times as many channels as its 3x3 convolution has
+EXPANSION = 4  # a block's output has four times as many channels as its 3x3 convolution
 
 
 class Bottleneck(nn.Module):
@@ -21,7 +22,7 @@ class Bottleneck(nn.Module):
     Args:
         in_channels: Channels that come in.
         width: Channels of the 3x3 convolution; `4 * width` go out.
-        stride: 2 in the first block of stages 2 to 4, where the picture is halved.
+        stride: 2 in the first block of stages 2 to 4, which halves its size.
         drop_probability: Chance in training that an image skips the block's residual branch.
     """
 
@@ -110,7 +111,9 @@ class ResNet(nn.Module):
         """Map normalised images float (N, 3, H, W), H and W of 32 or more, to logits (N, num_classes)."""
         x = self.maxpool(self.relu(self.bn1(self.conv1(images))))
         x = self.layer4(self.layer3(self.layer2(self.layer1(x))))
-        logits: Tensor = self.fc(self.dropout(self.avgpool(x).flatten(1)))
+        # In fp32 whatever the precision of the rest: in bf16, the two highest logits are often equal.
+        with torch.autocast(x.device.type, enabled=False):
+            logits: Tensor = self.fc(self.dropout(self.avgpool(x.float()).flatten(1)))
         return logits
 
 
@@ -129,5 +132,5 @@ def build_resnet(
         ValueError: `arch` is none of the three.
     """
     if arch not in STAGE_DEPTHS:
-        raise ValueError(f"arch must be one of {', '.join(STAGE_DEPTHS)}, but got {arch!r}.")
+        raise ValueError(f"unknown arch {arch!r}; known are {', '.join(STAGE_DEPTHS)}")
     return ResNet(STAGE_DEPTHS[arch], num_classes, dropout=dropout, stochastic_depth=stochastic_depth)

@@ -8,7 +8,6 @@ from mlflow.entities import Metric
 
 from skin_resnet.tracking.store import OUTAGES, hide_password
 from skin_resnet.training.engine import EpochResult
-from skin_resnet.training.progress import say
 
 _WAIT_S = 60.0
 _RETRY_S = 2.0
@@ -53,11 +52,11 @@ class EpochLog:
             self._flush()
         except OUTAGES:
             if not self._is_away:
-                say(f"MLflow unreachable at {hide_password(mlflow.get_tracking_uri())}; buffering metrics")
+                print(f"MLflow unreachable at {hide_password(mlflow.get_tracking_uri())}; buffering metrics")
             self._is_away = True
             return False
         if self._is_away:
-            say("MLflow reachable again; all buffered metrics are logged")
+            print("MLflow reachable again; all buffered metrics are logged")
         self._is_away = False
         return True
 

@@ -1,4 +1,4 @@
-"""The training loop: `fit` yields one result per epoch, and knows neither MLflow nor Optuna."""
+"""The training loop: `fit` yields one result per epoch and knows neither MLflow nor Optuna."""
 
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -96,13 +96,13 @@ def fit(
     progress: Progress = lambda batches, epoch: batches,
     on_batch: Callable[[], None] = lambda: None,
 ) -> Iterator[EpochResult]:
-    """Train from `state.epoch` and `state.step` to `config.epochs`, and yield what each epoch gave.
+    """Train from `state.epoch` and `state.step` to `config.epochs`, and yield each epoch's result.
 
-    The state is whole at each yield and whenever `on_batch` is called, which is after every batch of train
+    The state is complete at each yield and whenever `on_batch` is called, which is after every batch of train
     and val: it may be saved there, and the caller may stop there.
 
     Raises:
-        NonFiniteLossError: The loss became NaN or infinite, or what the network says of val did.
+        NonFiniteLossError: The loss or a prediction on val became NaN or infinite.
     """
     while state.epoch < state.config.epochs:
         start, before_s = time.perf_counter(), state.epoch_s
@@ -116,9 +116,9 @@ def fit(
         train_s = time.perf_counter() - start
         scored = predict(state.scored_network, val, state.fabric, on_batch=keep_time)
         if not np.isfinite(scored).all():
-            # The loss was finite to the end: what broke the network came of the last batch.
+            # The loss was finite to the end: the last batch broke the network.
             last = next(train.shuffled(state.config.seed, state.epoch, len(train) - 1))
-            what, lr = "what the network says of val", state.config.lr
+            what, lr = "a prediction on val", state.config.lr
             raise build_non_finite_error(what, "nan", state.epoch + 1, lr, last.positions)
         train_metrics, val_metrics = _measure(trained), _measure((scored, val.targets))
         state.val_probabilities = scored
@@ -137,12 +137,12 @@ def fit(
 def _train_epoch(
     state: TrainingState, train: Loader, progress: Progress, on_batch: Callable[[], None]
 ) -> tuple[NDArray[np.float64], Tensor]:
-    """Run an epoch's steps; give what the network said (N, K) and was to say (N,) of its training images."""
+    """Run an epoch's steps; return probabilities (N, K) and targets (N,) of its training images."""
     state.model.train()
     fabric, config = state.fabric, state.config
     num_classes = len(state.class_weights)
     if state.seen is None:
-        # A first column for the target: MixUp's stronger one, where images are mixed.
+        # The first column is the target: the larger part's, where images are mixed.
         state.seen = torch.zeros(len(train.rows), 1 + num_classes, device=fabric.device)
     seen = state.seen
     watch = _LossWatch(state.epoch + 1, config.lr, fabric.device)
@@ -169,23 +169,24 @@ def _train_epoch(
         on_batch()
     if fabric.world_size > 1:
         seen = _sum_over_ranks(seen, fabric)
-        _average_buffers(state.network, fabric)
+        for network in {state.network, state.scored_network}:
+            _average_buffers(network, fabric)
     return _to_probabilities(seen[:, 1:]), seen[:, 0].long().cpu()
 
 
 def seed_step(seed: int, epoch: int, step: int, rank: int) -> torch.Generator:
-    """Seed every random number of a step: the generator given back, and torch's own for dropout."""
+    """Seed every random number of a step: the returned generator, and torch's own for dropout."""
     step_seed = int(np.random.SeedSequence((seed, epoch, step, rank)).generate_state(1, np.uint64)[0] >> 1)
     torch.manual_seed(step_seed)
     return torch.Generator().manual_seed(step_seed)
 
 
 class _LossWatch:
-    """Stops an epoch whose loss is no longer finite, and knows the batch it happened in."""
+    """Stops an epoch whose loss is no longer finite, and names the batch."""
 
     def __init__(self, epoch: int, lr: float, device: torch.device) -> None:
         self._epoch, self._lr = epoch, lr
-        # Asking a GPU for a loss makes it wait, so there it is asked rarely.
+        # Reading a loss makes a GPU wait, so there it is done rarely.
         self._check_every = 1 if device.type == "cpu" else 50
         self._losses: list[tuple[Tensor, Tensor]] = []
 
@@ -205,8 +206,7 @@ def build_non_finite_error(
 ) -> NonFiniteLossError:
     """Build the error of something that became NaN or infinite; `positions` are those of its images."""
     return NonFiniteLossError(
-        f"{what} must stay finite, but it became {value} in epoch {epoch}; try an lr below {lr:g}, a longer "
-        "warm-up, or precision=fp32.",
+        f"{what} became {value} in epoch {epoch}; try lr below {lr:g}, a longer warm-up, or precision=fp32",
         positions.tolist(),
     )
 
@@ -219,9 +219,9 @@ def predict(
     views: int = 1,
     on_batch: Callable[[], None] = lambda: None,
 ) -> NDArray[np.float64]:
-    """Give the class probabilities float64 (N, K) of all images of a loader, in its order, on every rank.
+    """Predict class probabilities, float64 (N, K), of all images of a loader, in its order, on every rank.
 
-    With 8 views, those of an image turned by each right angle, mirrored and not, are averaged.
+    With 8 views, the probabilities of an image rotated by each right angle, mirrored and not, are averaged.
     """
     network.eval()
     probabilities: Tensor | None = None
@@ -247,7 +247,7 @@ def _sum_over_ranks(values: Tensor, fabric: Fabric) -> Tensor:
 
 
 def _average_buffers(network: nn.Module, fabric: Fabric) -> None:
-    """Give all ranks the same BatchNorm statistics: each has seen its own images only."""
+    """Average BatchNorm's statistics over the ranks, each of which has seen its own images only."""
     for buffer in network.buffers():
         if buffer.is_floating_point():
             buffer.copy_(fabric.all_reduce(buffer, reduce_op="mean"))  # type: ignore[arg-type]

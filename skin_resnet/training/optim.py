@@ -1,4 +1,4 @@
-"""How a network learns: loss, optimizer, and the course of the learning rate."""
+"""Loss, optimizer and learning-rate schedule."""
 
 import math
 from typing import Any
@@ -15,7 +15,7 @@ from skin_resnet.config import TrainConfig
 def build_optimizer(network: nn.Module, config: TrainConfig) -> torch.optim.Optimizer:
     """Build the optimizer, fused, with weight decay on convolutions and the head only.
 
-    Decaying BatchNorm's scales and the biases does not regularise, it only slows them.
+    Decaying BatchNorm's scales and the biases does not regularise.
     Source: He et al., "Bag of Tricks for Image Classification", CVPR 2019, section 3.1.
     """
     parameters = [parameter for parameter in network.parameters() if parameter.requires_grad]
@@ -30,11 +30,11 @@ def build_optimizer(network: nn.Module, config: TrainConfig) -> torch.optim.Opti
 
 
 def compute_lr_factor(schedule: str, step: int, warmup_steps: int, total_steps: int) -> float:
-    """Give the share of the peak learning rate at a step, counted from 0.
+    """Return the share of the peak learning rate at a step, counted from 0.
 
     Args:
         schedule: `constant`, `cosine` or `plateau` (after a linear warm-up), or `onecycle`.
-        step: The step about to be made.
+        step: The next step.
         warmup_steps: Steps of the linear rise; the first step is already above 0.
         total_steps: Steps of the whole training.
     """
@@ -65,7 +65,7 @@ class Schedule:
 
     Args:
         optimizer: Whose parameter groups are set.
-        config: Peak, course, warm-up and epochs.
+        config: Peak, schedule, warm-up and epochs.
         steps_per_epoch: Optimizer steps in an epoch.
     """
 
@@ -82,7 +82,7 @@ class Schedule:
         self._epochs_without = 0
 
     def set_lr(self, step: int) -> float:
-        """Set the learning rate for a step, counted from 0 over the whole training, and give it."""
+        """Set the learning rate for a step, counted from 0 over the whole training, and return it."""
         factor = compute_lr_factor(self._config.lr_schedule, step, self._warmup_steps, self._total_steps)
         lr = self._config.lr * factor * self._reduction
         for group in self._optimizer.param_groups:
@@ -90,7 +90,7 @@ class Schedule:
         return lr
 
     def end_epoch(self, val_loss: float) -> None:
-        """Take note of the val loss after an epoch."""
+        """Add the val loss of an epoch."""
         if self._config.lr_schedule != "plateau":
             return
         if val_loss < self._lowest_loss:
@@ -102,7 +102,7 @@ class Schedule:
             self._epochs_without = 0
 
     def state_dict(self) -> dict[str, Any]:
-        """Give what `end_epoch` has gathered; all else follows from the step."""
+        """Return what `end_epoch` has gathered; all else follows from the step."""
         return {
             "reduction": self._reduction,
             "lowest_loss": self._lowest_loss,
@@ -110,7 +110,7 @@ class Schedule:
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Take over what `state_dict` gave."""
+        """Restore what `state_dict` returned."""
         self._reduction = state["reduction"]
         self._lowest_loss = state["lowest_loss"]
         self._epochs_without = state["epochs_without"]
@@ -133,13 +133,17 @@ def compute_class_weights(counts: NDArray[np.int64], weighting: str) -> Tensor:
 
 
 def compute_loss(logits: Tensor, targets: Tensor, class_weights: Tensor, label_smoothing: float) -> Tensor:
-    """Compute the cross-entropy, weighted by class and averaged over images.
+    """Compute the cross-entropy of each image, weighted by its class, and average over the images.
+
+    The smoothing is not weighted, as it is in `F.cross_entropy` (pytorch/pytorch#104776): there, rare classes
+    pull every prediction towards themselves, and the best output for a certain image depends on the weights.
 
     Args:
         logits: float (N, K).
-        targets: float (N, K), rows sum to 1: one-hot, or mixed by MixUp or CutMix.
+        targets: float (N, K), rows sum to 1: one-hot, or mixed by MixUp or CutMix, as the weights are then.
         class_weights: float (K,).
         label_smoothing: Share of each target spread evenly over all classes.
             Source: Szegedy et al., "Rethinking the Inception Architecture", CVPR 2016, section 7.
     """
-    return F.cross_entropy(logits.float(), targets, weight=class_weights, label_smoothing=label_smoothing)
+    losses = F.cross_entropy(logits.float(), targets, label_smoothing=label_smoothing, reduction="none")
+    return (losses * (targets @ class_weights)).mean()

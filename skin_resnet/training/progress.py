@@ -1,7 +1,5 @@
 """What a training prints: a header, a bar while an epoch runs, a line when it is done."""
 
-import contextlib
-import os
 import sys
 from collections.abc import Iterable, Iterator
 
@@ -15,16 +13,6 @@ from skin_resnet.data.prepare import PreparedData
 from skin_resnet.data.split import SPLITS
 from skin_resnet.training.engine import EpochResult, Progress
 from skin_resnet.training.state import TrainingState
-
-
-def say(text: str) -> None:
-    """Print a text at once; a stdout that is closed or full is no reason to stop."""
-    try:
-        print(text, flush=True)
-    except OSError:
-        # What is buffered would fail again when Python exits.
-        with contextlib.suppress(OSError, ValueError):
-            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def describe_start(config: TrainConfig, data: PreparedData, fabric: Fabric, weights: str) -> str:
@@ -57,7 +45,7 @@ def describe_epoch(result: EpochResult, config: TrainConfig, *, is_best: bool) -
 
 def show_progress(state: TrainingState, loader: Loader) -> Progress:
     """Return what shows a bar, with images per second and remaining time, on a terminal only."""
-    is_shown = state.fabric.is_global_zero and sys.stderr is not None and sys.stderr.isatty()
+    is_shown = state.fabric.is_global_zero and sys.stderr.isatty()
 
     def show(batches: Iterable[Batch], epoch: int) -> Iterator[Batch]:
         with tqdm(

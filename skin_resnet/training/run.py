@@ -23,7 +23,7 @@ from skin_resnet.training.checkpoint import RunFolder, hash_network, read_checkp
 from skin_resnet.training.device import build_fabric
 from skin_resnet.training.early_stopping import BestEpoch
 from skin_resnet.training.engine import EpochResult, NonFiniteLossError, fit
-from skin_resnet.training.progress import describe_epoch, describe_start, say, show_progress
+from skin_resnet.training.progress import describe_epoch, describe_start, show_progress
 from skin_resnet.training.resume import ResumePoint, StateSaver, describe_state, restore
 from skin_resnet.training.state import TrainingState, build_state
 from skin_resnet.training.worker import get_worker_task, start_workers_with
@@ -258,7 +258,7 @@ class _Training:
 
     def _say(self, text: str) -> None:
         if self._fabric.is_global_zero:
-            say(text)
+            print(text, flush=True)
 
     def _describe_checkpoint(self, result: EpochResult) -> dict[str, Any]:
         """Return what it takes to use a network anywhere, and never to test it on its training images."""
