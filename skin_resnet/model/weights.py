@@ -48,7 +48,8 @@ def load_weights(network: nn.Module, weights: str, arch: str) -> str:
 def read_state_dict(path: Path) -> dict[str, Tensor]:
     """Read a state dict from a file without running any code in it.
 
-    The state dict may be under `network`, `model` or `state_dict`; a `module.` prefix (DataParallel) is removed.
+    The state dict may be under `network`, `model` or `state_dict`. A `module.` prefix (of DataParallel) is
+    removed.
 
     Raises:
         UserError: There is no such file, or it is not a state dict of tensors.
@@ -105,8 +106,8 @@ def _download_imagenet(arch: str) -> dict[str, Tensor]:
         state: dict[str, Tensor] = enum["DEFAULT"].get_state_dict(progress=os.isatty(2), check_hash=True)
     except (OSError, RuntimeError) as error:
         raise UserError(
-            f"weights=imagenet: cannot download torchvision's {arch} ({error}); pass weights=FILE with a state "
-            "dict, or weights=none"
+            f"weights=imagenet: cannot download torchvision's {arch} ({error}); pass weights=FILE with a "
+            "state dict, or weights=none"
         ) from None
     return state
 
@@ -118,8 +119,8 @@ def _check_keys(state: dict[str, Tensor], expected: dict[str, Tensor], weights: 
     if missing or unexpected:
         odd = f"{missing[0]!r} is missing" if missing else f"{unexpected[0]!r} is unknown"
         raise UserError(
-            f"weights={weights} do not fit {arch}: {odd} ({len(missing)} missing, {len(unexpected)} unknown); "
-            "they may be of another network"
+            f"weights={weights} do not fit {arch}: {odd} ({len(missing)} missing, {len(unexpected)} "
+            "unknown); they may be of another network"
         )
     for key, value in state.items():
         if value.shape != expected[key].shape:

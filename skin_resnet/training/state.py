@@ -52,7 +52,7 @@ class TrainingState:
 
     @torch.no_grad()
     def update_ema(self, step: int) -> None:
-        """Update the weight EMA after a step, counted from 0 over the whole training; BatchNorm's statistics, too."""
+        """Update the EMA of weights and BatchNorm statistics after a step, counted from 0 in all."""
         if self.ema is None:
             return
         # A short memory at first: a short training would otherwise end near its random start.

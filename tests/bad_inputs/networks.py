@@ -55,8 +55,9 @@ def build_checkpoint() -> dict[str, Any]:
     targets = torch.arange(12).remainder(3).numpy()
     guesses = Predictions(probabilities=probabilities, targets=targets, image_ids=tuple(ids))
     return {
-        "format": FORMAT, "arch": "resnet50", "classes": list(CLASSES), "image_size": 32, "network": build_state(),
-        "epoch": 1, "val": {}, "config": TrainConfig(image_size=32).model_dump(mode="json"),
+        "format": FORMAT, "arch": "resnet50", "classes": list(CLASSES), "image_size": 32,
+        "network": build_state(), "epoch": 1, "val": {},
+        "config": TrainConfig(image_size=32).model_dump(mode="json"),
         "split": {"train": ids[:6], "val": ids[6:9], "test": ids[9:]}, "baseline_class": "mole",
         "leaks": False, "run_id": "", "calibration": fit_calibration(guesses, CLASSES, 0.9).to_dict(),
     }  # fmt: skip
@@ -159,7 +160,7 @@ WEIGHTS = [
         (
             "a flipped weight",
             with_weights(lambda _: flip_a_weight(STATE)),
-            ("cannot read", "data/0 is damaged"),
+            ("data/0 is damaged",),
         ),
         (
             "safetensors cut off",
