@@ -97,7 +97,7 @@ def open_test_split(run: TrackedRun, config: TrainConfig, data: PreparedData) ->
     """Open the test split for an evaluation in a run: the only place that does so.
 
     Returns:
-        The rows of the test images with their diagnoses, and a warning if other runs have evaluated on it before.
+        The rows of the test images with their diagnoses, and a warning if other runs have used it before.
     """
     warning = log_test_access(run.run_id, data.split.hash)
     return open_test(config, data), warning

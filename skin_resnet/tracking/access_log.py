@@ -1,4 +1,4 @@
-"""The test access log: which runs have evaluated which test split, since choosing by test makes it useless."""
+"""The test access log: which runs have evaluated which test split. Choosing by test makes it useless."""
 
 from datetime import UTC, datetime
 
