@@ -17,7 +17,7 @@ from search.space import BASELINE_RECIPE
 from search.study import get_study_id
 from skin_resnet.commands.compare import read_predictions
 from skin_resnet.commands.evaluate import assess_and_log
-from skin_resnet.commands.train import break_seal, report
+from skin_resnet.commands.train import open_test_split, report
 from skin_resnet.config import TrainConfig
 from skin_resnet.data.prepare import prepare_data
 from skin_resnet.data.split import join_lesions
@@ -136,7 +136,7 @@ def evaluate_on_test(run: TrackedRun, retrained: Sequence[Retrained]) -> tuple[p
     """
     config = TrainConfig.model_validate_json(retrained[0].config)
     data = prepare_data(config)
-    table, warning = break_seal(run, config, data)
+    table, warning = open_test_split(run, config, data)
     predictions: dict[str, list[Predictions]] = {}
     for each in retrained:
         checkpoint = read_checkpoint(finished_runs.download_checkpoint(each.run_id))

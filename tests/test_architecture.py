@@ -86,4 +86,4 @@ def test_only_the_end_of_a_training_breaks_the_seal_of_its_test() -> None:
         for call in ast.walk(function)
         if isinstance(call, ast.Call) and getattr(call.func, "id", "") == "open_test"
     ]
-    assert callers == [("train.py", "break_seal")]
+    assert callers == [("train.py", "open_test_split")]

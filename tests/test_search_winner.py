@@ -88,10 +88,10 @@ def test_winner_and_baseline_recipe_are_retrained_with_every_seed_and_tested(
 
 
 def test_test_is_opened_once_by_the_search(parent: Run, config: SearchConfig) -> None:
-    assert parent.data.tags["test.times_opened"] == "1"
-    assert parent.data.tags["test.opened"] == prepare_data(config.training).split.hash
-    assert "test.opened_before" not in parent.data.tags
-    assert not [run for run in find_children(parent) if "test.opened" in run.data.tags]
+    assert parent.data.tags["test.access_count"] == "1"
+    assert parent.data.tags["test.accessed"] == prepare_data(config.training).split.hash
+    assert "test.accessed_before" not in parent.data.tags
+    assert not [run for run in find_children(parent) if "test.accessed" in run.data.tags]
 
 
 def test_page_figures_and_command_are_on_the_run(parent: Run) -> None:
@@ -121,7 +121,7 @@ def test_the_same_command_again_opens_no_test_and_trains_nothing(parent: Run, co
     again = find_searches()[0]
     assert again.info.run_id != parent.info.run_id
     assert "test was not evaluated again" in again.data.tags["mlflow.note.content"]
-    assert "test.opened" not in again.data.tags
+    assert "test.accessed" not in again.data.tags
     assert find_children(again) == []
 
 

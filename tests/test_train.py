@@ -141,8 +141,8 @@ def test_the_checkpoint_holds_the_best_epoch_and_the_split(run: Run) -> None:
 
 
 def test_test_was_opened_once_and_predictions_agree_with_the_figures(run: Run) -> None:
-    assert run.data.tags["test.times_opened"] == "1"
-    assert run.data.tags["test.openings"].endswith(f"by {run.info.run_id}")
+    assert run.data.tags["test.access_count"] == "1"
+    assert run.data.tags["test.access_log"].endswith(f"by {run.info.run_id}")
     path = mlflow.artifacts.download_artifacts(run_id=run.info.run_id, artifact_path="test/predictions.csv")
     predictions = pd.read_csv(path)
     assert run.data.metrics["test/accuracy"] == pytest.approx(
@@ -161,11 +161,11 @@ def test_evaluate_gives_the_same_scores_and_counts_the_opening(run: Run, config:
                 run.data.metrics[f"test/{name}"], abs=1e-6
             )
         again = mlflow.get_run(run.info.run_id)
-        assert again.data.tags["test.times_opened"] == str(2 + number)
-        assert latest.data.tags["test.opened_before"] == str(1 + number)
+        assert again.data.tags["test.access_count"] == str(2 + number)
+        assert latest.data.tags["test.accessed_before"] == str(1 + number)
     out = capsys.readouterr().out
     assert "30 left out" in out
-    assert "This test was opened before, by 2 runs of this experiment." in out
+    assert "evaluated before, by 2 runs of this experiment" in out
 
 
 def test_eight_views_are_averaged_and_change_little(run: Run, config: TrainConfig) -> None:

@@ -22,7 +22,7 @@ from skin_resnet.evaluation.page import LEAK_BANNER
 from skin_resnet.model.preprocess import normalize, to_float
 from skin_resnet.model.resnet import ResNet, build_resnet
 from skin_resnet.tracking import history as finished_runs
-from skin_resnet.tracking.openings import record_opening
+from skin_resnet.tracking.access_log import log_test_access
 from skin_resnet.tracking.run import TrackedRun, describe_location, open_run
 from skin_resnet.training.checkpoint import read_checkpoint
 from skin_resnet.training.device import build_fabric
@@ -57,7 +57,7 @@ def evaluate(config: EvaluateConfig) -> None:
         warning = ""
         split = _get_split(checkpoint)
         if set(split.test) & set(images.image_id):
-            warning = record_opening(run.run_id, split.hash, of=checkpoint["run_id"])
+            warning = log_test_access(run.run_id, split.hash, checkpoint["run_id"])
         page = assess_and_log(run, checkpoint, images, store, config, warning)
         run.describe(page)
         print(f"\n{page}")

@@ -10,7 +10,7 @@ from skin_resnet.config import TrainConfig
 from skin_resnet.data.prepare import PreparedData, open_test
 from skin_resnet.evaluation.page import LEAK_BANNER
 from skin_resnet.evaluation.report import describe_training
-from skin_resnet.tracking.openings import record_opening
+from skin_resnet.tracking.access_log import log_test_access
 from skin_resnet.tracking.run import TrackedRun, close_abandoned, describe_location, is_project_run, open_run
 from skin_resnet.tracking.store import prepare_store
 from skin_resnet.training.checkpoint import RunFolder, clean_up_killed, read_checkpoint
@@ -93,17 +93,17 @@ def report(run: TrackedRun, result: TrainResult) -> str:
     return text
 
 
-def break_seal(run: TrackedRun, config: TrainConfig, data: PreparedData) -> tuple[pd.DataFrame, str]:
-    """Open the test split for an evaluation in a run: the only place that does.
+def open_test_split(run: TrackedRun, config: TrainConfig, data: PreparedData) -> tuple[pd.DataFrame, str]:
+    """Open the test split for an evaluation in a run: the only place that does so.
 
     Returns:
-        The rows of the test images with their diagnoses, and a warning if other runs have opened it before.
+        The rows of the test images with their diagnoses, and a warning if other runs have used it before.
     """
-    warning = record_opening(run.run_id, data.split.hash)
+    warning = log_test_access(run.run_id, data.split.hash)
     return open_test(config, data), warning
 
 
 def _test(run: TrackedRun, result: TrainResult) -> str:
-    table, warning = break_seal(run, result.config, result.data)
+    table, warning = open_test_split(run, result.config, result.data)
     checkpoint = read_checkpoint(result.checkpoint_path)
     return assess_and_log(run, checkpoint, table, result.data.store, result.config, warning)

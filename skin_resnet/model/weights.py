@@ -1,4 +1,4 @@
-"""Where a network starts: from nothing, from ImageNet (torchvision's weights), or from a file."""
+"""Initial weights: random, ImageNet (torchvision's), or from a file."""
 
 import os
 import pickle
@@ -17,10 +17,9 @@ HEAD_KEYS = ("fc.weight", "fc.bias")
 
 
 def load_weights(network: nn.Module, weights: str, arch: str) -> str:
-    """Fill a fresh network with the weights to start from.
+    """Load initial weights into a new network.
 
-    A head of another size is left as it is (random), since other classes cannot be carried over; every other
-    key must match in name and shape.
+    A head of another size stays random; every other key must match in name and shape.
 
     Args:
         network: A network from `build_resnet(arch, ...)`.
@@ -28,10 +27,10 @@ def load_weights(network: nn.Module, weights: str, arch: str) -> str:
         arch: The network's name, for choosing ImageNet weights and for messages.
 
     Returns:
-        One line that says what the network starts from.
+        What the network starts from, in words.
 
     Raises:
-        UserError: The weights cannot be had, read, or do not fit.
+        UserError: The weights cannot be downloaded or read, or do not fit.
     """
     if weights == "none":
         return "random weights"
@@ -43,20 +42,20 @@ def load_weights(network: nn.Module, weights: str, arch: str) -> str:
     network.load_state_dict(state, strict=False)
     if not fresh:
         return f"weights from {weights}, head included"
-    return f"weights from {weights}; head left random ({expected['fc.bias'].numel()} classes)"
+    return f"weights from {weights}; random head ({expected['fc.bias'].numel()} classes)"
 
 
 def read_state_dict(path: Path) -> dict[str, Tensor]:
     """Read a state dict from a file without running any code in it.
 
-    A training checkpoint that holds the state dict under `network`, `model` or `state_dict` is opened too,
-    and a `module.` prefix (DataParallel) is taken off.
+    The state dict may be under `network`, `model` or `state_dict`. A `module.` prefix (of DataParallel) is
+    removed.
 
     Raises:
         UserError: There is no such file, or it is not a state dict of tensors.
     """
     if not path.is_file():
-        raise UserError(f"weights must be none, imagenet or a file, but there is no file {str(path)!r}.")
+        raise UserError(f"weights={path}: there is no file of this name")
     try:
         if path.suffix == ".safetensors":
             import safetensors.torch  # here: a logged model reads its checkpoint without this package
@@ -65,12 +64,12 @@ def read_state_dict(path: Path) -> dict[str, Tensor]:
         content = read_torch_file(path)
     except pickle.UnpicklingError:
         raise UserError(
-            f"a weights file may hold tensors only, but {str(path)!r} is broken or holds other objects, "
-            "which are never loaded; save network.state_dict() instead."
+            f"weights={path} is damaged or holds more than tensors, which is never loaded; save "
+            "network.state_dict() instead"
         ) from None
     except Exception as error:  # a broken file can raise any
         reason = (str(error).splitlines() or [type(error).__name__])[0]
-        raise UserError(f"cannot read the weights file {str(path)!r}: {reason[:200]}") from None
+        raise UserError(f"cannot read weights={path}: {reason[:200]}") from None
     for key in ("network", "model", "state_dict"):  # the first is ours
         if isinstance(content, dict) and isinstance(content.get(key), dict):
             content = content[key]
@@ -78,8 +77,8 @@ def read_state_dict(path: Path) -> dict[str, Tensor]:
         isinstance(key, str) and isinstance(value, Tensor) for key, value in content.items()
     ):
         raise UserError(
-            f"a weights file must hold a state dict (name to tensor), but {str(path)!r} holds a "
-            f"{type(content).__name__}{' of others' * isinstance(content, dict)}; save network.state_dict()."
+            f"weights={path} is no state dict of tensors by name, but a {type(content).__name__}; save "
+            "network.state_dict()"
         )
     return {key.removeprefix("module."): value for key, value in content.items()}
 
@@ -107,8 +106,8 @@ def _download_imagenet(arch: str) -> dict[str, Tensor]:
         state: dict[str, Tensor] = enum["DEFAULT"].get_state_dict(progress=os.isatty(2), check_hash=True)
     except (OSError, RuntimeError) as error:
         raise UserError(
-            f"weights=imagenet downloads torchvision's {arch}, which failed ({error}); "
-            "pass weights=FILE with a state dict from elsewhere, or weights=none."
+            f"weights=imagenet: cannot download torchvision's {arch} ({error}); pass weights=FILE with a "
+            "state dict, or weights=none"
         ) from None
     return state
 
@@ -120,23 +119,19 @@ def _check_keys(state: dict[str, Tensor], expected: dict[str, Tensor], weights: 
     if missing or unexpected:
         odd = f"{missing[0]!r} is missing" if missing else f"{unexpected[0]!r} is unknown"
         raise UserError(
-            f"the weights must have {arch}'s keys, but in {weights!r} {odd} ({len(missing)} missing, "
-            f"{len(unexpected)} unknown); is it another network's?"
+            f"weights={weights} do not fit {arch}: {odd} ({len(missing)} missing, {len(unexpected)} "
+            "unknown); they may be of another network"
         )
     for key, value in state.items():
         if value.shape != expected[key].shape:
             raise UserError(
-                f"the weights must have {arch}'s shapes, but in {weights!r} {key!r} is {tuple(value.shape)} "
-                f"instead of {tuple(expected[key].shape)}."
+                f"weights={weights} do not fit {arch}: {key!r} has shape {tuple(value.shape)} instead of "
+                f"{tuple(expected[key].shape)}"
             )
-        # Whole numbers are what quantizing leaves; without their scales they are no weights.
+        # Quantized weights are integers, and useless without their scales.
         if value.is_floating_point() != expected[key].is_floating_point():
             raise UserError(
-                f"the weights must be plain floats, but in {weights!r} {key!r} is {value.dtype}; "
-                "save them dequantized."
+                f"weights={weights}: {key!r} is {value.dtype} instead of float; save the weights dequantized"
             )
         if not value.float().isfinite().all():
-            raise UserError(
-                f"the weights must be finite numbers, but in {weights!r} {key!r} has others; "
-                "take them from a training that did not diverge."
-            )
+            raise UserError(f"weights={weights}: {key!r} has NaN or infinite values; the training diverged")

@@ -1,4 +1,4 @@
-"""What training changes: network, optimizer, schedule and moving average, on one device or several."""
+"""What training changes: network, optimizer, schedule and weight EMA, on one device or several."""
 
 import copy
 from dataclasses import dataclass
@@ -17,17 +17,17 @@ from skin_resnet.training.optim import Schedule, build_optimizer, compute_class_
 
 @dataclass(kw_only=True)
 class TrainingState:
-    """All that training changes, and what it needs to go on.
+    """All that training changes, and what it needs to continue.
 
     Attributes:
         network: The plain network; its parameters are those of `model`.
         model: The network as Fabric wraps it for precision and several devices: used for training steps.
-        ema: The moving average of the network's weights, or None.
+        ema: The network with the EMA of the weights, or None.
         epoch: Epochs finished.
-        step: Steps made in the epoch under way.
-        seen: What the network said of the training images of the epoch under way, float32 (N, 1 + K): first
-            the target, then the probabilities; None between epochs.
-        epoch_s: Seconds that the epoch under way had taken when the state was saved.
+        step: Steps done in the current epoch.
+        seen: Target and predicted probabilities of the training images in the current epoch, float32
+            (N, 1 + K); None between epochs.
+        epoch_s: Seconds that the current epoch had taken when the state was saved.
         val_probabilities: Of the last epoch that finished, float64 (N, K); not part of what is saved.
     """
 
@@ -47,18 +47,15 @@ class TrainingState:
 
     @property
     def scored_network(self) -> nn.Module:
-        """The network that val and test see: the moving average where there is one."""
+        """The network that is evaluated: the weight EMA if there is one."""
         return self.network if self.ema is None else self.ema
 
     @torch.no_grad()
     def update_ema(self, step: int) -> None:
-        """Move the average towards the network after a step, counted from 0 over the whole training.
-
-        BatchNorm's statistics are averaged as well.
-        """
+        """Update the EMA of weights and BatchNorm statistics after a step, counted from 0 in all."""
         if self.ema is None:
             return
-        # A short memory at first, or a short training would end near its random start.
+        # A short memory at first: a short training would otherwise end near its random start.
         decay = min(self.config.ema_decay, (1 + step) / (10 + step))
         averages, current = self.ema.state_dict(), self.network.state_dict()
         floats = [name for name, value in averages.items() if value.is_floating_point()]
@@ -70,9 +67,9 @@ class TrainingState:
         self.epoch, self.step, self.seen, self.epoch_s = self.epoch + 1, 0, None, 0.0
 
     def state_dict(self) -> dict[str, Any]:
-        """Give everything that a later process needs to go on exactly here.
+        """Return everything that a later process needs to continue exactly here.
 
-        No random state is among it: order, augmentation and dropout are functions of seed, epoch and step.
+        That includes no random state: order, augmentation and dropout are functions of seed, epoch and step.
         """
         return {
             "network": self.network.state_dict(),
@@ -86,7 +83,7 @@ class TrainingState:
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Take over what `state_dict` gave, in a state built from the same config."""
+        """Restore what `state_dict` returned, in a state built from the same config."""
         self.network.load_state_dict(state["network"])
         if self.ema is not None:
             self.ema.load_state_dict(state["ema"])
@@ -99,7 +96,7 @@ class TrainingState:
 def build_state(
     config: TrainConfig, fabric: Fabric, network: nn.Module, train: Loader, num_classes: int
 ) -> TrainingState:
-    """Put a network on the device with all that training it needs."""
+    """Move a network to the device and set up its training."""
     network = network.to(fabric.device).to(memory_format=torch.channels_last)
     ema = copy.deepcopy(network).requires_grad_(False) if config.ema_decay > 0 else None
     model, optimizer = fabric.setup(network, build_optimizer(network, config))

@@ -16,6 +16,7 @@ from skin_resnet.config import TrainConfig
 from skin_resnet.evaluation.assess import fit_calibration
 from skin_resnet.evaluation.metrics import Predictions
 from skin_resnet.model.resnet import build_resnet
+from skin_resnet.training.checkpoint import FORMAT
 from tests.bad_inputs import BadInput, Options
 from tests.bad_inputs.tables import with_text, write_data
 
@@ -54,8 +55,9 @@ def build_checkpoint() -> dict[str, Any]:
     targets = torch.arange(12).remainder(3).numpy()
     guesses = Predictions(probabilities=probabilities, targets=targets, image_ids=tuple(ids))
     return {
-        "format": 1, "arch": "resnet50", "classes": list(CLASSES), "image_size": 32, "network": build_state(),
-        "epoch": 1, "val": {}, "config": TrainConfig(image_size=32).model_dump(mode="json"),
+        "format": FORMAT, "arch": "resnet50", "classes": list(CLASSES), "image_size": 32,
+        "network": build_state(), "epoch": 1, "val": {},
+        "config": TrainConfig(image_size=32).model_dump(mode="json"),
         "split": {"train": ids[:6], "val": ids[6:9], "test": ids[9:]}, "baseline_class": "mole",
         "leaks": False, "run_id": "", "calibration": fit_calibration(guesses, CLASSES, 0.9).to_dict(),
     }  # fmt: skip
@@ -150,12 +152,16 @@ WEIGHTS = [
         (
             "folder as weights",
             lambda folder: {**write_data(folder), "weights": str(folder)},
-            ("there is no file",),
+            ("there is no file", "weights="),
         ),
-        ("empty weights", with_weights(lambda _: b""), ("cannot read the weights file", "given.pth")),
-        ("text as weights", with_weights(lambda _: b"no weights"), ("tensors only", "given.pth")),
+        ("empty weights", with_weights(lambda _: b""), ("cannot read", "given.pth")),
+        ("text as weights", with_weights(lambda _: b"no weights"), ("more than tensors", "given.pth")),
         ("weights cut off", with_weights(lambda _: cut(STATE)), ("given.pth",)),
-        ("a flipped weight", with_weights(lambda _: flip_a_weight(STATE)), ("cannot read", "Bad CRC-32")),
+        (
+            "a flipped weight",
+            with_weights(lambda _: flip_a_weight(STATE)),
+            ("data/0 is damaged",),
+        ),
         (
             "safetensors cut off",
             with_weights(lambda _: cut(safetensors.torch.save({"w": NAN})), "given.safetensors"),
@@ -164,32 +170,32 @@ WEIGHTS = [
         (
             "a list as weights",
             with_weights(lambda _: save([1, 2])),
-            ("must hold a state dict", "holds a list"),
+            ("state dict", "a list"),
         ),
         (
             "weights without names",
             with_weights(lambda _: save({1: NAN})),
-            ("must hold a state dict", "dict of others"),
+            ("state dict", "a dict"),
         ),
         (
             "weights of another arch",
             with_weights(lambda _: save(build_state("resnet101"))),
-            ("must have resnet50's keys", "another network's"),
+            ("do not fit resnet50", "missing"),
         ),
         (
             "weights of another shape",
             with_weights(lambda _: save(change_state(conv1__weight=torch.ones(64, 1, 7, 7)))),
-            ("resnet50's shapes", "(64, 1, 7, 7)"),
+            ("do not fit resnet50", "(64, 1, 7, 7)"),
         ),
         (
             "weights that are NaN",
             with_weights(lambda _: save(change_state(layer1__0__bn3__bias=NAN))),
-            ("finite numbers", "'layer1.0.bn3.bias'"),
+            ("NaN", "'layer1.0.bn3.bias'"),
         ),
         (
             "weights that are whole numbers",
             with_weights(lambda _: save(change_state(layer1__0__bn3__bias=NAN.nan_to_num().char()))),
-            ("plain floats", "torch.int8"),
+            ("torch.int8", "dequantized"),
         ),
     ]
 ] + [BadInput(name=f"weights: {name}", make=make, told=("given.",)) for name, make in list_code(with_weights)]
@@ -206,47 +212,55 @@ MODELS = [
         ),
         ("model without a name", lambda _: {"model": "models:/"}, ("gives no checkpoint", "models:/")),
         ("run without an id", lambda _: {"model": "runs:/"}, ("gives no checkpoint", "runs:/")),
-        ("empty checkpoint", with_model(lambda _: b""), ("broken or something else", "given.pt")),
-        ("text as checkpoint", with_model(lambda _: b"no network"), ("broken or something else", "given.pt")),
+        ("empty checkpoint", with_model(lambda _: b""), ("damaged", "given.pt")),
+        ("text as checkpoint", with_model(lambda _: b"no network"), ("damaged", "given.pt")),
         (
             "checkpoint cut off",
             with_model(lambda _: cut(save(build_checkpoint()))),
-            ("broken or something", "given.pt"),
+            ("damaged", "given.pt"),
         ),
         (
             "a flipped weight in a checkpoint",
             with_model(lambda _: flip_a_weight(save(build_checkpoint()))),
-            ("broken or something", "given.pt"),
+            ("damaged", "given.pt"),
         ),
-        ("weights as checkpoint", with_model(lambda _: STATE), ("must have format 1", "has None")),
-        ("list as checkpoint", with_model(lambda _: save([1])), ("must have format 1", "has list")),
-        ("checkpoint of the future", with_checkpoint(format=99), ("must have format 1", "has 99")),
+        ("weights as checkpoint", with_model(lambda _: STATE), ("format is None", "given.pt")),
+        ("list as checkpoint", with_model(lambda _: save([1])), ("format is None", "given.pt")),
+        ("checkpoint of the future", with_checkpoint(format=99), ("format is 99", "given.pt")),
         (
             "unfinished training",
             with_checkpoint(calibration=None),
-            ("must be a finished training", "given.pt"),
+            ("not a finished training", "given.pt"),
         ),
         ("checkpoint without network", with_checkpoint(network=None), ("lacks 'network'", "given.pt")),
-        ("checkpoint of another arch", with_checkpoint(arch="resnet101"), ("does not fit", "given.pt")),
-        ("checkpoint of an unknown arch", with_checkpoint(arch="vgg16"), ("does not fit", "vgg16")),
+        (
+            "checkpoint of another arch",
+            with_checkpoint(arch="resnet101"),
+            ("not of this version", "given.pt"),
+        ),
+        ("checkpoint of an unknown arch", with_checkpoint(arch="vgg16"), ("not of this version", "vgg16")),
         (
             "checkpoint of other classes",
             with_checkpoint(classes=["mole", "wart"]),
-            ("does not fit", "given.pt"),
+            ("not of this version", "given.pt"),
         ),
-        ("checkpoint with a number as split", with_checkpoint(split=3), ("does not fit", "given.pt")),
-        ("checkpoint with lists as options", with_checkpoint(config=[1]), ("does not fit", "options")),
-        ("checkpoint with an unknown option", with_config(vintage=1), ("does not fit", "vintage")),
-        ("checkpoint with an option out of bounds", with_config(lr=-1), ("does not fit", "lr should be")),
+        ("checkpoint with a number as split", with_checkpoint(split=3), ("not of this version", "given.pt")),
+        ("checkpoint with lists as options", with_checkpoint(config=[1]), ("not of this version", "options")),
+        ("checkpoint with an unknown option", with_config(vintage=1), ("not of this version", "vintage")),
+        (
+            "checkpoint with an option out of bounds",
+            with_config(lr=-1),
+            ("not of this version", "lr should be"),
+        ),
         (
             "data of other classes",
             with_data_of(lambda t: t.replace("wart", "zit")),
-            ("the model's classes", "'zit'"),
+            ("mole, scar, wart", "'zit'"),
         ),
         (
             "data it has learnt",
             with_data_of(lambda t: "\n".join(t.splitlines()[:7])),
-            ("needs images", "there are none"),
+            ("no images", "not trained on"),
         ),
     ]
 ] + [
@@ -257,10 +271,10 @@ MODELS = [
 RUNS = [
     BadInput(name=name, make=lambda _, runs=runs: {"runs": runs}, told=told, command="compare")
     for name, runs, told in [
-        ("unknown runs", "abc,def", ("must be trainings", "'abc'")),
+        ("unknown runs", "abc,def", ("'abc'",)),
         ("one run", "abc", ("two different runs", "'abc'")),
         ("one run twice", "abc,abc", ("two different runs", "'abc,abc'")),
         ("commas only", ",", ("two different runs", "','")),
-        ("best of none", "best", ("finished trainings", "has none")),
+        ("best of none", "best", ("best",)),
     ]
 ]
