@@ -102,7 +102,7 @@ def test_a_server_that_is_down_at_the_start_is_one_line_and_exit_code_2(
     )  # fmt: skip
     assert done.returncode == 2
     (line,) = done.stderr.strip().splitlines()
-    assert line.startswith("error: MLflow unreachable at http://127.0.0.1:")
+    assert "http://127.0.0.1:" in line
     assert list(tmp_path.iterdir()) == []
 
 

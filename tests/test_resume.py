@@ -301,6 +301,7 @@ def test_auto_takes_the_latest_interrupted_run_that_no_process_is_training(
 ) -> None:
     latest = RunFolder(config.checkpoint_dir / ("f" * 32))
     shutil.copytree(config.checkpoint_dir / stopped, latest.path)
+    latest.last.touch()
     found = [find_resume_point(config.with_changes(resume="auto")) for _ in range(3)]
     assert [point and point.folder.path.name for point in found] == [latest.path.name, stopped, None]
 

@@ -38,8 +38,19 @@ def load_weights(network: nn.Module, weights: str, arch: str) -> str:
     expected = network.state_dict()
     fresh = [key for key in HEAD_KEYS if key not in state or state[key].shape != expected[key].shape]
     state = {key: value for key, value in state.items() if key not in fresh}
-    _check_keys(state, {key: value for key, value in expected.items() if key not in fresh}, weights, arch)
-    network.load_state_dict(state, strict=False)
+    _check_values(state, expected, weights)
+    try:
+        missing, unknown = network.load_state_dict(state, strict=False)
+    except RuntimeError as error:  # a line for each shape that differs, below a heading
+        reason = str(error).splitlines()[1].strip()
+        raise UserError(f"weights={weights} do not fit {arch}: {reason}") from None
+    # Files written before PyTorch 0.4.1 lack these counters, which nothing here reads.
+    missing = [key for key in missing if key not in fresh and not key.endswith("num_batches_tracked")]
+    if missing or unknown:
+        raise UserError(
+            f"weights={weights} do not fit {arch}: {len(missing)} keys are missing and {len(unknown)} "
+            f"unknown, such as {[*missing, *unknown][0]!r}"
+        )
     if not fresh:
         return f"weights from {weights}, head included"
     return f"weights from {weights}; random head ({expected['fc.bias'].numel()} classes)"
@@ -112,26 +123,10 @@ def _download_imagenet(arch: str) -> dict[str, Tensor]:
     return state
 
 
-def _check_keys(state: dict[str, Tensor], expected: dict[str, Tensor], weights: str, arch: str) -> None:
-    # Files written before PyTorch 0.4.1 lack these counters, which nothing here reads.
-    missing = [key for key in expected if key not in state and not key.endswith("num_batches_tracked")]
-    unexpected = [key for key in state if key not in expected]
-    if missing or unexpected:
-        odd = f"{missing[0]!r} is missing" if missing else f"{unexpected[0]!r} is unknown"
-        raise UserError(
-            f"weights={weights} do not fit {arch}: {odd} ({len(missing)} missing, {len(unexpected)} "
-            "unknown); they may be of another network"
-        )
+def _check_values(state: dict[str, Tensor], expected: dict[str, Tensor], weights: str) -> None:
     for key, value in state.items():
-        if value.shape != expected[key].shape:
-            raise UserError(
-                f"weights={weights} do not fit {arch}: {key!r} has shape {tuple(value.shape)} instead of "
-                f"{tuple(expected[key].shape)}"
-            )
         # Quantized weights are integers, and useless without their scales.
-        if value.is_floating_point() != expected[key].is_floating_point():
-            raise UserError(
-                f"weights={weights}: {key!r} is {value.dtype} instead of float; save the weights dequantized"
-            )
+        if key in expected and value.is_floating_point() != expected[key].is_floating_point():
+            raise UserError(f"weights={weights}: {key!r} is {value.dtype}; save the weights dequantized")
         if not value.float().isfinite().all():
             raise UserError(f"weights={weights}: {key!r} has NaN or infinite values; the training diverged")

@@ -63,15 +63,11 @@ class EpochLog:
     def _flush(self) -> None:
         client = mlflow.MlflowClient()
         while self._pending:
-            log_epoch(client, self._run_id, self._pending[0])
+            result = self._pending[0]
+            values = result.to_metrics().items()
+            metrics = [Metric(name, value, result.timestamp_ms, result.epoch) for name, value in values]
+            client.log_batch(self._run_id, metrics=metrics)
             del self._pending[0]
-
-
-def log_epoch(client: mlflow.MlflowClient, run_id: str, result: EpochResult) -> None:
-    """Log an epoch's metrics at its step."""
-    values = result.to_metrics().items()
-    metrics = [Metric(name, value, result.timestamp_ms, result.epoch) for name, value in values]
-    client.log_batch(run_id, metrics=metrics)
 
 
 def log_best(run_id: str, result: EpochResult) -> None:

@@ -1,5 +1,6 @@
 """Resuming an interrupted run: which one, with which options, and only on the same data."""
 
+import contextlib
 import dataclasses
 import time
 from collections.abc import Callable
@@ -45,63 +46,51 @@ def find_resume_point(config: TrainConfig) -> ResumePoint | None:
     `resume=auto` takes the latest interrupted run with the same options that no other process is training.
 
     Raises:
-        UserError: The given run cannot be resumed, or was given another option.
+        UserError: The given run cannot be resumed, or was started with other options.
     """
     checkpoint_dir = config.checkpoint_dir.expanduser()
     if config.resume == "none":
         return None
     if config.resume != "auto":
-        folder = RunFolder(checkpoint_dir / config.resume)
-        return _hold(folder, lambda: read_resume_point(folder, config))
+        return _hold_and_read(RunFolder(checkpoint_dir / config.resume), config)
     for folder in list_interrupted(checkpoint_dir):
-        try:
-            return _hold(folder, lambda folder=folder: _read_if_same(folder, config))  # type: ignore[misc]
-        except UserError:
-            continue  # it is being trained, has finished meanwhile, is damaged, or has other options
+        # It may be in training, have finished meanwhile, be damaged, or have other options.
+        with contextlib.suppress(UserError):
+            return _hold_and_read(folder, config, takes_defaults=False)
     return None
 
 
-def _hold(folder: RunFolder, read: Callable[[], ResumePoint]) -> ResumePoint:
+def _hold_and_read(folder: RunFolder, config: TrainConfig, *, takes_defaults: bool = True) -> ResumePoint:
+    """Hold a run's folder, read its state, and merge the options that may change into its own.
+
+    Args:
+        folder: The run's.
+        config: The given options.
+        takes_defaults: Whether an option that is given at its default is the run's own: `mlflow run` passes
+            every option, so it was probably not asked for.
+    """
     folder.acquire()
     try:
-        return read()
+        saved = folder.read_state()
+        own, defaults = TrainConfig.model_validate(saved["config"]), TrainConfig.model_validate({})
+        changes = {"resume": config.resume}
+        for name in TrainConfig.model_fields:
+            value, before = getattr(config, name), getattr(own, name)
+            is_given = value != before and not (takes_defaults and value == getattr(defaults, name))
+            if not is_given or name == "resume":
+                continue
+            if name not in _MAY_CHANGE or (name == "data" and not takes_defaults):
+                raise UserError(
+                    f"run {folder.path.name} was started with {name}={format_value(before)} and cannot be "
+                    f"resumed with {name}={format_value(value)}; leave the option out, or start a new run"
+                )
+            changes[name] = value
+        if saved["history"]:
+            read_checkpoint(folder.best)  # damaged, the best epoch so far would be lost
+        return ResumePoint(folder=folder, config=own.with_changes(**changes), saved=saved)
     except BaseException:
         folder.release()
         raise
-
-
-def _read_if_same(folder: RunFolder, config: TrainConfig) -> ResumePoint:
-    before = TrainConfig.model_validate(folder.read_state()["config"])
-    where = {name: getattr(config, name) for name in ("resume", *_MAY_CHANGE) if name != "data"}
-    if before.with_changes(**where) != config:
-        raise UserError(f"run {folder.path.name} has other options")
-    return read_resume_point(folder, config)
-
-
-def read_resume_point(folder: RunFolder, config: TrainConfig) -> ResumePoint:
-    """Read the state of an interrupted run, and merge the options that may change into its own.
-
-    Raises:
-        UserError: It cannot be read, or `config` has an option that the run does not have.
-    """
-    saved = folder.read_state()
-    own = TrainConfig.model_validate(saved["config"])
-    defaults = TrainConfig.model_validate({})
-    changes = {"resume": config.resume}
-    for name in TrainConfig.model_fields:
-        value, before = getattr(config, name), getattr(own, name)
-        # `mlflow run` passes every option: one at its default was not asked for.
-        if name == "resume" or value in (before, getattr(defaults, name)):
-            continue
-        if name not in _MAY_CHANGE:
-            raise UserError(
-                f"run {folder.path.name} was started with {name}={format_value(before)} and cannot be "
-                f"resumed with {name}={format_value(value)}; leave the option out, or start a new run"
-            )
-        changes[name] = value
-    if saved["history"]:
-        read_checkpoint(folder.best)  # damaged, the best epoch so far would be lost
-    return ResumePoint(folder=folder, config=own.with_changes(**changes), saved=saved)
 
 
 def describe_state(

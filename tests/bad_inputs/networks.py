@@ -185,7 +185,7 @@ WEIGHTS = [
         (
             "weights of another shape",
             with_weights(lambda _: save(change_state(conv1__weight=torch.ones(64, 1, 7, 7)))),
-            ("do not fit resnet50", "(64, 1, 7, 7)"),
+            ("do not fit resnet50", "[64, 1, 7, 7]"),
         ),
         (
             "weights that are NaN",
