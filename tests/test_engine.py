@@ -2,8 +2,12 @@
 
 import copy
 import itertools
+import os
+import subprocess
+import sys
 from collections.abc import Iterator
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 from unittest.mock import Mock
 
@@ -19,6 +23,8 @@ from skin_resnet.training.device import build_fabric
 from skin_resnet.training.early_stopping import BestEpoch
 from skin_resnet.training.engine import EpochResult, NonFiniteLossError, fit, predict
 from skin_resnet.training.state import TrainingState, build_state
+
+ROOT = Path(__file__).parent.parent
 
 
 def build_loaders() -> tuple[Loader, Loader]:
@@ -135,6 +141,30 @@ def test_val_does_not_change_the_network() -> None:
     before = copy.deepcopy(state.network.state_dict())
     predict(state.network, val, state.fabric)
     assert all(torch.equal(value, before[name]) for name, value in state.network.state_dict().items())
+
+
+def test_only_our_own_launch_decides_ranks(monkeypatch: pytest.MonkeyPatch) -> None:
+    foreign = {
+        "LOCAL_RANK": "1",
+        "RANK": "1",
+        "WORLD_SIZE": "2",
+        "SLURM_NTASKS": "4",
+        "SLURM_JOB_NAME": "job",
+    }
+    for name, value in {
+        **foreign,
+        "SLURM_JOB_NAME": "job",
+        "SLURM_PROCID": "3",
+        "TORCHELASTIC_RUN_ID": "1",
+    }.items():
+        monkeypatch.setenv(name, value)
+    for devices in (1, 2):
+        fabric = build_fabric("cpu", "fp32", devices)
+        assert (fabric.global_rank, fabric.is_global_zero, fabric.world_size) == (0, True, devices)
+    script = "from skin_resnet.training import worker; worker.ignore_foreign_ranks(); import lightning_fabric"
+    subprocess.run(
+        [sys.executable, "-c", script], env={**os.environ, "LOCAL_RANK": "abc"}, check=True, cwd=ROOT
+    )
 
 
 @pytest.mark.parametrize("ema_decay", [0.0, 0.9])

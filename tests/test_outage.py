@@ -18,7 +18,7 @@ from skin_resnet.errors import UserError
 from skin_resnet.evaluation.metrics import Metrics
 from skin_resnet.tracking import epochs
 from skin_resnet.tracking.epochs import EpochLog
-from skin_resnet.tracking.run import open_run
+from skin_resnet.tracking.run import TrackedRun, open_run
 from skin_resnet.training.engine import EpochResult
 
 ROOT = Path(__file__).parent.parent
@@ -89,6 +89,17 @@ def test_a_store_that_stays_away_ends_the_run_in_one_line(store: str, monkeypatc
     with pytest.raises(UserError, match=f"MLflow unreachable at {away} .*resume the run") as told:
         go_on_while_it_goes_away()
     assert "\n" not in str(told.value)
+
+
+def test_a_run_whose_store_goes_away_while_it_is_opened_does_not_stay_active(store: str, monkeypatch) -> None:
+    def go_away(*arguments: object) -> None:
+        raise mlflow.MlflowException("away")
+
+    monkeypatch.setattr(TrackedRun, "set_tags", go_away)
+    with pytest.raises(UserError, match="MLflow unreachable"), open_run("a run"):
+        pass
+    assert mlflow.active_run() is None
+    assert [run.info.status for run in mlflow.search_runs(output_format="list")] == ["FAILED"]
 
 
 def test_a_server_that_is_down_at_the_start_is_one_line_and_exit_code_2(

@@ -54,10 +54,14 @@ def open_run(
         UserError: The tracking store cannot be used, or stops answering.
     """
     prepare_store()
+    before = mlflow.active_run()
     try:
         run = TrackedRun(_start(name, run_id, parent_run_id))
         run.set_tags({**provenance.read_versions(), **(tags or {})})
     except OUTAGES as error:
+        if mlflow.active_run() is not before:  # it was created, but not completely set up
+            with contextlib.suppress(*OUTAGES):
+                mlflow.end_run("FAILED")
         raise _explain_outage(error) from None
     try:
         interrupts.check()
