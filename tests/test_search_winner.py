@@ -14,6 +14,7 @@ from search.run import search
 from search.space import BASELINE_RECIPE
 from skin_resnet.config import TrainConfig
 from skin_resnet.data.prepare import prepare_data
+from skin_resnet.tracking.search_runs import register_model
 from skin_resnet.training.engine import EpochResult
 
 pytestmark = pytest.mark.slow
@@ -82,10 +83,10 @@ def test_winner_and_baseline_recipe_are_retrained_with_every_seed_and_tested(
 
 
 def test_test_is_opened_once_by_the_search(parent: Run, config: SearchConfig) -> None:
-    assert parent.data.tags["test.times_opened"] == "1"
-    assert parent.data.tags["test.opened"] == prepare_data(config.training).split.hash
-    assert "test.opened_before" not in parent.data.tags
-    assert not [run for run in find_children(parent) if "test.opened" in run.data.tags]
+    assert parent.data.tags["test.access_count"] == "1"
+    assert parent.data.tags["test.accessed"] == prepare_data(config.training).split.hash
+    assert "test.accessed_before" not in parent.data.tags
+    assert not [run for run in find_children(parent) if "test.accessed" in run.data.tags]
 
 
 def test_page_figures_and_command_are_on_the_run(parent: Run) -> None:
@@ -115,5 +116,21 @@ def test_the_same_command_again_opens_no_test_and_trains_nothing(parent: Run, co
     again = find_searches()[0]
     assert again.info.run_id != parent.info.run_id
     assert "test was not evaluated again" in again.data.tags["mlflow.note.content"]
-    assert "test.opened" not in again.data.tags
+    assert "test.accessed" not in again.data.tags
     assert find_children(again) == []
+
+
+@pytest.mark.parametrize(
+    ("val", "split_hash", "told"),
+    [
+        (0.5, "a", "the champion"),
+        (0.5, "a", "version 1 stays champion, with 0.500 on val to 0.500"),
+        (0.9, "b", "measured on another val"),
+        (0.6, "a", "the champion"),
+    ],
+)
+def test_only_a_better_model_on_the_same_val_becomes_champion(
+    parent: Run, val: float, split_hash: str, told: str
+) -> None:
+    uri = mlflow.MlflowClient().get_model_version_by_alias("skin-resnet", "champion").source
+    assert told in register_model(uri, "another", val, split_hash)
