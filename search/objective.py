@@ -1,70 +1,27 @@
 """A trial: one training in a child run, judged on val, and stopped early if it is not promising."""
 
 import gc
-import itertools
-import logging
 import math
-import time
 from collections.abc import Callable
-from contextlib import ExitStack
-from typing import TypeVar
 
 import torch
 from optuna import Trial, TrialPruned
 
 from search.config import SearchConfig
+from search.outages import NotTrackedError, open_child
 from search.space import BASELINES, build_space
 from skin_resnet.config import TrainConfig
 from skin_resnet.errors import UserError
-from skin_resnet.tracking import search_runs
-from skin_resnet.tracking.run import TrackedRun
-from skin_resnet.tracking.store import OUTAGES
-from skin_resnet.training import interrupts
+from skin_resnet.tracking.search_runs import STUDY, TRIAL
 from skin_resnet.training.device import is_out_of_memory
 from skin_resnet.training.engine import EpochResult
 from skin_resnet.training.run import TrainResult, run_training
 
-_logger = logging.getLogger(__name__)
-_RETRY_S = 1.0
-_OUTAGE_CODES = ("INTERNAL_ERROR", "TEMPORARILY_UNAVAILABLE")
-T = TypeVar("T")
 Train = Callable[..., TrainResult]  # `run_training`, or what tests put in its place
 
 
 class TrialFailed(Exception):  # noqa: N818 (like TrialPruned)
     """A trial's training failed: the trial counts, and the search continues."""
-
-
-class NotTracked(UserError):  # noqa: N818
-    """A trial's run could not be opened or recorded: the trial does not count, and is run again."""
-
-
-def wait_for_server(call: Callable[[], T], check_alive: Callable[[], None] = interrupts.check) -> T:
-    """Return what a call to MLflow returns; while the tracking server is away, wait and call again.
-
-    Raises:
-        Exception: What the call raised other than for an outage, or `check_alive`.
-    """
-    for attempt in itertools.count():
-        try:
-            return call()
-        except (UserError, *OUTAGES) as error:
-            if not is_outage(error):
-                raise
-            if attempt == 0:
-                _logger.warning("MLflow does not answer, waiting for it (%.200s)", error)
-        for _ in range(min(2**attempt, 30)):
-            check_alive()
-            time.sleep(_RETRY_S)
-    raise AssertionError("unreachable")
-
-
-def is_outage(error: BaseException | None) -> bool:
-    """Return whether an error, or what it came from, says that the tracking server is away for now."""
-    if isinstance(error, OUTAGES):
-        # MLflow's own errors have a code; one about the request itself would only come again.
-        return getattr(error, "error_code", _OUTAGE_CODES[0]) in _OUTAGE_CODES
-    return error is not None and is_outage(error.__context__)
 
 
 class Objective:
@@ -89,7 +46,7 @@ class Objective:
         self._config = config
         self._training = config.training
         self._space = build_space(config)
-        self._tags = {search_runs.STUDY: study_id}
+        self._study_id = study_id
         self._parent_run_id = parent_run_id
         self._check_alive = check_alive
         self._train = train
@@ -100,21 +57,20 @@ class Objective:
         Raises:
             TrialPruned: The pruner stopped it.
             TrialFailed: The training failed, or its best epoch has no finite values.
+            NotTrackedError: Its run could not be opened; the trial does not count.
         """
         try:
             best = self._train_with_less_memory(trial, self._choose(trial))
             values = tuple(read_objective(name, best) for name in self._config.objective_names)
             if not all(map(math.isfinite, values)):
                 raise UserError(f"the best epoch has the objectives {values}, which are not finite")
-        except (TrialPruned, NotTracked):
+        except (TrialPruned, NotTrackedError):
             raise
         except Exception as error:
             # A trial that failed without a reason was killed, and is run again.
             trial.set_user_attr("failure", f"{type(error).__name__}: {error}"[:2000])
             raise TrialFailed from error
-        for name in ("train", "val"):
-            for key, value in getattr(best, name).to_dict(name).items():
-                trial.set_user_attr(key, value)
+        trial.set_user_attr("val/balanced_accuracy", best.val.balanced_accuracy)
         trial.set_user_attr("best_epoch", best.epoch)
         trial.set_user_attr("gap", best.gap)
         if self._config.max_gap > 0:
@@ -149,19 +105,12 @@ class Objective:
         self, trial: Trial, config: TrainConfig, on_epoch: Callable[[EpochResult], None]
     ) -> EpochResult:
         name = ", ".join(filter(None, (f"trial {trial.number}", trial.user_attrs.get("baseline"))))
-        tags = {**self._tags, search_runs.TRIAL: str(trial.number)}
-        with ExitStack() as stack:
-
-            def open_child() -> TrackedRun:
-                child = search_runs.open_child(self._parent_run_id, name, tags, pruned=TrialPruned)
-                return stack.enter_context(child)
-
-            try:
-                run = wait_for_server(open_child, self._check_alive)
-            except (UserError, *OUTAGES) as error:
-                raise NotTracked(f"trial {trial.number} has no MLflow run ({error})") from error
+        tags = {STUDY: self._study_id, TRIAL: str(trial.number)}
+        with open_child(
+            name, self._parent_run_id, tags, pruned=(TrialPruned,), check_alive=self._check_alive
+        ) as (run, tracker):
             trial.set_user_attr("run_id", run.run_id)
-            return self._train(config, tracker=run, on_epoch=on_epoch).best
+            return self._train(config, tracker=tracker, on_epoch=on_epoch).best
 
     def _build_on_epoch(self, trial: Trial) -> Callable[[EpochResult], None]:
         names = self._config.objective_names

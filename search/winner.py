@@ -12,7 +12,7 @@ from optuna import Study
 from optuna.trial import FrozenTrial, TrialState
 
 from search.config import SearchConfig
-from search.objective import wait_for_server
+from search.outages import open_child, wait_for_server
 from search.space import BASELINE_RECIPE
 from search.study import get_study_id
 from skin_resnet.commands.compare import read_predictions
@@ -114,10 +114,10 @@ def _train_in_child(study: Study, recipe: str, config: TrainConfig, parent_run_i
     name = f"{recipe}, seed {config.seed}"
     print(f"\n{name}")
     tags = {search_runs.STUDY: get_study_id(study), "search.recipe": recipe}
-    with search_runs.open_child(parent_run_id, name, tags) as run:
-        result = run_training(config, tracker=run)
+    with open_child(name, parent_run_id, tags) as (run, tracker):
+        result = run_training(config, tracker=tracker)
         run.describe(report(run, result))
-        model_uri = run.log_model(result.checkpoint_path, result.data.classes)
+        model_uri = wait_for_server(lambda: run.log_model(result.checkpoint_path, result.data.classes))
     return Retrained(
         recipe=recipe,
         config=config.model_dump_json(),
@@ -139,11 +139,14 @@ def evaluate_on_test(run: TrackedRun, retrained: Sequence[Retrained]) -> tuple[p
     table, warning = open_test_split(run, config, data)
     predictions: dict[str, list[Predictions]] = {}
     for each in retrained:
-        checkpoint = read_checkpoint(finished_runs.download_checkpoint(each.run_id))
-        with open_run(run_id=each.run_id) as child:
-            assess_and_log(child, checkpoint, table, data.store, config)
-        tested = finished_runs.read_run(each.run_id, "test")
-        predictions.setdefault(each.recipe, []).append(read_predictions(tested.predictions))
+
+        def evaluate(run_id: str = each.run_id) -> Predictions:
+            checkpoint = read_checkpoint(finished_runs.download_checkpoint(run_id))
+            with open_run(run_id=run_id) as child:
+                assess_and_log(child, checkpoint, table, data.store, config)
+            return read_predictions(finished_runs.read_run(run_id, "test").predictions)
+
+        predictions.setdefault(each.recipe, []).append(wait_for_server(evaluate))
     return compare_recipes(predictions, join_lesions(table).to_numpy(str)), warning
 
 
@@ -187,21 +190,22 @@ def compare_recipes(recipes: Mapping[str, Sequence[Predictions]], lesions: NDArr
 def register(config: SearchConfig, retrained: Sequence[Retrained], scores: pd.DataFrame | None) -> str:
     """Register the winner's model with the highest val score; return a sentence about it.
 
-    A winner that is not better than always predicting the majority class is not registered.
+    It is not registered if the winner's mean is not above the score of always predicting the majority class.
     """
-    winners = [each for each in retrained if each.recipe == retrained[-1].recipe]
-    best = max(winners, key=lambda each: each.val)
+    best = max((each for each in retrained if each.recipe == retrained[-1].recipe), key=lambda each: each.val)
     data = prepare_data(TrainConfig.model_validate_json(best.config))
-    split, score, baseline = "val", compute_mean(retrained, best.recipe, "val"), 1 / len(data.classes)
+    split, score, majority = "val", best.val, 1 / len(data.classes)
     if scores is not None:
         split, score = "test", scores.value[best.recipe, "balanced_accuracy"]
-        baseline = scores.value[MAJORITY, "balanced_accuracy"]
-    if score <= baseline:
+        majority = scores.value[MAJORITY, "balanced_accuracy"]
+    if not score > majority:
         return (
             f"**Not registered: its balanced accuracy on {split}, {score:.3f}, is not above "
-            f"{baseline:.3f}, the majority class's.**"
+            f"{majority:.3f}, the majority class's.**"
         )
-    return search_runs.register_model(best.model_uri, config.model_name, best.val, data.split.hash)
+    return wait_for_server(
+        lambda: search_runs.register_model(best.model_uri, config.model_name, best.val, data.split.hash)
+    )
 
 
 def compute_mean(retrained: Sequence[Retrained], recipe: str, name: str) -> float:

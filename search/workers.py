@@ -39,6 +39,7 @@ from search.study import (
 )
 from skin_resnet.errors import UserError
 from skin_resnet.tracking import search_runs
+from skin_resnet.tracking.run import TrackedRun
 from skin_resnet.tracking.store import OUTAGES
 from skin_resnet.training import interrupts
 
@@ -132,8 +133,8 @@ def name_session(run_id: str) -> str:
     return f"session-{run_id}"
 
 
-def run_workers(config: SearchConfig, study: Study, parent_run_id: str) -> None:
-    """Run the study's trials in `config.workers` processes, and log progress on the parent run.
+def run_workers(config: SearchConfig, study: Study, run: TrackedRun) -> None:
+    """Run the study's trials in `config.workers` processes, and log progress on the search's run.
 
     Raises:
         UserError: The workers ended before the study was done.
@@ -145,7 +146,7 @@ def run_workers(config: SearchConfig, study: Study, parent_run_id: str) -> None:
     restarts = most = (MAX_RETRIES + 1) * config.workers
     try:
         for number in range(config.workers):
-            _start(config, study, parent_run_id, processes, number)
+            _start(config, study, run.run_id, processes, number)
         while any(
             process.is_alive() or (_was_killed(process) and restarts) for process in processes.values()
         ):
@@ -155,11 +156,11 @@ def run_workers(config: SearchConfig, study: Study, parent_run_id: str) -> None:
             if done != logged:
                 restarts = most
                 pace_s = (time.monotonic() - started) / (done - done_before) if done > done_before else None
-                if _log_progress(config, study, parent_run_id, pace_s):
+                if log_progress(config, study, run, pace_s):
                     logged = done
             for number in [number for number, each in processes.items() if _was_killed(each)][:restarts]:
                 restarts -= 1
-                _start(config, study, parent_run_id, processes, number)
+                _start(config, study, run.run_id, processes, number)
     except BaseException:
         _end([*processes.values()])
         raise
@@ -168,13 +169,13 @@ def run_workers(config: SearchConfig, study: Study, parent_run_id: str) -> None:
         raise UserError(f"all workers ended with {left} trials left; the same command continues with them")
 
 
-def _log_progress(config: SearchConfig, study: Study, run_id: str, pace_s: float | None) -> bool:
+def log_progress(config: SearchConfig, study: Study, run: TrackedRun, pace_s: float | None = None) -> bool:
     """Log a study's progress; return False if the tracking server is away: the next call makes up for it."""
     metrics = summarize(config, study)
     if pace_s is not None:
         metrics["search/eta_s"] = pace_s * max(0, config.n_trials - metrics["search/trials_done"])
     try:
-        search_runs.log_progress(run_id, metrics, int(metrics["search/trials_done"]))
+        run.log_metrics(metrics, step=int(metrics["search/trials_done"]))
     except OUTAGES:
         return False
     return True
@@ -206,7 +207,7 @@ def _start(
     # Spawned, not forked: a fork would share the parent's database connections and its CUDA.
     process = multiprocessing.get_context("spawn").Process(
         target=_work,
-        args=(config, get_study_id(study), parent_run_id, search_runs.get_tracking_uri(), os.getpid()),
+        args=(config, get_study_id(study), parent_run_id, os.getpid()),
     )
     count = torch.cuda.device_count() if config.device in ("auto", "cuda") else 0
     # The worker inherits the blocked signals, and unblocks them when it can handle them; and its GPU, which
@@ -231,10 +232,9 @@ def _changed_environment(changes: dict[str, str]) -> Iterator[None]:
             os.environ[name] = value
 
 
-def _work(config: SearchConfig, study_id: str, parent_run_id: str, tracking_uri: str, parent: int) -> None:
+def _work(config: SearchConfig, study_id: str, parent_run_id: str, parent: int) -> None:
     """Run in a worker process."""
     os.environ.pop("MLFLOW_RUN_ID", None)  # or it would open the search's run as its own
-    search_runs.set_tracking_uri(tracking_uri)
     if config.workers > 1 and "OMP_NUM_THREADS" not in os.environ:
         torch.set_num_threads(max(1, (os.cpu_count() or 1) // config.workers))
 

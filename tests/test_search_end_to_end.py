@@ -16,8 +16,9 @@ import psutil
 import pytest
 from mlflow.entities import Run
 from optuna.trial import FrozenTrial, TrialState
+from test_outage import Server, server  # noqa: F401 (a fixture)
 
-from search.study import count_done, drop_retried
+from search.study import count_done, drop_retried, lock
 
 ROOT = Path(__file__).parent.parent
 pytestmark = pytest.mark.slow
@@ -65,7 +66,9 @@ class Search:
         if not (self.folder / "optuna.db").exists():
             return []
         try:
-            return optuna.load_study(study_name="search", storage=self.storage).get_trials()
+            with lock(self.storage, "schema"):  # or this would create tables, too
+                study = optuna.load_study(study_name="search", storage=self.storage)
+            return study.get_trials()
         except (KeyError, optuna.exceptions.StorageInternalError):
             return []  # not begun yet
 
@@ -171,3 +174,23 @@ def test_workers_end_with_their_search_and_ctrl_c_ends_all_cleanly(
     assert "Traceback" not in search.log.read_text()
     search.finish()
     search.check_books(3)
+
+
+def test_a_search_waits_for_a_tracking_server_that_restarts(
+    make_search: Callable[..., Search],
+    server: Server,  # noqa: F811
+) -> None:
+    search = make_search(n_trials=3)
+    search.tracking_uri = server.uri
+    process = search.start()
+    search.wait_for(is_training)
+    server.stop()
+    search.wait_for(lambda trials: "does not answer" in search.log.read_text())
+    done = count_done(search.read_trials())
+    time.sleep(5)
+    assert count_done(search.read_trials()) == done < 3, "what has no run does not count"
+    server.start()
+    assert process.wait(300) == 0, search.log.read_text()
+    search.check_books(3)
+    assert len(search.read_trials()) == 3, "nothing was run again"
+    assert "Traceback" not in search.log.read_text()

@@ -3,6 +3,7 @@
 import shlex
 from datetime import datetime
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import optuna
@@ -76,15 +77,15 @@ def test_a_winner_no_better_than_the_majority_class_is_not_registered(
 ) -> None:
     registered: list[str] = []
     monkeypatch.setattr(winner.search_runs, "register_model", lambda *_: registered.append("m") or "")
-    data = type("Data", (), {"classes": ("a", "b", "c", "d"), "split": type("S", (), {"hash": "h"})})
+    data = SimpleNamespace(classes=("a", "b", "c", "d"), split=SimpleNamespace(hash="h"))
     monkeypatch.setattr(winner, "prepare_data", lambda config: data)
     scores = None
     if test is not None:
         scores = compare_recipes({BASELINE: [predict(0.2, 1)], WINNER: [predict(0.3, 1)]}, LESIONS)
         scores.loc[(WINNER, "balanced_accuracy"), "value"] = test
-    told = winner.register(CONFIG, [retrain(BASELINE, 0.5), retrain(WINNER, 0.6)], scores)
+    text = winner.register(CONFIG, [retrain(BASELINE, 0.5), retrain(WINNER, 0.6)], scores)
     assert bool(registered) == is_registered
-    assert ("0.250" in told) != is_registered
+    assert ("0.250" in text) != is_registered
 
 
 def make_trial(number: int, state: TrialState = TrialState.COMPLETE, **attrs: object) -> FrozenTrial:

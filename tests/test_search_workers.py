@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterator
 from multiprocessing.context import SpawnProcess
 from multiprocessing.process import BaseProcess
 from pathlib import Path
+from types import SimpleNamespace
 
 import mlflow
 import optuna
@@ -44,15 +45,15 @@ def test_a_signal_that_python_dropped_ends_a_worker_at_its_next_trial(
 
     monkeypatch.setattr(workers, "work", work)
     with pytest.raises(SystemExit) as ended:
-        workers._work(config, "study", "run", mlflow.get_tracking_uri(), os.getppid())
+        workers._work(config, "study", "run", os.getppid())
     assert ended.value.code == 128 + signal.SIGTERM
 
 
 def test_a_worker_ends_when_its_search_is_gone(config: SearchConfig, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(workers, "work", lambda config, objective, check_alive: check_alive())
-    workers._work(config, "study", "run", mlflow.get_tracking_uri(), os.getppid())
+    workers._work(config, "study", "run", os.getppid())
     with pytest.raises(SystemExit):
-        workers._work(config, "study", "run", mlflow.get_tracking_uri(), os.getppid() + 1)
+        workers._work(config, "study", "run", os.getppid() + 1)
 
 
 class StubProcess:
@@ -95,7 +96,7 @@ def test_an_interrupt_while_workers_are_started_leaves_none_behind(
 
     monkeypatch.setattr(workers, "_start", start)
     with pytest.raises(KeyboardInterrupt):
-        workers.run_workers(SearchConfig(workers=2), optuna.create_study(), "run")
+        workers.run_workers(SearchConfig(workers=2), optuna.create_study(), SimpleNamespace(run_id="run"))
     assert started[0].ended
 
 
@@ -110,9 +111,9 @@ def test_workers_that_are_killed_again_and_again_are_replaced_only_so_often(
 
     monkeypatch.setattr(workers, "_start", start)
     paces: list[float | None] = []
-    monkeypatch.setattr(workers, "_log_progress", lambda *arguments: paces.append(arguments[-1]) or True)
+    monkeypatch.setattr(workers, "log_progress", lambda *arguments: paces.append(arguments[-1]) or True)
     with pytest.raises(UserError, match="30 trials left"):
-        workers.run_workers(SearchConfig(), optuna.create_study(), "run")
+        workers.run_workers(SearchConfig(), optuna.create_study(), SimpleNamespace(run_id="run"))
     assert len(started) == 1 + workers.MAX_RETRIES + 1
     assert paces == [None], "nothing is known yet"
 
