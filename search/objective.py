@@ -12,7 +12,7 @@ from search.outages import NotTrackedError, open_child
 from search.space import BASELINES, build_space
 from skin_resnet.config import TrainConfig
 from skin_resnet.errors import UserError
-from skin_resnet.tracking.search_runs import STUDY, TRIAL
+from skin_resnet.tracking.history import STUDY, TRIAL
 from skin_resnet.training.device import is_out_of_memory
 from skin_resnet.training.engine import EpochResult
 from skin_resnet.training.run import TrainResult, run_training

@@ -8,8 +8,8 @@ from contextlib import ExitStack, contextmanager
 from typing import TypeVar
 
 from skin_resnet.errors import UserError
+from skin_resnet.tracking.history import STATE
 from skin_resnet.tracking.run import TrackedRun, open_run
-from skin_resnet.tracking.search_runs import STATE
 from skin_resnet.tracking.store import OUTAGES
 from skin_resnet.training import interrupts
 from skin_resnet.training.engine import EpochResult

@@ -1,6 +1,5 @@
 """The command `search`: trials, then the winner retrained, tested once and registered."""
 
-import pandas as pd
 from optuna import Study
 from optuna.trial import FrozenTrial
 
@@ -12,7 +11,7 @@ from search.workers import close_killed_runs, log_progress, name_session, run_wo
 from skin_resnet.config import TrainConfig
 from skin_resnet.data.prepare import prepare_data
 from skin_resnet.errors import UserError
-from skin_resnet.tracking import search_runs
+from skin_resnet.tracking import history as finished_runs
 from skin_resnet.tracking.run import TrackedRun, describe_location, open_run
 
 
@@ -26,7 +25,7 @@ def search(config: SearchConfig) -> None:
         run.log_params(config)
         study = open_study(config)
         with lock(config.storage, name_session(run.run_id)):
-            run.set_tags({search_runs.STUDY: get_study_id(study), "search.study": config.study_name})
+            run.set_tags({finished_runs.STUDY: get_study_id(study), "search.study": config.study_name})
             page = _search(config, study, run)
         print(f"\n{page}")
         wait_for_server(lambda: run.log_artifacts({"report.md": page}))
@@ -96,8 +95,8 @@ def _log_curves(run: TrackedRun, run_ids: dict[str, str]) -> None:
     """Log the curves of baseline recipe and winner side by side, from their runs by recipe."""
 
     def log() -> None:
-        histories = {name: pd.DataFrame(search_runs.read_curves(run_id)) for name, run_id in run_ids.items()}
-        images = search_runs.read_tag(next(iter(run_ids.values())), "split.val")
+        histories = {name: finished_runs.read_history(run_id) for name, run_id in run_ids.items()}
+        images = finished_runs.read_tags(next(iter(run_ids.values())))["split.val"]
         run.log_artifacts({"figures/recipes.png": plots.plot_recipes(histories, images)})
 
     wait_for_server(log)

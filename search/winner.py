@@ -32,7 +32,6 @@ from skin_resnet.evaluation.metrics import (
 )
 from skin_resnet.options import format_value
 from skin_resnet.tracking import history as finished_runs
-from skin_resnet.tracking import search_runs
 from skin_resnet.tracking.run import TrackedRun, open_run
 from skin_resnet.training.checkpoint import read_checkpoint
 from skin_resnet.training.run import run_training
@@ -113,7 +112,7 @@ def _has_checkpoint(run_id: str) -> bool:
 def _train_in_child(study: Study, recipe: str, config: TrainConfig, parent_run_id: str) -> Retrained:
     name = f"{recipe}, seed {config.seed}"
     print(f"\n{name}")
-    tags = {search_runs.STUDY: get_study_id(study), "search.recipe": recipe}
+    tags = {finished_runs.STUDY: get_study_id(study), "search.recipe": recipe}
     with open_child(name, parent_run_id, tags) as (run, tracker):
         result = run_training(config, tracker=tracker)
         run.describe(report(run, result))
@@ -194,17 +193,14 @@ def register(config: SearchConfig, retrained: Sequence[Retrained], scores: pd.Da
     """
     best = max((each for each in retrained if each.recipe == retrained[-1].recipe), key=lambda each: each.val)
     data = prepare_data(TrainConfig.model_validate_json(best.config))
-    split, score, majority = "val", best.val, 1 / len(data.classes)
+    metrics, majority = {"val/balanced_accuracy": best.val}, 1 / len(data.classes)
     if scores is not None:
-        split, score = "test", scores.value[best.recipe, "balanced_accuracy"]
-        majority = scores.value[MAJORITY, "balanced_accuracy"]
-    if not score > majority:
-        return (
-            f"**Not registered: its balanced accuracy on {split}, {score:.3f}, is not above "
-            f"{majority:.3f}, the majority class's.**"
-        )
+        metrics["test/balanced_accuracy"] = float(scores.value[best.recipe, "balanced_accuracy"])
+        majority = float(scores.value[MAJORITY, "balanced_accuracy"])
     return wait_for_server(
-        lambda: search_runs.register_model(best.model_uri, config.model_name, best.val, data.split.hash)
+        lambda: finished_runs.register_model(
+            best.model_uri, config.model_name, metrics=metrics, baseline=majority, split_hash=data.split.hash
+        )
     )
 
 

@@ -38,7 +38,7 @@ from search.study import (
     summarize,
 )
 from skin_resnet.errors import UserError
-from skin_resnet.tracking import search_runs
+from skin_resnet.tracking import history as finished_runs
 from skin_resnet.tracking.run import TrackedRun
 from skin_resnet.tracking.store import OUTAGES
 from skin_resnet.training import interrupts
@@ -115,15 +115,15 @@ def close_killed_runs(config: SearchConfig, study: Study) -> list[str]:
     trials = study.get_trials(deepcopy=False)
 
     def is_alive(run_id: str, tags: dict[str, str]) -> bool:
-        if search_runs.TRIAL in tags:
-            trial = trials[int(tags[search_runs.TRIAL])]
+        if finished_runs.TRIAL in tags:
+            trial = trials[int(tags[finished_runs.TRIAL])]
             return trial.state == TrialState.RUNNING and trial.user_attrs.get("run_id", run_id) == run_id
         session = name_session(tags.get("mlflow.parentRunId", run_id))
         with lock(config.storage, session, wait=False) as is_free:
             return not is_free
 
     try:
-        return search_runs.close_killed(get_study_id(study), is_alive)
+        return finished_runs.close_killed(get_study_id(study), is_alive)
     except OUTAGES:
         return []
 

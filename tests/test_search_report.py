@@ -4,7 +4,9 @@ import shlex
 from datetime import datetime
 from pathlib import Path
 from types import SimpleNamespace
+from unittest.mock import MagicMock
 
+import mlflow
 import numpy as np
 import optuna
 import pandas as pd
@@ -76,7 +78,10 @@ def test_a_winner_no_better_than_the_majority_class_is_not_registered(
     monkeypatch: pytest.MonkeyPatch, test: float | None, is_registered: bool
 ) -> None:
     registered: list[str] = []
-    monkeypatch.setattr(winner.search_runs, "register_model", lambda *_: registered.append("m") or "")
+    monkeypatch.setattr(
+        mlflow, "register_model", lambda *_, **__: registered.append("m") or SimpleNamespace(version="1")
+    )
+    monkeypatch.setattr(mlflow, "MlflowClient", MagicMock())
     data = SimpleNamespace(classes=("a", "b", "c", "d"), split=SimpleNamespace(hash="h"))
     monkeypatch.setattr(winner, "prepare_data", lambda config: data)
     scores = None

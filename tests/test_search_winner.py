@@ -14,7 +14,6 @@ from search.run import search
 from search.space import BASELINE_RECIPE
 from skin_resnet.config import TrainConfig
 from skin_resnet.data.prepare import prepare_data
-from skin_resnet.tracking.search_runs import register_model
 from skin_resnet.training.engine import EpochResult
 
 pytestmark = pytest.mark.slow
@@ -118,19 +117,3 @@ def test_the_same_command_again_opens_no_test_and_trains_nothing(parent: Run, co
     assert "test was not evaluated again" in again.data.tags["mlflow.note.content"]
     assert "test.accessed" not in again.data.tags
     assert find_children(again) == []
-
-
-@pytest.mark.parametrize(
-    ("val", "split_hash", "told"),
-    [
-        (0.5, "a", "the champion"),
-        (0.5, "a", "version 1 stays champion, with 0.500 on val to 0.500"),
-        (0.9, "b", "measured on another val"),
-        (0.6, "a", "the champion"),
-    ],
-)
-def test_only_a_better_model_on_the_same_val_becomes_champion(
-    parent: Run, val: float, split_hash: str, told: str
-) -> None:
-    uri = mlflow.MlflowClient().get_model_version_by_alias("skin-resnet", "champion").source
-    assert told in register_model(uri, "another", val, split_hash)

@@ -46,7 +46,7 @@ def compare(config: CompareConfig) -> None:
 def _read_runs(config: CompareConfig) -> list[FinishedRun]:
     """Read the runs that are asked for, and check that they are of one split."""
     typed = list(dict.fromkeys(each.strip() for each in config.runs.split(",") if each.strip()))
-    run_ids = finished_runs.find_best_runs() if config.runs == "best" else typed
+    run_ids = finished_runs.find_best_runs(config.split) if config.runs == "best" else typed
     if len(run_ids) < 2:
         raise UserError(f"compare needs two different runs or more; {config.runs!r} is {len(run_ids)}.")
     runs = [finished_runs.read_run(each, config.split) for each in run_ids]

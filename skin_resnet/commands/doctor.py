@@ -15,19 +15,13 @@ from skin_resnet.errors import UserError
 
 _SHOWN = ("torch", "torchvision", "lightning-fabric", "mlflow", "optuna")
 _MIN_FREE_BYTES = 2_000_000_000  # the decoded images and the checkpoints of one training
-_INSTALL = "run `make setup`, or `python -m pip install -r requirements.lock`"
-_DISTRIBUTION = "skin-resnet"
 
 
 def doctor(config: DoctorConfig) -> int:
-    """Print what each check finds.
-
-    Returns:
-        The exit code: 0 if there is no problem, else 1.
-    """
+    """Print what each check finds; return the exit code: 0 if there is no problem, else 1."""
     os.environ["MLFLOW_DISABLE_TELEMETRY"] = "true"  # it would write an id into the home folder
     checks = {
-        "python": check_python,
+        "python": describe_python,
         "packages": check_packages,
         "device": check_device,
         "disk": lambda: check_disk({"cache_dir": config.cache_dir, "checkpoint_dir": config.checkpoint_dir}),
@@ -45,22 +39,18 @@ def doctor(config: DoctorConfig) -> int:
             text = f"PROBLEM: {name}{' '.join(str(error).split())}"
         # As they are found: importing torch and MLflow takes seconds.
         print(f"{topic:10}{text}", flush=True)
-    print("no problems found" if not problems else f"problems found: {problems}")
+    print(f"problems found: {problems}" if problems else "no problems found")
     return min(problems, 1)
 
 
-def check_python() -> str:
+def describe_python() -> str:
     """Return the interpreter's version and place, and the number of cores it may use."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     return f"{platform.python_version()} on {platform.system()}, {cores} cores, {sys.executable}"
 
 
 def check_packages() -> str:
-    """Return the versions of the main packages.
-
-    Raises:
-        UserError: One that we require is not installed, or in another version.
-    """
+    """Return the versions of the main packages; a required one that is missing or too old is a UserError."""
     from packaging.requirements import Requirement  # comes with MLflow, so it may be missing
 
     wrong = []
@@ -71,16 +61,18 @@ def check_packages() -> str:
         if not version or not requirement.specifier.contains(version, prereleases=True):
             wrong.append(f"{requirement} ({version or 'not installed'})")
     if wrong:
-        raise UserError(f"{', '.join(wrong)}; {_INSTALL}")
+        raise UserError(
+            f"{', '.join(wrong)}; run `make setup`, or `python -m pip install -r requirements.lock`"
+        )
     return ", ".join(f"{name} {_find_version(name)}" for name in _SHOWN)
 
 
 def read_requirements() -> list[str]:
-    """Return what this package requires: from its checkout, or from its metadata where it is installed."""
+    """Return what this package requires: from its checkout, or from its metadata if it is installed."""
     project = Path(skin_resnet.__file__).parent.parent / "pyproject.toml"
     if project.is_file():
         return list(tomllib.loads(project.read_text(encoding="utf-8"))["project"]["dependencies"])
-    return importlib.metadata.requires(_DISTRIBUTION) or []
+    return importlib.metadata.requires("skin-resnet") or []
 
 
 def _find_version(name: str) -> str | None:
@@ -91,20 +83,15 @@ def _find_version(name: str) -> str | None:
 
 
 def check_device() -> str:
-    """Return what `device=auto` trains on.
-
-    Raises:
-        UserError: There is a GPU that torch cannot use.
-    """
+    """Return what `device=auto` trains on; a GPU that torch cannot use is a UserError."""
     import torch
 
     if torch.cuda.is_available():
         gpus = []
         for number in range(torch.cuda.device_count()):
             torch.ones(2, device=f"cuda:{number}").sum().item()  # fails if torch was built for other GPUs
-            free, total = torch.cuda.mem_get_info(number)
-            name = torch.cuda.get_device_name(number)
-            gpus.append(f"{name} ({format_bytes(free)} free of {format_bytes(total)})")
+            free, total = (format_bytes(count) for count in torch.cuda.mem_get_info(number))
+            gpus.append(f"{torch.cuda.get_device_name(number)} ({free} free of {total})")
         return f"CUDA {torch.version.cuda}: {', '.join(gpus)}"
     if torch.backends.mps.is_available():
         return "Apple MPS"
@@ -134,11 +121,7 @@ def count_gpus() -> int:
 
 
 def check_disk(folders: dict[str, Path]) -> str:
-    """Return the free space for each folder, by its option.
-
-    Raises:
-        UserError: A folder is not writable, or there is little space.
-    """
+    """Return the free space for each folder by its option; one that is full or read-only is a UserError."""
     texts, problems = [], []
     for option, folder in folders.items():
         place = Path(os.path.expanduser(folder)).absolute()
@@ -157,11 +140,7 @@ def check_disk(folders: dict[str, Path]) -> str:
 
 
 def check_tracking() -> str:
-    """Return where runs are tracked.
-
-    Raises:
-        UserError: The tracking store cannot be used.
-    """
+    """Return where runs are tracked; a store that cannot be used is a UserError."""
     from skin_resnet.tracking.store import check_store
 
     return check_store()

@@ -1,27 +1,41 @@
-"""What finished runs left in MLflow: checkpoints, histories, predictions."""
+"""What MLflow holds of earlier runs: histories, predictions, checkpoints and registered models."""
 
-from dataclasses import dataclass
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
 import mlflow
 import pandas as pd
 import yaml
+from mlflow.entities import LoggedModelStatus, Run
 
 from skin_resnet.errors import UserError
+from skin_resnet.evaluation.metrics import Metrics
+from skin_resnet.tracking.store import OUTAGES, hide_password
 
-_NAMES = ("image_id", "lesion_id", "dx", "prediction")
+# Tags of a search's runs: the study, and of a trial's run the trial's number and how it ended.
+STUDY, TRIAL, STATE = "search.study_id", "search.trial", "search.state"
+REPRODUCES = "reproduces"  # the tag of a reproduction: the run that it repeats
+CHAMPION = "champion"  # the alias of a registered model's best version
+_SCORE = "balanced_accuracy"
+_EPOCH_METRICS = (
+    *(f"{split}/{field.name}" for split in ("train", "val") for field in fields(Metrics)),
+    *("val/gap", "lr", "speed/epoch_s", "speed/images_per_s"),
+)
 
 
 @dataclass(frozen=True, kw_only=True)
 class FinishedRun:
-    """A finished training.
+    """A finished training and its predictions.
 
     Attributes:
         split_hash: Which split it was trained and evaluated on.
         leaks: Whether that split leaks.
-        history: Indexed by epoch, with columns `train/loss`, `val/loss`, ...
-        predictions: A row an image: image_id, lesion_id, dx, prediction, and each class's probability.
+        history: As `read_history` returns it.
+        predictions: A row per image: image_id, lesion_id, dx, prediction, and each class's probability.
     """
 
     run_id: str
@@ -36,134 +50,211 @@ class FinishedRun:
 
 @dataclass(frozen=True, kw_only=True)
 class RecordedTraining:
-    """What is on record of a finished training that it takes to run it again.
+    """What it takes to repeat a finished training.
 
     Attributes:
         options: From `config.yaml`.
         split: The split's CSV.
-        history: Values by metric name and epoch.
+        history: As `read_history` returns it.
     """
 
     options: dict[str, Any]
     tags: dict[str, str]
     split: Path
-    history: dict[str, dict[int, float]]
-
-
-def read_training(run_id: str, folder: Path) -> RecordedTraining:
-    """Read what it takes to run a finished training again.
-
-    Args:
-        run_id: The training's.
-        folder: Where its split is put.
-
-    Raises:
-        UserError: There is no such run, or it is no finished training.
-    """
-    client = mlflow.MlflowClient()
-    try:
-        run = client.get_run(run_id)
-        if "best/epoch" not in run.data.metrics:
-            raise OSError("it is no finished training")
-        split = client.download_artifacts(run_id, "data/split.csv", str(folder))
-        options = client.download_artifacts(run_id, "config.yaml", str(folder))
-    except (mlflow.MlflowException, OSError) as error:
-        raise UserError(
-            f"run must be the id of a finished training, but {run_id!r} is none in "
-            f"{mlflow.get_tracking_uri()} ({str(error).splitlines()[0]})."
-        ) from None
-    names = ["lr", *(name for name in run.data.metrics if name.startswith(("train/", "val/")))]
-    of_epochs = {name: client.get_metric_history(run_id, name) for name in names}
-    return RecordedTraining(
-        options=yaml.safe_load(Path(options).read_text("utf-8")),
-        tags=run.data.tags,
-        split=Path(split),
-        history={name: {p.step: p.value for p in points} for name, points in of_epochs.items()},
-    )
-
-
-def download_checkpoint(model: str) -> Path:
-    """Fetch the best checkpoint of a run (`RUN_ID`, `runs:/RUN_ID`) or a model (`models:/NAME@ALIAS`, ...).
-
-    Raises:
-        UserError: There is no such run or model, or it has no checkpoint.
-    """
-    try:
-        if model.startswith("models:/"):
-            folder = Path(mlflow.artifacts.download_artifacts(model))
-            return next(folder.rglob("*.pt"))
-        run_id = model.removeprefix("runs:/").rstrip("/")
-        experiment_id = mlflow.get_run(run_id).info.experiment_id
-        models = mlflow.search_logged_models(
-            [experiment_id], f"source_run_id = '{run_id}'", output_format="list"
-        )
-        return next(Path(mlflow.artifacts.download_artifacts(models[-1].model_uri)).rglob("*.pt"))
-    except (mlflow.MlflowException, OSError, StopIteration, IndexError) as error:
-        reason = (str(error).splitlines() or ["it holds none"])[0]
-        raise UserError(
-            f"model must be a run id, models:/NAME@ALIAS or a checkpoint file, but {model!r} gives no "
-            f"checkpoint in {mlflow.get_tracking_uri()} ({reason})."
-        ) from None
-
-
-def find_best_runs() -> list[str]:
-    """Give each arch's run with the highest val balanced accuracy, of the open run's experiment.
-
-    Only runs on the split of the best of them all are compared, and none whose split leaks.
-
-    Raises:
-        UserError: There is no finished training in it.
-    """
-    run = mlflow.active_run()
-    assert run is not None, "its experiment is searched"
-    finished = mlflow.search_runs(
-        [run.info.experiment_id],
-        filter_string="attributes.status = 'FINISHED' AND tags.`split.leaks` = 'false' "
-        "AND metrics.`best/val_balanced_accuracy` > 0",
-        order_by=["metrics.`best/val_balanced_accuracy` DESC"],
-        output_format="list",
-    )
-    if not finished:
-        raise UserError("runs=best needs finished trainings in this experiment, but has none; train first.")
-    best: dict[str, str] = {}
-    for each in finished:
-        if each.data.tags["split.hash"] == finished[0].data.tags["split.hash"]:
-            best.setdefault(each.data.params["arch"], each.info.run_id)
-    return [best[arch] for arch in sorted(best, key=lambda arch: (len(arch), arch))]  # 50 before 101
+    history: pd.DataFrame
 
 
 def read_run(run_id: str, split: str) -> FinishedRun:
-    """Read a finished training and its predictions on val or test; test is not opened again by it.
+    """Read a finished training and its predictions on val or test, without evaluating it again.
 
     Raises:
         UserError: There is no such run, or it has no predictions on that split.
     """
+    with _explain(f"run {run_id} is not a training with predictions on {split}"):
+        run = _get_training(run_id)
+        path = _download(run_id, f"{split}/predictions.csv")
+        texts = {"image_id": str, "lesion_id": str, "dx": str}
+        return FinishedRun(
+            run_id=run_id,
+            name=run.info.run_name,
+            arch=run.data.params["arch"],
+            split_hash=run.data.tags.get("split.hash", ""),
+            leaks=run.data.tags.get("split.leaks") == "true",
+            metrics=run.data.metrics,
+            history=read_history(run_id),
+            predictions=pd.read_csv(path, dtype=texts, keep_default_na=False),
+        )
+
+
+def read_training(run_id: str, folder: Path) -> RecordedTraining:
+    """Read what it takes to repeat a finished training; its files are put into the folder.
+
+    Raises:
+        UserError: There is no such run, or it is not a finished training.
+    """
+    with _explain(f"run {run_id} is not a finished training"):
+        run = _get_training(run_id)
+        options = _download(run_id, "config.yaml", folder).read_text(encoding="utf-8")
+        return RecordedTraining(
+            options=yaml.safe_load(options),
+            tags=run.data.tags,
+            split=_download(run_id, "data/split.csv", folder),
+            history=read_history(run_id),
+        )
+
+
+def read_history(run_id: str) -> pd.DataFrame:
+    """Return a training's history as `engine.to_frame` does: a row per epoch, a column per metric key."""
     client = mlflow.MlflowClient()
-    try:
-        run = client.get_run(run_id)
-        if "best/epoch" not in run.data.metrics:
-            raise OSError("it is no finished training")
-        path = mlflow.artifacts.download_artifacts(run_id=run_id, artifact_path=f"{split}/predictions.csv")
-    except (mlflow.MlflowException, OSError) as error:
-        reason = str(error).splitlines()[0]
-        raise UserError(
-            f"runs must be trainings with predictions on {split}, but {run_id!r} is not one in "
-            f"{mlflow.get_tracking_uri()} ({reason})."
-        ) from None
-    names = [f"{part}/{name}" for part in ("train", "val") for name in ("loss", "balanced_accuracy")]
-    history = {
-        name: {point.step: point.value for point in client.get_metric_history(run_id, name)}
-        for name in [*names, "speed/epoch_s", "speed/images_per_s"]
-    }
-    return FinishedRun(
-        run_id=run_id,
-        name=run.info.run_name,
-        arch=run.data.params["arch"],
-        split_hash=run.data.tags.get("split.hash", ""),
-        leaks=run.data.tags.get("split.leaks") == "true",
-        metrics=run.data.metrics,
-        history=pd.DataFrame(history).sort_index(),
-        predictions=pd.read_csv(
-            path, dtype={"image_id": str, "lesion_id": str, "dx": str}, keep_default_na=False
-        ),
+    logged = client.get_run(run_id).data.metrics
+    points = {name: client.get_metric_history(run_id, name) for name in _EPOCH_METRICS if name in logged}
+    history = pd.DataFrame({name: {p.step: p.value for p in points[name]} for name in points})
+    return history.sort_index().rename_axis("epoch")
+
+
+def read_tags(run_id: str) -> dict[str, str]:
+    """Return a run's tags."""
+    return dict(mlflow.MlflowClient().get_run(run_id).data.tags)
+
+
+def download_checkpoint(model: str) -> Path:
+    """Download the checkpoint of a run (`RUN_ID`, `runs:/RUN_ID`) or a model (`models:/NAME@ALIAS`, ...).
+
+    Raises:
+        UserError: There is no such run or model, or it has no checkpoint.
+    """
+    with _explain(f"{model} is not a checkpoint file, a run with a model, or a model (models:/NAME@ALIAS)"):
+        uri = model if model.startswith("models:/") else _find_model(model.removeprefix("runs:/").rstrip("/"))
+        return next(Path(mlflow.artifacts.download_artifacts(uri)).rglob("*.pt"))
+
+
+def find_best_runs(split: str = "test") -> list[str]:
+    """Return each architecture's run with the highest val balanced accuracy, in the open run's experiment.
+
+    Only finished trainings that were evaluated on `split` qualify, no trials, no reproductions, and none
+    whose split leaks. Scores on different splits cannot be compared: of several, the one with the most
+    runs is taken, of those with as many the one that was used last, and a line says so.
+
+    Raises:
+        UserError: None qualifies.
+    """
+    open_run = mlflow.active_run()
+    assert open_run is not None, "its experiment is searched"
+    found = mlflow.search_runs(
+        [open_run.info.experiment_id],
+        filter_string="attributes.status = 'FINISHED' AND tags.`split.leaks` = 'false' "
+        f"AND metrics.`best/val_{_SCORE}` >= 0 AND metrics.`{split}/{_SCORE}` >= 0",
+        order_by=["attributes.start_time DESC"],
+        output_format="list",
     )
+    of_split: dict[str, list[Run]] = defaultdict(list)
+    for run in found:
+        if not {TRIAL, REPRODUCES} & set(run.data.tags):
+            of_split[run.data.tags["split.hash"]].append(run)
+    if not of_split:
+        raise UserError(f"runs=best: this experiment has no finished training that was evaluated on {split}")
+    chosen, *others = sorted(of_split, key=lambda key: len(of_split[key]), reverse=True)
+    if others:
+        left_out = sum(len(of_split[key]) for key in others)
+        print(
+            f"runs=best: {len(of_split[chosen])} runs on split {chosen[:8]}; {left_out} runs on other splits "
+            "are left out, compare them with runs=ID,ID"
+        )
+    best: dict[str, Run] = {}
+    for run in sorted(of_split[chosen], key=lambda run: -float(run.data.metrics[f"best/val_{_SCORE}"])):
+        best.setdefault(run.data.params["arch"], run)
+    # resnet50 before resnet101
+    return [best[arch].info.run_id for arch in sorted(best, key=lambda arch: (len(arch), arch))]
+
+
+def close_killed(study_id: str, is_alive: Callable[[str, dict[str, str]], bool]) -> list[str]:
+    """End the runs of a study that no process works on any more as KILLED, and return their ids.
+
+    Args:
+        study_id: Runs with this tag are considered.
+        is_alive: Returns whether a process works on a running run, by its id and tags.
+    """
+    client = mlflow.MlflowClient()
+    runs: list[Run] = mlflow.search_runs(
+        search_all_experiments=True,
+        filter_string=f"attributes.status = 'RUNNING' AND tags.`{STUDY}` = '{study_id}'",
+        output_format="list",
+    )
+    closed = [run.info.run_id for run in runs if not is_alive(run.info.run_id, run.data.tags)]
+    for run_id in closed:
+        client.set_tag(run_id, STATE, "KILLED")
+        client.set_terminated(run_id, "KILLED")
+    return closed
+
+
+def register_model(
+    model_uri: str, name: str, *, metrics: Mapping[str, float], baseline: float, split_hash: str
+) -> str:
+    """Register a model; it becomes the champion if it beats the present one on val. Return what was done.
+
+    A model that is not better than always predicting the majority class is not registered.
+
+    Args:
+        model_uri: From `log_model`.
+        name: Of the registered model.
+        metrics: Its `val/balanced_accuracy`, and `test/balanced_accuracy` if it was tested; tags of the
+            version.
+        baseline: The balanced accuracy of always predicting the majority class.
+        split_hash: The split they were measured on: those of different splits cannot be compared.
+    """
+    split = "test" if f"test/{_SCORE}" in metrics else "val"
+    score, val = metrics[f"{split}/{_SCORE}"], metrics[f"val/{_SCORE}"]
+    if not score > baseline:
+        return (
+            f"**Not registered: its balanced accuracy on {split}, {score:.3f}, is not above {baseline:.3f}, "
+            "the majority class's.**"
+        )
+    tags = {**{key: repr(float(value)) for key, value in metrics.items()}, "split.hash": split_hash}
+    version = mlflow.register_model(model_uri, name, tags=tags).version
+    client = mlflow.MlflowClient()
+    done = f"Registered as {name}, version {version}"
+    try:
+        champion = client.get_model_version_by_alias(name, CHAMPION)
+    except mlflow.MlflowException:
+        pass  # the first of its name
+    else:
+        kept = f"{done}; version {champion.version} stays {CHAMPION}"
+        if champion.tags.get("split.hash") != split_hash:
+            return f"{kept}: it was measured on another split."
+        if val <= (present := float(champion.tags[f"val/{_SCORE}"])):
+            return f"{kept}, with a val balanced accuracy of {present:.3f} to {val:.3f}."
+    client.set_registered_model_alias(name, CHAMPION, version)
+    return f"{done}, the {CHAMPION}: models:/{name}@{CHAMPION}."
+
+
+def _get_training(run_id: str) -> Run:
+    run = mlflow.MlflowClient().get_run(run_id)
+    if "best/epoch" not in run.data.metrics:
+        raise LookupError("it has no best epoch")
+    return run
+
+
+def _find_model(run_id: str) -> str:
+    """Return the URI of the last model that a run has logged."""
+    run = mlflow.MlflowClient().get_run(run_id)
+    models = mlflow.search_logged_models(
+        [run.info.experiment_id],
+        f"source_run_id = '{run_id}'",
+        order_by=[{"field_name": "creation_time", "ascending": False}],
+        output_format="list",
+    )
+    return next(str(model.model_uri) for model in models if model.status == LoggedModelStatus.READY)
+
+
+def _download(run_id: str, path: str, folder: Path | None = None) -> Path:
+    to = str(folder) if folder else None
+    return Path(mlflow.artifacts.download_artifacts(run_id=run_id, artifact_path=path, dst_path=to))
+
+
+@contextmanager
+def _explain(problem: str) -> Iterator[None]:
+    try:
+        yield
+    except (*OUTAGES, OSError, LookupError, StopIteration) as error:
+        reason = hide_password(" ".join(str(error).split()))[:200] or "nothing found"
+        raise UserError(f"{problem} in {hide_password(mlflow.get_tracking_uri())} ({reason})") from None

@@ -1,7 +1,7 @@
-"""The model that is logged: it takes image bytes; preprocessing, class order and calibration are inside.
+"""The logged model: image bytes in, probabilities out; preprocessing, classes and calibration are included.
 
-MLflow runs this file as the model's code ("models from code"): nothing is pickled, and the package travels
-along in `code_paths`, so the model loads where the package is not installed.
+MLflow runs this file as the model's code ("models from code"): nothing is pickled, and a copy of the package
+is logged with it (`code_paths`), so that the model loads where the package is not installed.
 """
 
 import io
@@ -21,13 +21,13 @@ from skin_resnet.model.preprocess import normalize, to_float
 from skin_resnet.model.resnet import build_resnet
 from skin_resnet.training.checkpoint import read_checkpoint
 
-# What loading and predicting needs, beside the package itself.
+# What loading and predicting needs, besides the package itself.
 REQUIREMENTS = ("torch", "torchvision", "numpy", "pandas", "pillow")
 BATCH_SIZE = 64
 
 
 def build_signature(classes: tuple[str, ...]) -> ModelSignature:
-    """Give the model's signature: an image file's bytes in, the diagnosis and each probability out."""
+    """Return the signature: an image file's bytes in, the diagnosis and each class's probability out."""
     return ModelSignature(
         inputs=Schema([ColSpec(DataType.binary, "image")]),
         outputs=Schema(
@@ -37,14 +37,14 @@ def build_signature(classes: tuple[str, ...]) -> ModelSignature:
 
 
 def draw_example() -> pd.DataFrame:
-    """Give a valid input: a plain skin-coloured picture, which a served model can be tried with."""
+    """Return a valid input, to try a served model with: one plain skin-coloured image."""
     file = io.BytesIO()
     Image.new("RGB", (64, 48), (222, 178, 154)).save(file, "PNG")
     return pd.DataFrame({"image": [file.getvalue()]})
 
 
 class LesionClassifier(PythonModel):
-    """Classifies photos of skin lesions from the bytes of their files (JPEG, PNG, ...)."""
+    """Classifies images of skin lesions, given as the bytes of their files (JPEG, PNG, ...)."""
 
     def load_context(self, context: Any) -> None:
         """Build the network from the checkpoint among the model's artifacts."""
@@ -63,16 +63,15 @@ class LesionClassifier(PythonModel):
         """Classify images.
 
         Args:
-            context: Given by MLflow.
-            model_input: A data frame whose column `image` holds the bytes of image files.
+            context: From MLflow; unused.
+            model_input: The column `image` holds the bytes of image files.
             params: Unused.
 
         Returns:
-            A data frame, a row an image: `prediction` (the most probable class's code), and a column per
-            class with its probability.
+            A row per image: `prediction`, the most probable class, and each class's probability.
 
         Raises:
-            BadImageError: An image cannot be decoded; the message says which row.
+            BadImageError: An image cannot be decoded; the message names its row.
         """
         images = list(model_input["image"])
         batches = [
@@ -99,9 +98,7 @@ class LesionClassifier(PythonModel):
         try:
             return decode_image(io.BytesIO(image), self._image_size)
         except BadImageError as error:
-            raise BadImageError(
-                f"row {row} of the column image must be a readable picture, but {error}."
-            ) from None
+            raise BadImageError(f"row {row} of the column image: {error}") from None
 
 
 mlflow.models.set_model(LesionClassifier())

@@ -37,53 +37,53 @@ def hide_password(text: str) -> str:
 
 
 def prepare_store() -> None:
-    """Check the tracking store and create its sqlite database if there is none, once per process and URI.
+    """Check the tracking store, and create its sqlite database if there is none; once per process and URI.
 
     Processes may do so at the same time, and be killed at any moment: the database appears when it is whole.
 
     Raises:
         UserError: The store cannot be used.
     """
-    quiet_mlflow()
     _prepare(mlflow.get_tracking_uri(), Path.cwd())
 
 
-@cache
-def _prepare(uri: str, folder: Path) -> None:
-    """Prepare the store at a URI, which may be relative to the folder."""
-    try:
-        file = _find_sqlite_file(uri)
-        if file and not _is_complete(file):
-            _create_database(make_url(uri), file)
-        _check_connection(uri)
-        _create_experiment()
-    except UserError:
-        raise
-    except Exception as error:  # drivers, servers and damaged files fail in ways that nobody can list
-        raise _explain(uri, error) from None
-
-
 def check_store() -> str:
-    """Check the tracking store without creating it, and return where it is.
+    """Check the tracking store without creating anything, and return where it is.
 
     Raises:
         UserError: The store cannot be used.
     """
-    quiet_mlflow()
     uri = mlflow.get_tracking_uri()
+    is_created = _check(uri, create=False)
+    return hide_password(uri) + ("" if is_created else ", created by the first run")
+
+
+@cache
+def _prepare(uri: str, folder: Path) -> None:
+    """Prepare the store at a URI, which may be relative to the current folder."""
+    _check(uri, create=True)
+
+
+def _check(uri: str, *, create: bool) -> bool:
+    """Check a store; return whether it exists."""
+    _quiet_mlflow()
     try:
         file = _find_sqlite_file(uri)
         if file and not _is_complete(file):
-            return f"{hide_password(uri)}, created by the first run"
-        _check_connection(uri)
+            if not create:
+                return False
+            _create_database(make_url(uri), file)
+        _connect(uri)
+        if create:
+            _create_experiment()
     except UserError:
         raise
-    except Exception as error:  # as above
+    except Exception as error:  # drivers, servers and damaged files fail in ways that nobody can list
         raise _explain(uri, error) from None
-    return hide_password(uri)
+    return True
 
 
-def quiet_mlflow() -> None:
+def _quiet_mlflow() -> None:
     """Limit what MLflow prints, and how often it retries an absent server."""
     logging.getLogger("mlflow").setLevel(logging.WARNING)
     # Its tracebacks and urllib3's retries; the exceptions themselves are raised and reported.
@@ -187,7 +187,7 @@ def _remove(database: Path) -> None:
         Path(f"{database}{suffix}").unlink(missing_ok=True)
 
 
-def _check_connection(uri: str) -> None:
+def _connect(uri: str) -> None:
     """Connect once, with a time limit, before MLflow does so, which retries for two minutes.
 
     Raises:

@@ -1,0 +1,193 @@
+"""Reading earlier runs, choosing the best of them, and the registry's champion."""
+
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+import mlflow
+import pandas as pd
+import pytest
+
+from skin_resnet.errors import UserError
+from skin_resnet.tracking.history import (
+    close_killed,
+    download_checkpoint,
+    find_best_runs,
+    read_history,
+    read_run,
+    read_training,
+    register_model,
+)
+from skin_resnet.tracking.store import prepare_store
+from skin_resnet.training.engine import EpochResult, to_frame
+from tests.test_outage import build_epoch
+
+UNKNOWN = "0" * 32
+
+
+@pytest.fixture(scope="module")
+def store(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    uri = f"sqlite:///{tmp_path_factory.mktemp('store')}/mlflow.db"
+    mlflow.set_tracking_uri(uri)
+    prepare_store()
+    yield uri
+    mlflow.set_tracking_uri(None)
+
+
+@pytest.fixture(autouse=True)
+def client(store: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> mlflow.MlflowClient:
+    """A store with a new experiment, in which runs are started."""
+    client = mlflow.MlflowClient(store)
+    monkeypatch.setenv("MLFLOW_EXPERIMENT_ID", client.create_experiment(tmp_path.name, tmp_path.as_uri()))
+    return client
+
+
+def create_run(**tags: str) -> str:
+    with mlflow.start_run(tags=tags) as run:
+        return str(run.info.run_id)
+
+
+def record(
+    val: float = 0.5, arch: str = "resnet50", *, split: str = "a", is_tested: bool = True,
+    status: str = "FINISHED", **tags: str,
+) -> str:  # fmt: skip
+    """Record a training as `train` does, as far as it matters here; return its id."""
+    metrics = {"best/epoch": 1.0, "best/val_balanced_accuracy": val, "val/balanced_accuracy": val}
+    run_id = create_run(**{"split.hash": split, "split.leaks": "false", **tags})
+    client = mlflow.MlflowClient()
+    client.log_param(run_id, "arch", arch)
+    for name, value in (metrics | ({"test/balanced_accuracy": val} if is_tested else {})).items():
+        client.log_metric(run_id, name, value, step=1)
+    client.set_terminated(run_id, status)
+    return run_id
+
+
+def find_best(split: str = "test") -> list[str]:
+    with mlflow.start_run():
+        return find_best_runs(split)
+
+
+def test_the_best_run_of_each_arch_is_found() -> None:
+    record(0.5)
+    expected = [record(0.6), record(0.4, "resnet101"), record(0.3, "resnet152")]
+    assert find_best() == expected
+
+
+@pytest.mark.parametrize(
+    "unfit",
+    [
+        {"search.trial": "3"},
+        {"reproduces": UNKNOWN},
+        {"split.leaks": "true"},
+        {"is_tested": False},
+        {"status": "FAILED"},
+        {"split": "other data"},
+    ],
+)
+def test_only_finished_tested_trainings_of_one_split_are_compared(unfit: dict, capsys) -> None:
+    record(0.99, "resnet101", **unfit)
+    expected = [record(0.5), record(0.6, "resnet152")]
+    assert find_best() == expected
+    assert ("other splits" in capsys.readouterr().out) == ("split" in unfit)
+
+
+def test_of_splits_with_as_many_runs_the_latest_is_taken() -> None:
+    record(0.9, split="old")
+    latest = record(0.5, split="new")
+    assert find_best() == [latest]
+
+
+def test_runs_that_were_not_tested_are_compared_on_val_and_none_is_an_error() -> None:
+    run_id = record(is_tested=False)
+    assert find_best("val") == [run_id]
+    with pytest.raises(UserError, match="test"):
+        find_best("test")
+
+
+def log_epochs(client: mlflow.MlflowClient, run_id: str, epochs: list[EpochResult]) -> None:
+    for epoch in epochs:
+        for name, value in epoch.to_metrics().items():
+            client.log_metric(run_id, name, value, epoch.timestamp_ms, epoch.epoch)
+
+
+def test_the_history_is_read_back_as_it_was_logged(client: mlflow.MlflowClient) -> None:
+    run_id = create_run()
+    epochs = [build_epoch(number) for number in (1, 2, 3)]
+    log_epochs(client, run_id, epochs[::-1])
+    log_epochs(client, run_id, epochs[:2])  # a resumed run logs what it knows again
+    client.log_metric(run_id, "val/ece", 0.1, step=2)  # of the evaluation, not of an epoch
+    pd.testing.assert_frame_equal(read_history(run_id), to_frame(epochs), check_dtype=False)
+
+
+def test_a_run_is_read_with_its_predictions_and_one_to_repeat_with_its_options(
+    client: mlflow.MlflowClient, tmp_path: Path
+) -> None:
+    run_id = record(0.5, split="a")
+    client.log_text(
+        run_id, "image_id,lesion_id,dx,prediction,NA,nv\n001,NA,NA,nv,0.25,0.75\n", "test/predictions.csv"
+    )
+    client.log_text(run_id, "image_id,split\n001,test\n", "data/split.csv")
+    client.log_dict(run_id, {"data": "it's  a \\ folder", "epochs": 2}, "config.yaml")
+    run = read_run(run_id, "test")
+    assert (run.arch, run.split_hash, run.leaks) == ("resnet50", "a", False)
+    assert run.predictions.iloc[0].tolist() == ["001", "NA", "NA", "nv", 0.25, 0.75]
+    training = read_training(run_id, tmp_path)
+    assert training.options == {"data": "it's  a \\ folder", "epochs": 2}
+    assert training.split.read_text().endswith("001,test\n")
+
+
+@pytest.mark.parametrize("case", ["unknown", "no training", "no predictions"])
+def test_what_cannot_be_read_is_one_line(case: str, tmp_path: Path) -> None:
+    no_training = create_run()
+    run_id = {"unknown": UNKNOWN, "no training": no_training, "no predictions": record()}[case]
+    for read in (lambda: read_run(run_id, "test"), lambda: read_training(run_id, tmp_path)):
+        with pytest.raises(UserError, match=run_id):
+            read()
+    for model in (run_id, f"runs:/{run_id}", "models:/nosuch@champion"):
+        with pytest.raises(UserError, match=model):
+            download_checkpoint(model)
+
+
+def test_runs_of_a_study_that_nobody_works_on_are_closed(client: mlflow.MlflowClient) -> None:
+    alive, dead, other = (
+        client.create_run("0", tags={"search.study_id": name}).info.run_id for name in "aab"
+    )
+    assert close_killed("a", lambda run_id, tags: run_id == alive) == [dead]
+    statuses = [client.get_run(run_id).info.status for run_id in (alive, dead, other)]
+    assert statuses == ["RUNNING", "KILLED", "RUNNING"]
+
+
+def register(val: float, test: float | None = 0.5, split_hash: str = "a") -> str:
+    """Register a model under the test's name."""
+    run_id = create_run()
+    mlflow.MlflowClient().log_text(run_id, "flavors: {}", "model/MLmodel")
+    metrics = {"val/balanced_accuracy": val} | ({} if test is None else {"test/balanced_accuracy": test})
+    return register_model(
+        f"runs:/{run_id}/model", get_name(), metrics=metrics, baseline=0.143, split_hash=split_hash
+    )
+
+
+def get_name() -> str:
+    return f"model {os.environ['MLFLOW_EXPERIMENT_ID']}"
+
+
+def find_champion() -> str:
+    return str(mlflow.MlflowClient().get_model_version_by_alias(get_name(), "champion").version)
+
+
+def test_only_a_better_model_on_the_same_split_becomes_champion() -> None:
+    champions = []
+    for val, split_hash in ((0.5, "a"), (0.5, "a"), (0.9, "b"), (0.6, "a")):
+        register(val, split_hash=split_hash)
+        champions.append(find_champion())
+    assert champions == ["1", "1", "1", "4"]
+
+
+@pytest.mark.parametrize(("val", "test"), [(0.9, 0.137), (0.9, 0.143), (0.143, None), (0.9, float("nan"))])
+def test_a_model_that_does_not_beat_the_majority_class_is_not_registered(
+    val: float, test: float | None
+) -> None:
+    register(0.2)
+    assert "Not registered" in register(val, test)
+    assert find_champion() == "1"
+    assert len(mlflow.MlflowClient().search_model_versions(f"name = '{get_name()}'")) == 1
