@@ -38,7 +38,7 @@ class PilDataset(Dataset[Tensor]):
         return len(self.paths)
 
     def __getitem__(self, index: int) -> Tensor:
-        """Give a image, float32 (3, S, S) in [0, 1]."""
+        """Return a image, float32 (3, S, S) in [0, 1]."""
         with Image.open(self.paths[index]) as image:
             pixels: Tensor = self.transform(image.convert("RGB"))
         return pixels
