@@ -26,7 +26,7 @@ WORKERS = 2
 
 
 class PilDataset(Dataset[Tensor]):
-    """Decode, resize and crop a image each time it is asked for."""
+    """Decode, resize and crop an image each time it is asked for."""
 
     def __init__(self, paths: list[str], image_size: int) -> None:
         to_tensor = v2.Compose([v2.ToImage(), v2.ToDtype(torch.float32, scale=True)])
@@ -38,7 +38,7 @@ class PilDataset(Dataset[Tensor]):
         return len(self.paths)
 
     def __getitem__(self, index: int) -> Tensor:
-        """Return a image, float32 (3, S, S) in [0, 1]."""
+        """Return an image, float32 (3, S, S) in [0, 1]."""
         with Image.open(self.paths[index]) as image:
             pixels: Tensor = self.transform(image.convert("RGB"))
         return pixels

@@ -16,7 +16,7 @@ from skin_resnet.data.decode import BadImageError, decode_image
 
 
 def draw(width: int, height: int) -> Image.Image:
-    """Draw a image in which every spot is different, smooth enough to survive JPEG."""
+    """Draw an image in which every spot is different, smooth enough to survive JPEG."""
     x, y = np.meshgrid(np.linspace(0, 1, width), np.linspace(0, 1, height))
     channels = (x, y, np.abs(np.sin(9 * x * y)))
     return Image.fromarray(

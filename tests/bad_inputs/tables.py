@@ -79,7 +79,7 @@ def with_split(change: Callable[[list[str]], list[str]], **cells: str) -> Callab
 
 
 def with_files(contents: dict[str, str]) -> Callable[[Path], Options]:
-    """Write files by path, and give their folder as data; a image may be empty where nothing opens it."""
+    """Write files by path, and give their folder as data; an image may be empty where nothing opens it."""
 
     def make(folder: Path) -> Options:
         for name, content in contents.items():
@@ -181,7 +181,7 @@ METADATA = [
             ("no lesion is left", "2 in all"),
         ),
         ("unknown dx in HAM10000", with_ham10000("L1,I1,scc", "I1.jpg"), ("akiec", "'scc'")),
-        ("HAM10000 without a image", with_ham10000("L1,I1,mel"), ("lacks the file", "'I1'")),
+        ("HAM10000 without an image", with_ham10000("L1,I1,mel"), ("lacks the file", "'I1'")),
         (
             "HAM10000 without a row",
             with_ham10000("L1,I1,mel", "I1.jpg", "I2.jpg"),
