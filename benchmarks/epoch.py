@@ -1,4 +1,4 @@
-"""What an epoch's time goes into: `python -m benchmarks.epoch`.
+"""Where the time of an epoch goes: `python -m benchmarks.epoch`.
 
 Trains a ResNet-50 on the demo data at 64 px, then times the same epoch's batches without the network, and the
 tracking calls an epoch makes, all in one run.
@@ -28,7 +28,7 @@ EPOCHS = 3
 
 
 def measure(action: Callable[[], object], times: int = 5) -> float:
-    """Give the median seconds of an action."""
+    """Return the median duration of an action in seconds."""
     seconds = []
     for _ in range(times):
         start = time.perf_counter()

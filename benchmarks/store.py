@@ -1,6 +1,6 @@
 """Images a second from disk to float batches: the image store beside a usual PIL data set in a DataLoader.
 
-`python -m benchmarks.store [FOLDER]`; without a folder of pictures it draws some as large as HAM10000's.
+`python -m benchmarks.store [FOLDER]`; without a folder of images it draws some as large as HAM10000's.
 """
 
 import sys
@@ -26,7 +26,7 @@ WORKERS = 2
 
 
 class PilDataset(Dataset[Tensor]):
-    """Decode, resize and crop a picture each time it is asked for."""
+    """Decode, resize and crop an image each time it is asked for."""
 
     def __init__(self, paths: list[str], image_size: int) -> None:
         to_tensor = v2.Compose([v2.ToImage(), v2.ToDtype(torch.float32, scale=True)])
@@ -34,18 +34,18 @@ class PilDataset(Dataset[Tensor]):
         self.transform = v2.Compose([v2.Resize(image_size), v2.CenterCrop(image_size), to_tensor])
 
     def __len__(self) -> int:
-        """Count the pictures."""
+        """Count the images."""
         return len(self.paths)
 
     def __getitem__(self, index: int) -> Tensor:
-        """Give a picture, float32 (3, S, S) in [0, 1]."""
+        """Return an image, float32 (3, S, S) in [0, 1]."""
         with Image.open(self.paths[index]) as image:
             pixels: Tensor = self.transform(image.convert("RGB"))
         return pixels
 
 
 def draw_images(folder: Path) -> None:
-    """Write JPEGs of smooth colours under sensor noise, about as heavy as photographs."""
+    """Write JPEGs of smooth colors under sensor noise, about as heavy as photographs."""
     rng = np.random.default_rng(0)
     for number in range(DRAWN_IMAGES):
         smooth = Image.fromarray(rng.integers(60, 220, (9, 12, 3), dtype=np.uint8))
@@ -55,7 +55,7 @@ def draw_images(folder: Path) -> None:
 
 
 def read_batches(store: ImageStore) -> Iterator[Tensor]:
-    """Give every picture of the store once, in random order, float32 (N, 3, S, S) in [0, 1]."""
+    """Yield every image of the store once, in random order, float32 (N, 3, S, S) in [0, 1]."""
     order = np.random.default_rng(0).permutation(len(store.image_ids))
     for start in range(0, len(order), BATCH_SIZE):
         rows = order[start : start + BATCH_SIZE]
@@ -70,12 +70,12 @@ def measure(batches: Iterable[Tensor]) -> float:
 
 
 def compare(folder: Path, cache_dir: Path) -> None:
-    """Build the store of a folder's pictures, read it and the pictures once each, and print the ratio."""
+    """Build the store of a folder's images, read it and the images once each, and print the ratio."""
     paths = sorted(path for path in folder.rglob("*") if path.suffix.lower() in {".jpg", ".jpeg", ".png"})
     table = pd.DataFrame({"image_id": map(str, range(len(paths))), "path": map(str, paths)})
     store = open_store(table, "auto", cache_dir, "stop")
     size, count = store.image_size, len(paths)
-    print(f"{count} pictures to {size} px in {store.build_s:.1f} s, once: {count / store.build_s:.0f} img/s")
+    print(f"{count} images to {size} px in {store.build_s:.1f} s, once: {count / store.build_s:.0f} img/s")
     dataset = PilDataset(list(table["path"]), size)
     loader = DataLoader(dataset, BATCH_SIZE, shuffle=True, num_workers=WORKERS, persistent_workers=True)
     next(iter(loader))  # the workers start here, which an epoch of many would not notice
@@ -86,7 +86,7 @@ def compare(folder: Path, cache_dir: Path) -> None:
 
 
 def main() -> None:
-    """Compare on the folder of the command line, or on drawn pictures."""
+    """Compare on the folder of the command line, or on drawn images."""
     torch.set_num_threads(1)
     with TemporaryDirectory() as scratch:
         folder = Path(sys.argv[1]) if len(sys.argv) > 1 else Path(scratch, "images")

@@ -11,13 +11,13 @@ from PIL import Image
 from skin_resnet.labels import HAM10000_CLASSES
 
 os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
-# Before torch is imported, and for the processes that tests start: on pictures this small a second thread
+# Before torch is imported, and for the processes that tests start: on images this small a second thread
 # gains nothing, and on a busy machine two that wait for each other take twenty times as long.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 
 def make_table(lesions_per_class: int = 12, classes: tuple[str, ...] = HAM10000_CLASSES) -> pd.DataFrame:
-    """A table as `extract` gives it; every third lesion has three photos."""
+    """A table as `extract` gives it; every third lesion has three images."""
     rows = []
     for target, dx in enumerate(classes):
         for lesion in range(lesions_per_class):
@@ -32,12 +32,12 @@ def make_table(lesions_per_class: int = 12, classes: tuple[str, ...] = HAM10000_
 
 
 def write_class_folders(folder: Path, images_per_class: int = 12, size: int = 32) -> Path:
-    """A folder per class of small pictures that a network can tell apart: each class has its colour."""
+    """A folder per class of small images that a network can tell apart: each class has its color."""
     rng = np.random.default_rng(0)
-    for dx, colour in (("blue", (60, 80, 200)), ("green", (60, 200, 80)), ("red", (200, 60, 80))):
+    for dx, color in (("blue", (60, 80, 200)), ("green", (60, 200, 80)), ("red", (200, 60, 80))):
         (folder / dx).mkdir(parents=True)
         for number in range(images_per_class):
-            pixels = np.clip(rng.normal(colour, 40, (size, size, 3)), 0, 255).astype(np.uint8)
+            pixels = np.clip(rng.normal(color, 40, (size, size, 3)), 0, 255).astype(np.uint8)
             Image.fromarray(pixels).save(folder / dx / f"{dx}_{number:02}.png")
     return folder
 

@@ -18,7 +18,7 @@ def seeded(seed: int = 0) -> torch.Generator:
 
 
 def smooth_images(count: int = 3, height: int = 48, width: int = 48) -> Tensor:
-    """Draw blobs in [0.35, 0.65]: no colour test here leaves [0, 1], so clamping hides nothing."""
+    """Draw blobs in [0.35, 0.65]: no color test here leaves [0, 1], so clamping hides nothing."""
     coarse = torch.rand((count, 3, 6, 6), generator=seeded(1))
     return tv.resize(coarse, [height, width]) * 0.3 + 0.35
 
@@ -58,7 +58,7 @@ def test_a_quarter_turn_is_clockwise() -> None:
     assert_near(turned, tv.rotate(images, -90))
 
 
-def test_a_shift_is_right_and_down_and_mirrors_the_picture_at_its_border() -> None:
+def test_a_shift_is_right_and_down_and_mirrors_the_image_at_its_border() -> None:
     images = smooth_images(2, 40, 80)
     shifted = augment(images, Recipe(shift_fraction=(0.1, 0.1)), seeded())
     padded = np.pad(images.numpy(), ((0, 0), (0, 0), (4, 0), (8, 0)), mode="symmetric")
@@ -86,7 +86,7 @@ def test_flips_are_drawn_for_each_axis_and_image() -> None:
 
 @pytest.mark.parametrize("factor", [0.6, 0.9, 1.3])
 @pytest.mark.parametrize("name", ["brightness", "contrast", "saturation"])
-def test_colour_factors_are_those_of_torchvision(name: str, factor: float) -> None:
+def test_color_factors_are_those_of_torchvision(name: str, factor: float) -> None:
     images = smooth_images()
     changed = augment(images, Recipe(**{name: (factor, factor)}), seeded())
     expected = torch.stack([getattr(tv, f"adjust_{name}")(image, factor) for image in images])
@@ -94,7 +94,7 @@ def test_colour_factors_are_those_of_torchvision(name: str, factor: float) -> No
     assert_near(changed, expected, tolerance=1e-4)
 
 
-def test_colour_factors_follow_each_other_in_torchvisions_first_order() -> None:
+def test_color_factors_follow_each_other_in_torchvisions_first_order() -> None:
     images = smooth_images()
     recipe = Recipe(brightness=(0.8, 0.8), contrast=(1.3, 1.3), saturation=(0.7, 0.7))
     one_by_one = tv.adjust_saturation(tv.adjust_contrast(tv.adjust_brightness(images[0], 0.8), 1.3), 0.7)
@@ -104,7 +104,7 @@ def test_colour_factors_follow_each_other_in_torchvisions_first_order() -> None:
 @pytest.mark.parametrize("degrees", [-30.0, 5.0, 120.0])
 def test_hue_turns_the_chroma_plane_of_yiq(degrees: float) -> None:
     def to_chroma(pixels: np.ndarray) -> np.ndarray:
-        # I + jQ by its definition: the colour differences U and V of YUV, turned by 33 degrees and swapped.
+        # I + jQ by its definition: the color differences U and V of YUV, turned by 33 degrees and swapped.
         red, green, blue = pixels
         luma = 0.299 * red + 0.587 * green + 0.114 * blue
         u, v = 0.492111 * (blue - luma), 0.877283 * (red - luma)
@@ -123,7 +123,7 @@ def test_a_grey_image_stays_as_grey_as_it_is() -> None:
     assert_near(augment(grey, recipe, seeded()), grey)
 
 
-def test_erasing_covers_the_drawn_box_with_the_mean_colour_and_nothing_else() -> None:
+def test_erasing_covers_the_drawn_box_with_the_mean_color_and_nothing_else() -> None:
     images = smooth_images(16, 64, 64)
     recipe = Recipe(erase_probability=1, erase_area_fraction=(0.1, 0.3))
     erased = augment(images, recipe, seeded())

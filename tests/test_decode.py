@@ -16,7 +16,7 @@ from skin_resnet.data.decode import BadImageError, decode_image
 
 
 def draw(width: int, height: int) -> Image.Image:
-    """Draw a picture in which every spot is different, smooth enough to survive JPEG."""
+    """Draw an image in which every spot is different, smooth enough to survive JPEG."""
     x, y = np.meshgrid(np.linspace(0, 1, width), np.linspace(0, 1, height))
     channels = (x, y, np.abs(np.sin(9 * x * y)))
     return Image.fromarray(
@@ -53,7 +53,7 @@ def test_a_file_and_its_bytes_give_the_same_pixels(tmp_path: Path) -> None:
         np.testing.assert_array_equal(decode_image(file, 32), decode_image(path, 32))
 
 
-# What a camera must do to the upright picture so that the EXIF orientation undoes it.
+# What a camera must do to the upright image so that the EXIF orientation undoes it.
 CAMERA_TURNS = {
     1: None,
     2: Image.Transpose.FLIP_LEFT_RIGHT,
@@ -67,7 +67,7 @@ CAMERA_TURNS = {
 
 
 @pytest.mark.parametrize("orientation", CAMERA_TURNS)
-def test_every_exif_orientation_gives_the_upright_picture(orientation: int) -> None:
+def test_every_exif_orientation_gives_the_upright_image(orientation: int) -> None:
     upright, turn = draw(60, 45), CAMERA_TURNS[orientation]
     exif = Image.Exif()
     exif[0x0112] = orientation
@@ -95,7 +95,7 @@ def test_sixteen_bit_grey_is_scaled_to_eight_bits(file_format: str) -> None:
         ("CMYK", "TIFF"),
     ],
 )
-def test_other_colour_modes_become_rgb(mode: str, file_format: str) -> None:
+def test_other_color_modes_become_rgb(mode: str, file_format: str) -> None:
     encoded = encode(draw(48, 48).convert(mode), file_format)
     oracle = np.asarray(Image.open(encoded).convert("RGB").resize((32, 32), Image.Resampling.BILINEAR))
     np.testing.assert_array_equal(decode_image(encoded, 32), oracle)
@@ -115,7 +115,7 @@ def test_transparency_becomes_black(file_format: str) -> None:
     np.testing.assert_array_equal(pixels[16:], np.asarray(draw(32, 32))[16:])
 
 
-def test_a_palettes_transparent_colour_becomes_black() -> None:
+def test_a_palettes_transparent_color_becomes_black() -> None:
     image = Image.new("P", (32, 32), 1)
     image.putpalette([0, 0, 0, 250, 120, 60])
     assert (decode(image)[0, 0] == (250, 120, 60)).all()
@@ -124,14 +124,14 @@ def test_a_palettes_transparent_colour_becomes_black() -> None:
 
 @pytest.mark.parametrize("file_format", ["GIF", "WEBP"])
 def test_an_animation_gives_its_first_frame(file_format: str) -> None:
-    frames = [Image.new("RGB", (32, 32), colour) for colour in ("red", "green", "blue")]
+    frames = [Image.new("RGB", (32, 32), color) for color in ("red", "green", "blue")]
     options = {"lossless": True} if file_format == "WEBP" else {}
     pixels = decode(frames[0], file_format=file_format, save_all=True, append_images=frames[1:], **options)
     assert (pixels == (255, 0, 0)).all()
 
 
 @pytest.mark.parametrize("file_format", ["JPEG", "PNG", "TIFF", "WEBP", "BMP", "GIF"])
-def test_a_truncated_picture_is_refused(file_format: str) -> None:
+def test_a_truncated_image_is_refused(file_format: str) -> None:
     assert not ImageFile.LOAD_TRUNCATED_IMAGES
     whole = encode(draw(60, 45), file_format).getvalue()
     for kept_fraction in (0.3, 0.6, 0.9):
@@ -178,7 +178,7 @@ def test_over_64_megapixels_are_refused_from_the_header(side: int, action: Any) 
             decode_image(header, 32)
 
 
-def test_a_picture_that_resizing_would_blow_up_is_refused() -> None:
+def test_a_image_that_resizing_would_blow_up_is_refused() -> None:
     with pytest.raises(BadImageError, match="16x100000 is too elongated for a shorter side of 224 px"):
         decode(Image.new("1", (16, 100_000)), 224)
 

@@ -11,7 +11,7 @@ from skin_resnet.labels import HAM10000_CLASSES
 
 
 def write_list(folder: Path, *lines: str) -> str:
-    """Write a CSV source beside pictures 1.jpg to 3.jpg; extract never opens one, so they are empty."""
+    """Write a CSV source beside images 1.jpg to 3.jpg; extract never opens one, so they are empty."""
     for name in ("1.jpg", "2.jpg", "3.jpg"):
         (folder / name).touch()
     (folder / "list.csv").write_text("\n".join(lines), encoding="utf-8")

@@ -22,7 +22,7 @@ SIZE = 64
 
 
 def draw(number: int) -> Image.Image:
-    """A picture of smooth patches, as unlike the others as two photos of skin are."""
+    """A image of smooth patches, as unlike the others as two images of skin are."""
     noise = np.random.default_rng(number).integers(0, 256, (6, 6, 3), dtype=np.uint8)
     return Image.fromarray(noise).resize((SIZE, SIZE), Image.Resampling.BICUBIC)
 
@@ -50,7 +50,7 @@ def audit(table: pd.DataFrame, sides: list[str], pixels: Pixels | None = None) -
 
 
 def make_small_table() -> pd.DataFrame:
-    """Two classes of three lesions: one with three photos, two with one."""
+    """Two classes of three lesions: one with three images, two with one."""
     table = make_table(lesions_per_class=4, classes=("mel", "nv"))
     return table[~table.lesion_id.str.endswith("3")].reset_index(drop=True)
 
@@ -83,11 +83,11 @@ def test_a_lesion_in_two_splits_is_found_and_priced_by_class() -> None:
     assert report.class_counts.test.to_dict() == {"mel": 2, "nv": 1}
 
 
-def test_published_pairs_are_found_through_their_lesions_other_photos() -> None:
+def test_published_pairs_are_found_through_their_lesions_other_images() -> None:
     table = make_small_table()
     table.loc[[0, 3], "image_id"] = ["ISIC_0033481", "ISIC_0033421"]
     table = table.assign(lesion_id=["L0", "L0", "L0", "L1", *table.lesion_id[4:]])
-    # The pair's own first photo is in no split.
+    # The pair's own first image is in no split.
     sides = Split(train=("mel_000_1",), val=("mel_000_2",), test=("ISIC_0033421",))
     report = audit_split(table, sides, build_store(table, draw_pixels(table)))
     assert list_pairs(report) == [
@@ -98,7 +98,7 @@ def test_published_pairs_are_found_through_their_lesions_other_photos() -> None:
     assert report.unused == len(table) - 3
 
 
-def test_equal_pixels_are_a_leak_and_pictures_of_one_colour_are_not_alike() -> None:
+def test_equal_pixels_are_a_leak_and_images_of_one_color_are_not_alike() -> None:
     table = make_small_table()
     pixels = draw_pixels(table)
     pixels[9] = pixels[0]

@@ -26,7 +26,7 @@ ISIC_ROWS = ("ISIC_1,0,0,0,0,0,0,1", "ISIC_2,0.0,1.0,0.0,0.0,0.0,0.0,0.0")
 
 
 def touch(folder: Path, *names: str) -> None:
-    """Make pictures; reading a source never opens one, so they are empty."""
+    """Make images; reading a source never opens one, so they are empty."""
     for name in names:
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
         (folder / name).touch()
@@ -38,9 +38,9 @@ def write_lines(file: Path, *lines: str) -> Path:
     return file
 
 
-def write_ham10000(folder: Path, rows: Sequence[str] = ROWS, pictures: Sequence[str] = PARTS) -> Path:
+def write_ham10000(folder: Path, rows: Sequence[str] = ROWS, images: Sequence[str] = PARTS) -> Path:
     write_lines(folder / "HAM10000_metadata.csv", HEADER, *rows)
-    touch(folder, *pictures)
+    touch(folder, *images)
     return folder
 
 
@@ -55,7 +55,7 @@ def read(source: Path | str) -> pd.DataFrame:
     return read_source(str(source), Path("nowhere"))
 
 
-def list_pictures(folder: Path) -> list[str]:
+def list_images(folder: Path) -> list[str]:
     return [str(Path(path).relative_to(folder)) for path in read(folder)["path"]]
 
 
@@ -66,7 +66,7 @@ def check_refusal(source: Path | str, *told: str) -> None:
     assert all(text in str(refusal.value) for text in told)
 
 
-def test_kaggle_layout_has_its_pictures_in_both_parts(tmp_path: Path) -> None:
+def test_kaggle_layout_has_its_images_in_both_parts(tmp_path: Path) -> None:
     table = read(write_ham10000(tmp_path))
 
     assert table["dx"].tolist() == ["nv", "nv", "mel"]
@@ -74,12 +74,12 @@ def test_kaggle_layout_has_its_pictures_in_both_parts(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("name", ["HAM10000_metadata", "HAM10000_metadata.tab", "ham10000_metadata.csv"])
-def test_dataverse_layout_has_its_pictures_anywhere_below(tmp_path: Path, name: str) -> None:
-    pictures = [f"unzipped/HAM10000_images/ISIC_{number}.jpg" for number in (1, 2, 3)]
+def test_dataverse_layout_has_its_images_anywhere_below(tmp_path: Path, name: str) -> None:
+    images = [f"unzipped/HAM10000_images/ISIC_{number}.jpg" for number in (1, 2, 3)]
     write_lines(tmp_path / name, *(line.replace(",", "\t") for line in (HEADER, *ROWS)))
-    touch(tmp_path, *pictures)
+    touch(tmp_path, *images)
 
-    assert list_pictures(tmp_path) == pictures
+    assert list_images(tmp_path) == images
 
 
 def test_paths_are_absolute_for_a_relative_source(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -92,8 +92,8 @@ def test_paths_are_absolute_for_a_relative_source(tmp_path: Path, monkeypatch: p
 def test_part_folders_in_lower_case_are_found_and_copies_in_both_cases_are_one_set(tmp_path: Path) -> None:
     lower = [part.replace("HAM", "ham") for part in PARTS]
 
-    assert list_pictures(write_ham10000(tmp_path / "lower", pictures=lower)) == lower
-    assert list_pictures(write_ham10000(tmp_path / "both", pictures=[*PARTS, *lower])) == list(PARTS)
+    assert list_images(write_ham10000(tmp_path / "lower", images=lower)) == lower
+    assert list_images(write_ham10000(tmp_path / "both", images=[*PARTS, *lower])) == list(PARTS)
 
 
 def test_masks_hidden_files_and_other_data_beside_the_images_are_left_alone(tmp_path: Path) -> None:
@@ -102,21 +102,21 @@ def test_masks_hidden_files_and_other_data_beside_the_images_are_left_alone(tmp_
     touch(folder, "__MACOSX/HAM10000_images_part_1/ISIC_1.jpg", "HAM10000_images_part_1/._ISIC_1.jpg")
     touch(folder, ".cache/ISIC_1.jpg", "hmnist_28_28_RGB.csv", "HAM10000_images_part_1/LICENSE.txt")
 
-    assert list_pictures(folder) == list(PARTS)
+    assert list_images(folder) == list(PARTS)
 
 
 def test_linked_image_folders_are_followed(tmp_path: Path) -> None:
     touch(tmp_path / "disk", *PARTS)
-    folder = write_ham10000(tmp_path / "data", pictures=())
+    folder = write_ham10000(tmp_path / "data", images=())
     for part in ("HAM10000_images_part_1", "HAM10000_images_part_2"):
         (folder / part).symlink_to(tmp_path / "disk" / part)
 
-    assert list_pictures(folder) == list(PARTS)
+    assert list_images(folder) == list(PARTS)
 
 
 @pytest.mark.parametrize("copy", ["HAM10000_images_part_2/ISIC_1.jpg", "HAM10000_images_part_1/ISIC_1.png"])
 def test_an_image_that_lies_twice_is_refused(tmp_path: Path, copy: str) -> None:
-    check_refusal(write_ham10000(tmp_path, pictures=[*PARTS, copy]), "two files of one image", copy)
+    check_refusal(write_ham10000(tmp_path, images=[*PARTS, copy]), "two files of one image", copy)
 
 
 def test_isic_part_is_read_from_its_parent_and_by_its_own_name(tmp_path: Path) -> None:
@@ -167,7 +167,7 @@ def test_sub_folders_are_classes(tmp_path: Path) -> None:
 
     assert table["image_id"].tolist() == ["a", "b", "c"]
     assert table["dx"].tolist() == ["mole", "mole", "wart"]
-    assert list_pictures(tmp_path) == ["mole/a.jpg", "mole/b.jpeg", "wart/c.PNG"]
+    assert list_images(tmp_path) == ["mole/a.jpg", "mole/b.jpeg", "wart/c.PNG"]
 
 
 def test_every_usual_suffix_is_read_and_other_files_are_counted_and_listed(
@@ -206,7 +206,7 @@ def test_images_of_one_stem_are_named_with_their_class(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("extra", ["empty/notes.txt", "nv/more/3.jpg"])
-def test_class_folders_hold_pictures_and_no_folders(tmp_path: Path, extra: str) -> None:
+def test_class_folders_hold_images_and_no_folders(tmp_path: Path, extra: str) -> None:
     touch(tmp_path, "nv/1.jpg", "mel/2.jpg", extra)
 
     check_refusal(tmp_path, "class", repr(extra.split("/")[0]))
@@ -259,7 +259,7 @@ def test_a_folder_of_no_known_layout_is_told_the_layouts(tmp_path: Path, content
 
 @pytest.fixture
 def install_kagglehub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[str], None]:
-    """Give a way to put a package named kagglehub on the path, whose download does what it is told."""
+    """Return a way to put a package named kagglehub on the path, whose download does what it is told."""
 
     def install(action: str) -> None:
         write_lines(tmp_path / "kagglehub.py", "def dataset_download(name):", f"    {action}")

@@ -82,11 +82,11 @@ def test_too_few_lesions_are_refused() -> None:
         split(table)
 
 
-def test_what_was_learnt_from_is_dropped_with_the_lesions_other_photos() -> None:
+def test_what_was_learned_from_is_dropped_with_the_lesions_other_images() -> None:
     table = make_table()
     whole = split(table)
     assert set(drop_seen(table, whole).image_id) == set(whole.test)
-    # Hide all but one photo of each train lesion from the split: its other photos must still be dropped.
+    # Hide all but one image of each train lesion from the split: its other images must still be dropped.
     first = tuple(table[table.image_id.isin(whole.train)].groupby("lesion_id").image_id.first())
     partial = Split(train=first, val=whole.val, test=whole.test)
     assert set(drop_seen(table, partial).image_id) == set(whole.test)

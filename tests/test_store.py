@@ -27,7 +27,7 @@ from skin_resnet.model.preprocess import IMAGENET_MEAN, IMAGENET_STD, normalize
 
 
 def draw_images(folder: Path, count: int, sides: tuple[int, int] = (60, 45)) -> pd.DataFrame:
-    """Write pictures of random blotches; give their table."""
+    """Write images of random blotches; give their table."""
     folder.mkdir(exist_ok=True)
     rng = np.random.default_rng(count)
     paths = [folder / f"image_{number:03}.png" for number in range(count)]
@@ -57,7 +57,7 @@ def truncate(path: str | Path) -> None:
 
 
 def assert_whole(store: ImageStore, table: pd.DataFrame) -> None:
-    """Compare every row with its picture, decoded again."""
+    """Compare every row with its image, decoded again."""
     assert len(store.image_ids) == len(store.pixels)
     paths = dict(zip(table["image_id"], table["path"], strict=True))
     for image_id, pixels in zip(store.image_ids, store.pixels, strict=True):
@@ -83,7 +83,7 @@ def test_rows_follow_the_table(table: pd.DataFrame, cache: Path) -> None:
         store.pixels[0] = 0
 
 
-def test_the_tables_order_does_not_change_a_picture(table: pd.DataFrame, cache: Path) -> None:
+def test_the_tables_order_does_not_change_a_image(table: pd.DataFrame, cache: Path) -> None:
     store, shuffled = (open_store(rows, 32, cache, "stop") for rows in (table, table.iloc[[3, 0, 4, 2, 1]]))
     assert shuffled.image_ids[0] == "image_003"
     np.testing.assert_array_equal(shuffled.pixels[shuffled.find_rows(store.image_ids)], store.pixels)
@@ -105,7 +105,7 @@ def test_more_images_than_are_decoded_at_once_are_all_stored(tmp_path: Path, cac
     assert_whole(store, table)
 
 
-def test_auto_enlarges_no_picture(tmp_path: Path, cache: Path) -> None:
+def test_auto_enlarges_no_image(tmp_path: Path, cache: Path) -> None:
     small, large = (
         draw_images(tmp_path / "small", 2, (50, 90)),
         draw_images(tmp_path / "large", 1, (300, 400)),
@@ -114,8 +114,8 @@ def test_auto_enlarges_no_picture(tmp_path: Path, cache: Path) -> None:
     assert open_store(large, "auto", cache, "stop").image_size == 224
 
 
-@pytest.mark.parametrize("damage", [truncate, lambda path: Path(path).write_text("no picture")])
-def test_a_skipped_picture_does_not_shrink_the_others(
+@pytest.mark.parametrize("damage", [truncate, lambda path: Path(path).write_text("not an image")])
+def test_a_skipped_image_does_not_shrink_the_others(
     table: pd.DataFrame, tmp_path: Path, cache: Path, damage: Callable[[str], None]
 ) -> None:
     tiny = draw_images(tmp_path / "tiny", 1, (20, 20)).assign(image_id="tiny")

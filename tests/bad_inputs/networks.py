@@ -204,14 +204,14 @@ MODELS = [
     BadInput(name=name, make=make, told=told, command="evaluate")
     for name, make, told in [
         ("no such checkpoint", lambda folder: {"model": f"{folder}/gone.pt"}, ("there is no", "gone.pt")),
-        ("no such run", lambda _: {"model": "0" * 32}, ("gives no checkpoint", "0" * 32)),
+        ("no such run", lambda _: {"model": "0" * 32}, ("is not a checkpoint", "0" * 32)),
         (
             "no such model",
             lambda _: {"model": "models:/gone@champion"},
-            ("gives no checkpoint", "gone@champion"),
+            ("is not a checkpoint", "gone@champion"),
         ),
-        ("model without a name", lambda _: {"model": "models:/"}, ("gives no checkpoint", "models:/")),
-        ("run without an id", lambda _: {"model": "runs:/"}, ("gives no checkpoint", "runs:/")),
+        ("model without a name", lambda _: {"model": "models:/"}, ("is not a checkpoint", "models:/")),
+        ("run without an id", lambda _: {"model": "runs:/"}, ("is not a checkpoint", "runs:/")),
         ("empty checkpoint", with_model(lambda _: b""), ("damaged", "given.pt")),
         ("text as checkpoint", with_model(lambda _: b"no network"), ("damaged", "given.pt")),
         (
@@ -271,8 +271,8 @@ MODELS = [
 RUNS = [
     BadInput(name=name, make=lambda _, runs=runs: {"runs": runs}, told=told, command="compare")
     for name, runs, told in [
-        ("unknown runs", "abc,def", ("'abc'",)),
-        ("one run", "abc", ("two different runs", "'abc'")),
+        ("unknown runs", "abc,def", ("abc",)),
+        ("one run", "abc", ("two different runs", "abc")),
         ("one run twice", "abc,abc", ("two different runs", "'abc,abc'")),
         ("commas only", ",", ("two different runs", "','")),
         ("best of none", "best", ("best",)),

@@ -14,13 +14,13 @@ SIZE = 32
 
 
 def draw(number: int) -> Image.Image:
-    """A small picture, unlike all others."""
+    """A small image, unlike all others."""
     rng = np.random.default_rng(number)
     return Image.fromarray(rng.integers(0, 256, (SIZE, SIZE, 3), dtype=np.uint8))
 
 
-def write_pictures(folder: Path) -> list[Row]:
-    """Twelve pictures, each of a lesion of its own, four of each class."""
+def write_images(folder: Path) -> list[Row]:
+    """Twelve images, each of a lesion of its own, four of each class."""
     rows = []
     for number in range(12):
         name = f"photo_{number:02}"
@@ -38,7 +38,7 @@ def format_table(rows: list[Row], delimiter: str = ",") -> str:
 
 def write_data(folder: Path) -> Options:
     """A data set with nothing wrong."""
-    (folder / "list.csv").write_text(format_table(write_pictures(folder)))
+    (folder / "list.csv").write_text(format_table(write_images(folder)))
     return {"data": str(folder / "list.csv")}
 
 
@@ -46,7 +46,7 @@ def with_cells(**cells: str) -> Callable[[Path], Options]:
     """Change cells of the last row."""
 
     def make(folder: Path) -> Options:
-        rows = write_pictures(folder)
+        rows = write_images(folder)
         rows[-1].update(cells)
         (folder / "list.csv").write_text(format_table(rows))
         return {"data": str(folder / "list.csv")}
@@ -58,7 +58,7 @@ def with_text(change: Callable[[str], str], encoding: str = "utf-8") -> Callable
     """Change the table's text."""
 
     def make(folder: Path) -> Options:
-        text = change(format_table(write_pictures(folder)))
+        text = change(format_table(write_images(folder)))
         (folder / "list.csv").write_bytes(text.encode(encoding))
         return {"data": str(folder / "list.csv")}
 
@@ -66,7 +66,7 @@ def with_text(change: Callable[[str], str], encoding: str = "utf-8") -> Callable
 
 
 def with_split(change: Callable[[list[str]], list[str]], **cells: str) -> Callable[[Path], Options]:
-    """Give a split by file, with its lines changed; and cells of the data's last row."""
+    """Write a split by file, with its lines changed; and cells of the data's last row."""
 
     def make(folder: Path) -> Options:
         options = with_cells(**cells)(folder)
@@ -79,7 +79,7 @@ def with_split(change: Callable[[list[str]], list[str]], **cells: str) -> Callab
 
 
 def with_files(contents: dict[str, str]) -> Callable[[Path], Options]:
-    """Write files by path, and give their folder as data; a picture may be empty where nothing opens it."""
+    """Write files by path, and give their folder as data; an image may be empty where nothing opens it."""
 
     def make(folder: Path) -> Options:
         for name, content in contents.items():
@@ -93,7 +93,7 @@ def with_files(contents: dict[str, str]) -> Callable[[Path], Options]:
 
 def without_column(name: str) -> Callable[[Path], Options]:
     def make(folder: Path) -> Options:
-        rows = [{key: cell for key, cell in row.items() if key != name} for row in write_pictures(folder)]
+        rows = [{key: cell for key, cell in row.items() if key != name} for row in write_images(folder)]
         (folder / "list.csv").write_text(format_table(rows))
         return {"data": str(folder / "list.csv")}
 
@@ -113,8 +113,8 @@ _HAM_HEADER = "lesion_id,image_id,dx\n"
 _ISIC_HEADER = "image,MEL,NV,BCC,AKIEC,BKL,DF,VASC\n"
 
 
-def with_ham10000(row: str, *pictures: str) -> Callable[[Path], Options]:
-    return with_files({_HAM: _HAM_HEADER + row, **{f"{_PART}/{name}": "" for name in pictures}})
+def with_ham10000(row: str, *images: str) -> Callable[[Path], Options]:
+    return with_files({_HAM: _HAM_HEADER + row, **{f"{_PART}/{name}": "" for name in images}})
 
 
 METADATA = [
@@ -149,7 +149,7 @@ METADATA = [
         ("path twice", with_cells(path="./photo_00.png"), ("same path", "photo_00.png")),
         ("one of nosuchuser", with_cells(path="~nosuchuser/x.png"), ("not a file", "~nosuchuser")),
         ("long path", with_cells(path="n" * 5000), ("not a file",)),
-        ("no such picture", with_cells(path="gone.png"), ("not a file", "gone.png")),
+        ("no such image", with_cells(path="gone.png"), ("not a file", "gone.png")),
         ("lesion of two dx", with_cells(lesion_id="lesion_00"), ("different dx", "'lesion_00'")),
         (
             "one class",
@@ -165,13 +165,13 @@ METADATA = [
         ("age infinite", with_cells(age="inf"), ("age is not a number", "'inf'")),
         ("no such source", lambda folder: {"data": f"{folder}/gone"}, ("existing path", "gone")),
         (
-            "picture as source",
+            "image as source",
             lambda folder: {"data": write_data(folder)["data"].replace("list.csv", "photo_00.png")},
             ("UTF-8", "photo_00.png"),
         ),
         ("empty folder", lambda folder: {"data": str(folder)}, ("known layouts",)),
         (
-            "class folder without pictures",
+            "class folder without images",
             with_files({"a/1.png": "", "b/notes.txt": ""}),
             ("no images", "'b'"),
         ),
@@ -181,7 +181,7 @@ METADATA = [
             ("no lesion is left", "2 in all"),
         ),
         ("unknown dx in HAM10000", with_ham10000("L1,I1,scc", "I1.jpg"), ("akiec", "'scc'")),
-        ("HAM10000 without a picture", with_ham10000("L1,I1,mel"), ("lacks the file", "'I1'")),
+        ("HAM10000 without an image", with_ham10000("L1,I1,mel"), ("lacks the file", "'I1'")),
         (
             "HAM10000 without a row",
             with_ham10000("L1,I1,mel", "I1.jpg", "I2.jpg"),

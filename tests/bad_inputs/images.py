@@ -1,4 +1,4 @@
-"""Pictures: those that are refused, and those that are read as `skin_resnet.data.decode` documents."""
+"""Images: those that are refused, and those that are read as `skin_resnet.data.decode` documents."""
 
 import io
 import os
@@ -11,36 +11,36 @@ import numpy as np
 from PIL import Image
 
 from tests.bad_inputs import BadInput, Options
-from tests.bad_inputs.tables import SIZE, draw, format_table, write_pictures
+from tests.bad_inputs.tables import SIZE, draw, format_table, write_images
 
-Picture = Image.Image | bytes
+Content = Image.Image | bytes
 
 
-def with_picture(
-    make_picture: Callable[[], Picture], name: str = "photo_11.png", **save: object
+def with_image(
+    make_image: Callable[[], Content], name: str = "photo_11.png", **save: object
 ) -> Callable[[Path], Options]:
-    """Put another picture, or bytes, in the place of the last one."""
+    """Put another image, or bytes, in the place of the last one."""
 
     def make(folder: Path) -> Options:
-        rows = write_pictures(folder)
+        rows = write_images(folder)
         (folder / "photo_11.png").unlink()
         rows[-1]["path"] = name
-        picture = make_picture()
-        (folder / name).write_bytes(picture if isinstance(picture, bytes) else encode(picture, name, **save))
+        image = make_image()
+        (folder / name).write_bytes(image if isinstance(image, bytes) else encode(image, name, **save))
         (folder / "list.csv").write_text(format_table(rows))
         return {"data": str(folder / "list.csv")}
 
     return make
 
 
-def encode(picture: Image.Image, name: str, **save: object) -> bytes:
+def encode(image: Image.Image, name: str, **save: object) -> bytes:
     file = io.BytesIO()
-    picture.save(file, Image.registered_extensions()[Path(name).suffix], **save)
+    image.save(file, Image.registered_extensions()[Path(name).suffix], **save)
     return file.getvalue()
 
 
-def cut(picture: Image.Image, name: str) -> bytes:
-    whole = encode(picture, name)
+def cut(image: Image.Image, name: str) -> bytes:
+    whole = encode(image, name)
     return whole[: len(whole) // 2]
 
 
@@ -78,12 +78,12 @@ def with_class_folders(put: Callable[[Path], object]) -> Callable[[Path], Option
 
 
 def with_long_and_thin(folder: Path) -> Options:
-    options = with_picture(lambda: build_png(16, 3_000_000, b""))(folder)
+    options = with_image(lambda: build_png(16, 3_000_000, b""))(folder)
     return {**options, "image_size": "32"}  # auto would be 16 px, for which it is not too long
 
 
 def with_nothing_readable(folder: Path) -> Options:
-    rows = write_pictures(folder)
+    rows = write_images(folder)
     for row in rows:
         (folder / row["path"]).write_bytes(b"")
     (folder / "list.csv").write_text(format_table(rows))
@@ -92,31 +92,31 @@ def with_nothing_readable(folder: Path) -> Options:
 
 EPS = b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 32 32\n%%EndComments\n"
 
-# The first message of `told` names the picture, the second the reason, which is also what a skip lists.
-PICTURES = [
+# The first message of `told` names the image, the second the reason, which is also what a skip lists.
+BAD_IMAGES = [
     BadInput(name=name, make=make, told=("cannot read image photo_11", reason), command="audit")
     for name, make, reason in [
-        ("zero bytes", with_picture(lambda: b""), "the file is empty"),
-        ("one byte", with_picture(lambda: b"\xff", "photo_11.jpg"), "not an image of a known format"),
-        ("JPEG cut off", with_picture(lambda: cut(draw(11), "x.jpg"), "photo_11.jpg"), "cannot be read"),
-        ("PNG cut off", with_picture(lambda: cut(draw(11), "x.png")), "cannot be read"),
-        ("WebP cut off", with_picture(lambda: cut(draw(11), "x.webp"), "photo_11.webp"), "cannot be read"),
-        ("TIFF cut off", with_picture(lambda: cut(draw(11), "x.tif"), "photo_11.tif"), "cannot be read"),
-        ("PNG with flipped bits", with_picture(flip_bits), "cannot be read"),
+        ("zero bytes", with_image(lambda: b""), "the file is empty"),
+        ("one byte", with_image(lambda: b"\xff", "photo_11.jpg"), "not an image of a known format"),
+        ("JPEG cut off", with_image(lambda: cut(draw(11), "x.jpg"), "photo_11.jpg"), "cannot be read"),
+        ("PNG cut off", with_image(lambda: cut(draw(11), "x.png")), "cannot be read"),
+        ("WebP cut off", with_image(lambda: cut(draw(11), "x.webp"), "photo_11.webp"), "cannot be read"),
+        ("TIFF cut off", with_image(lambda: cut(draw(11), "x.tif"), "photo_11.tif"), "cannot be read"),
+        ("PNG with flipped bits", with_image(flip_bits), "cannot be read"),
         (
             "text named jpg",
-            with_picture(lambda: b"<html>404</html>", "photo_11.jpg"),
+            with_image(lambda: b"<html>404</html>", "photo_11.jpg"),
             "not an image of a known",
         ),
-        ("PostScript", with_picture(lambda: EPS, "photo_11.jpg"), "not an image of a known format"),
-        ("100 megapixels", with_picture(lambda: build_png(10_000, 10_000, b"")), "more than 64 megapixels"),
-        ("400 megapixels", with_picture(lambda: build_png(20_000, 20_000, b"")), "more than 64 megapixels"),
-        ("broken EXIF", with_picture(lambda: draw(11), exif=b"Exif\0\0II*\0\xff"), "cannot be read"),
-        ("1 px", with_picture(lambda: Image.new("RGB", (1, 1))), "1x1 has a side under 16 px"),
-        ("0 px", with_picture(lambda: build_png(0, 0, b"")), "photo_11"),
+        ("PostScript", with_image(lambda: EPS, "photo_11.jpg"), "not an image of a known format"),
+        ("100 megapixels", with_image(lambda: build_png(10_000, 10_000, b"")), "more than 64 megapixels"),
+        ("400 megapixels", with_image(lambda: build_png(20_000, 20_000, b"")), "more than 64 megapixels"),
+        ("broken EXIF", with_image(lambda: draw(11), exif=b"Exif\0\0II*\0\xff"), "cannot be read"),
+        ("1 px", with_image(lambda: Image.new("RGB", (1, 1))), "1x1 has a side under 16 px"),
+        ("0 px", with_image(lambda: build_png(0, 0, b"")), "photo_11"),
         (
             "32 bits a pixel",
-            with_picture(lambda: Image.new("F", (SIZE, SIZE)), "photo_11.tif"),
+            with_image(lambda: Image.new("F", (SIZE, SIZE)), "photo_11.tif"),
             "32 bits per",
         ),
         ("link to nowhere", with_class_folders(lambda path: path.symlink_to("gone.png")), "No such file"),
@@ -140,51 +140,49 @@ def build_exif(orientation: int) -> bytes:
     return exif.tobytes()
 
 
-def widen(picture: Image.Image) -> Image.Image:
-    return Image.fromarray(np.asarray(picture).astype(np.uint16) * 257)
+def widen(image: Image.Image) -> Image.Image:
+    return Image.fromarray(np.asarray(image).astype(np.uint16) * 257)
 
 
-def add_transparency(picture: Image.Image) -> Image.Image:
-    picture = picture.copy()
-    picture.putalpha(0)
-    return picture
+def add_transparency(image: Image.Image) -> Image.Image:
+    image = image.copy()
+    image.putalpha(0)
+    return image
 
 
-def _turn(picture: Image.Image) -> Image.Image:
-    return picture.transpose(Image.Transpose.ROTATE_90)
+def _turn(image: Image.Image) -> Image.Image:
+    return image.transpose(Image.Transpose.ROTATE_90)
 
 
-def _read_back(picture: Image.Image, name: str) -> Image.Image:
-    return Image.open(io.BytesIO(encode(picture, name))).convert("RGB")
+def _read_back(image: Image.Image, name: str) -> Image.Image:
+    return Image.open(io.BytesIO(encode(image, name))).convert("RGB")
 
 
-# Odd pictures that are read, and the plain picture that each is read as.
+# Odd images that are read, and the plain image that each is read as.
 READ_AS: dict[str, tuple[Callable[[Path], Options], Callable[[], Image.Image]]] = {
     "CMYK": (
-        with_picture(lambda: draw(11).convert("CMYK"), "photo_11.jpg"),
+        with_image(lambda: draw(11).convert("CMYK"), "photo_11.jpg"),
         lambda: _read_back(draw(11).convert("CMYK"), "x.jpg"),
     ),
-    "16 bits": (with_picture(lambda: widen(draw_grey())), draw_grey),
+    "16 bits": (with_image(lambda: widen(draw_grey())), draw_grey),
     "animation": (
-        with_picture(
-            lambda: draw(11), "photo_11.webp", save_all=True, append_images=[draw(12)], lossless=True
-        ),
+        with_image(lambda: draw(11), "photo_11.webp", save_all=True, append_images=[draw(12)], lossless=True),
         lambda: draw(11),
     ),
     "turned by EXIF": (
-        with_picture(lambda: _turn(draw(11)), "photo_11.png", exif=build_exif(6)),
+        with_image(lambda: _turn(draw(11)), "photo_11.png", exif=build_exif(6)),
         lambda: draw(11),
     ),
     "transparent": (
-        with_picture(lambda: add_transparency(draw(11))),
+        with_image(lambda: add_transparency(draw(11))),
         lambda: Image.new("RGB", (SIZE, SIZE)),
     ),
     "palette": (
-        with_picture(lambda: draw(11).quantize(16)),
+        with_image(lambda: draw(11).quantize(16)),
         lambda: draw(11).quantize(16).convert("RGB"),
     ),
     "a JPEG named png": (
-        with_picture(lambda: encode(draw(11), "x.jpg")),
+        with_image(lambda: encode(draw(11), "x.jpg")),
         lambda: _read_back(draw(11), "x.jpg"),
     ),
 }
