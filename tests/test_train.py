@@ -121,8 +121,8 @@ def test_figures_tables_report_and_note_are_on_the_run(run: Run) -> None:
     assert list_artifacts(run) >= {"config.yaml", "data", "figures", "val", "test", "report.md"}
     assert list_artifacts(run, "figures") == {"figures/curves.png"}
     tables = {"per_class.csv", "predictions.csv", "subgroups.csv", "metrics.csv"}
-    tables |= {"evaluation.md", "evaluation.json"}
-    names = tables | {"confusion.png", "reliability.png", "referral.png", "subgroups.png"}
+    tables |= {"referral.csv", "evaluation.md", "evaluation.json"}
+    names = tables | {"confusion.png", "reliability.png", "subgroups.png"}
     assert list_artifacts(run, "val") == {f"val/{name}" for name in names}
     assert list_artifacts(run, "test") == {f"test/{name}" for name in names | {"gradcam.png"}}
     note = run.data.tags["mlflow.note.content"]
