@@ -104,9 +104,8 @@ def test_the_best_epoch_is_marked_with_its_val_values() -> None:
     for axes, name in ((loss, "val/loss"), (score, "val/balanced_accuracy")):
         labels = [text.get_text() for text in axes.get_legend().get_texts()]
         assert f"epoch 23: {best[name]:.3f}" in labels
-        assert ([23], [best[name]]) in [
-            (list(line.get_xdata()), list(line.get_ydata())) for line in axes.lines
-        ]
+        marks = [line.get_ydata()[0] for line in axes.lines if list(line.get_xdata()) == [23]]
+        assert marks == [best[name]]
     for axes in (loss, score, lr):
         assert [23, 23] in [list(line.get_xdata()) for line in axes.lines]
     title = figure._suptitle.get_text()

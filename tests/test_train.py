@@ -238,9 +238,9 @@ def test_evaluate_takes_the_logged_model_and_another_source(run: Run, config: Tr
 def test_evaluate_refuses_what_it_cannot_use(run: Run, config: TrainConfig, tmp_path) -> None:
     from tests.conftest import write_class_folders
 
-    with pytest.raises(UserError, match="gives no checkpoint"):
+    with pytest.raises(UserError, match="not a checkpoint file"):
         evaluate(EvaluateConfig(model="0" * 32, device="cpu"))
-    with pytest.raises(UserError, match="gives no checkpoint"):
+    with pytest.raises(UserError, match="not a checkpoint file"):
         evaluate(EvaluateConfig(model="models:/nothing@champion", device="cpu"))
     other = write_class_folders(tmp_path / "other", images_per_class=4)
     (other / "red").rename(other / "purple")
