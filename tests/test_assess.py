@@ -132,7 +132,7 @@ def test_the_json_file_is_strict_and_complete(assessment: Assessment) -> None:
     assert values["balanced_accuracy"] == pytest.approx(assessment.get("balanced_accuracy").value, abs=1e-15)
     assert np.array(read["confusion"]).sum() == len(assessment.lesions)
     assert read["intervals_by"] == "lesion"
-    assert set(read) >= {"per_class", "subgroups", "retest", "reliability", "referral", "calibration"}
+    assert set(read) >= {"subgroups", "retest", "reliability", "calibration"}
 
 
 def test_predictions_are_a_row_per_image(assessment: Assessment) -> None:

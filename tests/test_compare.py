@@ -8,7 +8,7 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from skin_resnet.commands.compare import compare, count_weights
+from skin_resnet.commands.compare import compare
 from skin_resnet.config import CompareConfig
 from skin_resnet.errors import UserError
 from skin_resnet.evaluation.comparison import Difference, compare_models, format_difference
@@ -73,11 +73,6 @@ def test_a_difference_is_written_in_points(low: float, is_chance: bool) -> None:
     text = format_difference(difference)
     assert text.startswith(f"resnet152 minus resnet50: +0.8 points [{100 * low:+.1f}, +2.4] macro AUC")
     assert ("not significant" in text) == is_chance
-
-
-def test_weights_are_counted_without_the_head() -> None:
-    assert count_weights("resnet50") == 25_557_032 - 2_049_000  # torchvision's count, less its head
-    assert count_weights("resnet152") == 60_192_808 - 2_049_000
 
 
 def start_other_run() -> str:

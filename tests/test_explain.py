@@ -12,7 +12,7 @@ from skin_resnet.evaluation.plots.explain import plot_gradcam
 from skin_resnet.labels import HAM10000_CLASSES
 from skin_resnet.model.resnet import ResNet
 from tests.test_metrics import predict_randomly
-from tests.test_plots import assert_texts_are_apart, texts_of
+from tests.test_plots import assert_texts_are_apart
 
 
 def build_network() -> ResNet:
@@ -125,7 +125,9 @@ def test_the_choice_depends_on_seed_and_ids_but_not_on_the_order_of_images() -> 
 
 
 @pytest.mark.parametrize("per_class", [2, 4])
-def test_the_figure_shows_photo_and_overlay_and_says_where_a_class_has_no_mistake(per_class: int) -> None:
+def test_the_figure_shows_image_and_overlay_and_no_mistake_where_there_is_none(
+    per_class: int,
+) -> None:
     predictions = predict_randomly(100)
     probabilities = predictions.probabilities.copy()
     nv = predictions.targets == 5
@@ -140,7 +142,7 @@ def test_the_figure_shows_photo_and_overlay_and_says_where_a_class_has_no_mistak
     lines = np.array(figure.axes).reshape(len(set(predictions.targets)), per_class)
     line_of_nv = lines[np.unique(predictions.targets).tolist().index(5)]
     assert line_of_nv[0].get_ylabel() == f"nv\n{nv.sum()} of {nv.sum()} right"
-    assert texts_of(line_of_nv[-1]) == ["none wrong"]
+    assert not line_of_nv[-1].images
     shown = [axes for axes in figure.axes if axes.images]
     assert len(shown) == len(rows)
     for axes, row, image in zip(shown, rows, images, strict=True):

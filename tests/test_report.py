@@ -175,7 +175,7 @@ def test_a_training_whose_loss_falls_is_never_said_not_to_have_learned(falls: st
 
 def test_never_learning_is_told_from_preferring_one_class() -> None:
     assert "prefers one class" not in describe(at_chance())
-    assert "macro AUC 0.780" in describe(at_chance(auc=0.78))
+    assert "macro AUC of 0.780" in describe(at_chance(auc=0.78))
     assert "no better than chance (0.143)" in describe(at_chance(auc=float("nan")))
 
 
@@ -200,18 +200,13 @@ def test_the_report_gives_the_metrics_of_the_best_and_the_last_epoch_and_the_gap
     assert cells[0] == ["train, epoch 10", "val, epoch 10", "train, epoch 30", "val, epoch 30"]
     assert ["balanced accuracy", "0.700", "0.600", "0.900", "0.600"] in cells
     assert ["loss", "0.573", "0.800", "0.047", "1.400"] in cells
-    assert "+0.100 in epoch 10 and +0.300 in epoch 30; val loss is 1.4 and 29.8 times" in report
+    assert ["train-val gap", "+0.100", "+0.300"] in cells
 
 
 def test_a_single_epoch_is_reported_once() -> None:
     report = describe(make_history(1))
     assert "Too short" in report
     assert report.count("epoch 1 ") == 3
-
-
-def test_a_train_loss_of_zero_does_not_break_the_report() -> None:
-    history = make_history(5, train_loss=stay(0.0), val_loss=stay(0.5))
-    assert "over 100 and over 100 times" in describe(history)
 
 
 def test_train_metrics_of_mixed_images_are_said_to_look_worse() -> None:

@@ -121,8 +121,8 @@ def test_figures_tables_report_and_note_are_on_the_run(run: Run) -> None:
     assert list_artifacts(run) >= {"config.yaml", "data", "figures", "val", "test", "report.md"}
     assert list_artifacts(run, "figures") == {"figures/curves.png"}
     tables = {"per_class.csv", "predictions.csv", "subgroups.csv", "metrics.csv"}
-    tables |= {"evaluation.md", "evaluation.json"}
-    names = tables | {"confusion.png", "reliability.png", "referral.png", "subgroups.png"}
+    tables |= {"referral.csv", "evaluation.md", "evaluation.json"}
+    names = tables | {"confusion.png", "reliability.png", "subgroups.png"}
     assert list_artifacts(run, "val") == {f"val/{name}" for name in names}
     assert list_artifacts(run, "test") == {f"test/{name}" for name in names | {"gradcam.png"}}
     note = run.data.tags["mlflow.note.content"]
@@ -238,9 +238,9 @@ def test_evaluate_takes_the_logged_model_and_another_source(run: Run, config: Tr
 def test_evaluate_refuses_what_it_cannot_use(run: Run, config: TrainConfig, tmp_path) -> None:
     from tests.conftest import write_class_folders
 
-    with pytest.raises(UserError, match="gives no checkpoint"):
+    with pytest.raises(UserError, match="not a checkpoint file"):
         evaluate(EvaluateConfig(model="0" * 32, device="cpu"))
-    with pytest.raises(UserError, match="gives no checkpoint"):
+    with pytest.raises(UserError, match="not a checkpoint file"):
         evaluate(EvaluateConfig(model="models:/nothing@champion", device="cpu"))
     other = write_class_folders(tmp_path / "other", images_per_class=4)
     (other / "red").rename(other / "purple")

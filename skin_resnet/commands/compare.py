@@ -5,7 +5,6 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
-import torch
 from numpy.typing import NDArray
 
 from skin_resnet.config import CompareConfig
@@ -16,7 +15,6 @@ from skin_resnet.evaluation.formatting import format_score, format_table, spell_
 from skin_resnet.evaluation.metrics import HEADLINES, Predictions, compute_intervals, compute_metrics
 from skin_resnet.evaluation.page import LEAK_BANNER
 from skin_resnet.evaluation.plots.comparison import plot_curves_of_models, plot_differences
-from skin_resnet.model.resnet import STAGE_DEPTHS, build_resnet
 from skin_resnet.tracking import history as finished_runs
 from skin_resnet.tracking.history import FinishedRun
 from skin_resnet.tracking.run import describe_location, open_run
@@ -99,7 +97,7 @@ def _compare(
 def _tabulate(
     runs: dict[str, FinishedRun], predictions: dict[str, Predictions], lesions: NDArray[np.str_]
 ) -> str:
-    header = ["", *map(spell_metric, HEADLINES), "gap", "weights", "epochs", "minutes", "img/s"]
+    header = ["", *map(spell_metric, HEADLINES), "gap", "epochs", "minutes", "img/s"]
     rows = []
     for name, run in runs.items():
         metrics, intervals = compute_metrics(predictions[name]), compute_intervals(predictions[name], lesions)
@@ -108,7 +106,6 @@ def _tabulate(
                 name,
                 *(format_score(getattr(metrics, each), intervals[each]) for each in HEADLINES),
                 f"{run.metrics['best/gap']:+.3f}",
-                f"{count_weights(run.arch) / 1e6:.1f} M",
                 str(len(run.history)),
                 f"{run.history['speed/epoch_s'].sum() / 60:.1f}",
                 f"{run.history['speed/images_per_s'].median():.0f}",
@@ -125,12 +122,3 @@ def read_predictions(table: pd.DataFrame) -> Predictions:
         targets=pd.Categorical(table.dx, categories=classes).codes.astype(np.int64),
         image_ids=tuple(table.image_id),
     )
-
-
-def count_weights(arch: str) -> int:
-    """Count a network's weights, without its head's."""
-    if arch not in STAGE_DEPTHS:
-        return 0
-    with torch.device("meta"):
-        network = build_resnet(arch)
-    return sum(p.numel() for name, p in network.named_parameters() if not name.startswith("fc."))

@@ -11,7 +11,7 @@ from skin_resnet.config import EvaluateConfig, TrainConfig
 from skin_resnet.data.extract import extract
 from skin_resnet.data.loader import Loader, place_pixels
 from skin_resnet.data.split import Split, drop_seen
-from skin_resnet.data.store import ImageStore, open_store
+from skin_resnet.data.store import ImageStore, fingerprint_images, open_store
 from skin_resnet.errors import UserError
 from skin_resnet.evaluation.artifacts import Examples, list_artifacts
 from skin_resnet.evaluation.assess import Assessment, Calibration, assess
@@ -75,6 +75,8 @@ def _read_images(checkpoint: dict[str, Any], config: EvaluateConfig) -> tuple[pd
     store = open_store(table, image_size, config.cache_dir, on_bad_image)
     table = table[table.image_id.isin(store.image_ids)].reset_index(drop=True)
     split = _get_split(checkpoint)
+    if is_same:
+        _check_unchanged(checkpoint, table[table.image_id.isin(split.test)], store)
     unseen = drop_seen(_match_classes(table, tuple(checkpoint["classes"])), split)
     if is_same:  # without images that were in no split
         unseen = unseen[unseen.image_id.isin(split.test)].reset_index(drop=True)
@@ -82,6 +84,22 @@ def _read_images(checkpoint: dict[str, Any], config: EvaluateConfig) -> tuple[pd
     print(f"model    {config.model}: {checkpoint['arch']}, epoch {checkpoint['epoch']}")
     print(f"data     {data}: {len(unseen)} images; {len(table) - len(unseen)} left out: {reason}")
     return unseen, store
+
+
+def _check_unchanged(checkpoint: dict[str, Any], test: pd.DataFrame, store: ImageStore) -> None:
+    """Refuse test images that are not those which the training set aside.
+
+    Raises:
+        UserError: One is missing, or its pixels or its diagnosis have changed.
+    """
+    if fingerprint_images(test, store) == checkpoint["split_fingerprints"]["test"]:
+        return
+    missing = sorted(set(checkpoint["split"]["test"]) - set(test.image_id))
+    change = f"{len(missing)} are missing ({missing[0]}, ...)" if missing else "pixels or diagnoses differ"
+    raise UserError(
+        f"the test images of {checkpoint['config']['data']} have changed since the training: {change}; "
+        "restore them, or give other data with data=..."
+    )
 
 
 def _get_split(checkpoint: dict[str, Any]) -> Split:
@@ -102,7 +120,7 @@ def read_finished(model: str) -> dict[str, Any]:
         Calibration.from_dict(checkpoint["calibration"])
         _get_split(checkpoint).to_frame()
         build_network(checkpoint)
-        parts = ("image_size", "epoch", "leaks", "run_id")
+        parts = ("image_size", "epoch", "leaks", "run_id", "split_fingerprints")
         missing = [name for name in parts if name not in checkpoint]
         if missing or checkpoint["baseline_class"] not in checkpoint["classes"]:
             raise KeyError(missing[0] if missing else "baseline_class")

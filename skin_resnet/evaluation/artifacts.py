@@ -6,7 +6,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-import pandas as pd
 from numpy.typing import NDArray
 
 from skin_resnet.evaluation.assess import Assessment
@@ -62,7 +61,7 @@ def list_artifacts(
         "predictions.csv": assessment.tabulate_predictions(),
         "confusion.png": plots.plot_confusion(assessment.predictions, assessment.classes, title),
         "reliability.png": plots.plot_reliability(assessment, title),
-        "referral.png": plots.plot_referral(assessment.referral, title),
+        "referral.csv": assessment.referral,
         "subgroups.png": plots.plot_subgroups(assessment, title),
     }
     if find_positives(assessment.classes):
@@ -76,11 +75,9 @@ def _to_plain(assessment: Assessment, split: str, notes: Sequence[str]) -> dict[
     """Return everything but the predictions as plain values; NaN becomes None, for JSON has no NaN."""
     frames = {
         "metrics": assessment.table,
-        "per_class": assessment.per_class,
         "subgroups": assessment.subgroups,
         "retest": assessment.retest,
         "reliability": assessment.reliability,
-        "referral": assessment.referral,
     }
     return {
         "split": split,
@@ -90,12 +87,11 @@ def _to_plain(assessment: Assessment, split: str, notes: Sequence[str]) -> dict[
         "intervals_by": "lesion" if assessment.knows_lesions else "image",
         "calibration": assessment.calibration.to_dict(),
         "confusion": compute_confusion(assessment.predictions).tolist(),
-        **{name: _to_records(frame) for name, frame in frames.items()},
+        **{
+            name: json.loads(frame.to_json(orient="records", double_precision=15))
+            for name, frame in frames.items()
+        },
     }
-
-
-def _to_records(frame: pd.DataFrame) -> Any:
-    return json.loads(frame.to_json(orient="records", double_precision=15))
 
 
 def _show_examples(assessment: Assessment, examples: Examples, title: str) -> dict[str, Any]:

@@ -105,23 +105,18 @@ def _format_referral(assessment: Assessment) -> str:
 
 
 def _format_retest(retest: pd.DataFrame) -> list[str]:
+    head = "### Test-retest: agreement between photos of one lesion"
     if retest.empty:
-        return ["### Test-retest\n\nNo lesion has several photos here."]
-    overall, of_class = retest[retest.dx == "all"], retest[retest.dx != "all"]
-    lesions, images = overall.iloc[0][["lesions", "images"]]
-    head = f"### Test-retest: {images} photos of the {lesions} lesions that have several"
-    if lesions < MIN_LESIONS:
-        return [f"{head}\n\nToo few: the metrics need {MIN_LESIONS} lesions."]
-    metrics = pd.DataFrame(
+        return [f"{head}\n\nNo lesion has several photos here."]
+    table = pd.DataFrame(
         {
-            "mean over lesions": overall.metric.map(_RETEST),
-            "same lesion [95 % interval]": _format_intervals(overall),
-            "others of its class": overall.others,
+            **retest[["dx", "lesions", "images"]],
+            "mean over lesions": retest.metric.map(_RETEST),
+            "same lesion [95 % interval]": _format_intervals(retest),
+            "others of its class": retest.others,
         }
     )
-    wide = of_class.set_index(["dx", "lesions", "images", "metric"]).value.unstack(sort=False).reset_index()
-    note = f"A class needs {MIN_LESIONS} such lesions."
-    return [head, format_class_table(metrics), format_class_table(wide), note]
+    return [head, format_class_table(table), f"Metrics need {MIN_LESIONS} lesions with several photos."]
 
 
 def _format_intervals(rows: pd.DataFrame) -> list[str]:
@@ -130,24 +125,14 @@ def _format_intervals(rows: pd.DataFrame) -> list[str]:
 
 def _format_subgroups(subgroups: pd.DataFrame) -> list[str]:
     rows = subgroups[subgroups.metric.isin(["balanced_accuracy", "sensitivity"])]
-    shown, small = rows[rows.value.notna()], rows[rows.value.isna()]
-    parts = ["### Subgroups"]
-    if len(shown):
-        table = pd.DataFrame(
-            {
-                "subgroup": shown["by"] + ": " + shown.subgroup,
-                "images": shown.images,
-                "lesions": shown.lesions,
-                "classes": shown.classes,
-                "chance": (1 / shown.classes).where(shown["by"] != "dx"),
-                "balanced accuracy; of a dx, sensitivity": _format_intervals(shown),
-            }
-        )
-        parts.append(format_class_table(table))
-    if len(small):
-        names = ", ".join(f"{row.subgroup} ({row.images})" for row in small.head(20).itertuples())
-        more = f" and {len(small) - 20} more" if len(small) > 20 else ""
-        parts.append(
-            f"Too small to measure (under {MIN_IMAGES} images or {MIN_LESIONS} lesions): {names}{more}."
-        )
-    return parts
+    shown = rows[rows.value.notna()]
+    table = pd.DataFrame(
+        {
+            "subgroup": shown["by"] + ": " + shown.subgroup,
+            **shown[["images", "lesions", "classes"]],
+            "chance": (1 / shown.classes).where(shown["by"] != "dx"),
+            "balanced accuracy; of a dx, sensitivity": _format_intervals(shown),
+        }
+    )
+    note = f"{len(rows) - len(shown)} subgroups have under {MIN_IMAGES} images or {MIN_LESIONS} lesions."
+    return ["### Subgroups", *([format_class_table(table)] if len(shown) else []), note]

@@ -26,16 +26,14 @@ def describe_training(history: pd.DataFrame, best_epoch: int, config: TrainConfi
     """
     last = history.index[-1]
     limit = f" (at most {config.epochs})" if last < config.epochs else ""
-    return "\n".join(
-        [
-            f"**Best epoch {best_epoch} of {last}**{limit}, chosen by val {spell_metric(config.best_by)}.",
-            "",
-            _format_metrics(history, best_epoch),
-            "",
-            f"- {_explain(history, best_epoch, config, num_classes)}",
-            f"- {_compare_splits(history, best_epoch, config)}",
-        ]
-    )
+    parts = [
+        f"**Best epoch {best_epoch} of {last}**{limit}, chosen by val {spell_metric(config.best_by)}.",
+        _format_metrics(history, best_epoch),
+        _explain(history, best_epoch, config, num_classes),
+    ]
+    if _gap(history.loc[best_epoch]) < 0 or config.mixup or config.cutmix:
+        parts.append("Train is measured on augmented images and while the network learns: it looks worse.")
+    return "\n\n".join(parts)
 
 
 def judge_training(history: pd.DataFrame, best_epoch: int, config: TrainConfig, num_classes: int) -> Verdict:
@@ -110,34 +108,27 @@ def _compare_ends(values: Floats, length: int) -> tuple[float, float]:
 
 def _explain(history: pd.DataFrame, best_epoch: int, config: TrainConfig, num_classes: int) -> str:
     verdict = judge_training(history, best_epoch, config, num_classes)
-    best, last = history.loc[best_epoch], history.iloc[-1]
-    since = history["val/loss"].idxmin()
-    lowest = history.loc[since]
-    rise = f"val loss was lowest there ({lowest['val/loss']:.3f}) and ended at {last['val/loss']:.3f}"
-    before, after = float("nan"), float("nan")
-    if verdict != "too_short":
-        before, after = _compare_ends(history[f"val/{config.best_by}"].to_numpy(), _end_length(history))
+    if verdict == "too_short":
+        return f"**Too short to judge**: that takes {_SHORTEST} epochs."
+    best, last, since = history.loc[best_epoch], history.iloc[-1], history["val/loss"].idxmin()
+    rise = f"val loss was lowest there, {history['val/loss'].min():.3f}, and ended at {last['val/loss']:.3f}"
     metric, epochs = f"val {spell_metric(config.best_by)}", _end_length(history)
+    before, after = _compare_ends(history[f"val/{config.best_by}"].to_numpy(), epochs)
     ahead = "train is far ahead" if _gap(best) > _WIDE_GAP else "train is not far ahead"
     text = {
-        "too_short": f"**Too short to judge**: that takes {_SHORTEST} epochs.",
         "never_learned": "**Never learned:** the loss did not fall.",
-        "overfitting": f"**Overfitting since epoch {since}:** {rise}, while train loss went from "
-        f"{lowest['train/loss']:.3f} to {last['train/loss']:.3f}.",
+        "overfitting": f"**Overfitting since epoch {since}:** {rise}, while train loss did not rise.",
         "unstable": f"**Unstable since epoch {since}:** {rise}, and train loss rose, too.",
         "improving": f"**Still improving at the end:** {metric} went from {before:.3f} to {after:.3f} "
         f"(medians of {epochs} epochs).",
-        "levelled_off": f"**Levelled off** at a {metric} of {format_score(after)}; val loss did not rise, "
-        f"and {ahead}.",
+        "levelled_off": f"**Levelled off** at a {metric} of {after:.3f}; val loss did not rise, and {ahead}.",
     }[verdict]
     if verdict == "overfitting" and _is_overconfident(history, best_epoch):
         text += f" Val balanced accuracy rose until epoch {best_epoch}: overconfident, not worse."
-    if verdict != "too_short" and _is_at_chance(history, num_classes):
+    if _is_at_chance(history, num_classes):
         text += f" Val balanced accuracy is no better than chance ({1 / num_classes:.3f})."
         if best["val/macro_auc"] > 0.65:
-            text += (
-                f" The probabilities do rank (macro AUC {best['val/macro_auc']:.3f}): it prefers one class."
-            )
+            text += f" Its macro AUC of {best['val/macro_auc']:.3f} is better: it prefers one class."
     return text
 
 
@@ -152,33 +143,15 @@ def _is_overconfident(history: pd.DataFrame, best_epoch: int) -> bool:
     return bool(best_epoch > since and gain > max(0.01, 3 * _estimate_noise(scores.to_numpy())))
 
 
-def _compare_splits(history: pd.DataFrame, best_epoch: int, config: TrainConfig) -> str:
-    epochs = dict.fromkeys((best_epoch, history.index[-1]))
-    gaps = " and ".join(f"{_gap(history.loc[epoch]):+.3f} in epoch {epoch}" for epoch in epochs)
-    ratios = " and ".join(
-        _format_ratio(*history.loc[epoch, ["val/loss", "train/loss"]].to_numpy(float)) for epoch in epochs
-    )
-    text = f"Train-val gap of balanced accuracy: {gaps}; val loss is {ratios} times train loss."
-    if _gap(history.loc[best_epoch]) >= 0 and not config.mixup and not config.cutmix:
-        return text
-    return f"{text} Train is measured on augmented images and while the network learns, so it looks worse."
-
-
-def _format_ratio(val: float, train: float) -> str:
-    return f"{val / train:.1f}" if val < 100 * train else "over 100"
-
-
 def _format_metrics(history: pd.DataFrame, best_epoch: int) -> str:
-    columns = [
-        (split, epoch)
-        for epoch in dict.fromkeys((best_epoch, history.index[-1]))
-        for split in ("train", "val")
-    ]
+    """Write a table of the best and the last epoch; the gap is train minus val balanced accuracy."""
+    epochs = dict.fromkeys((best_epoch, history.index[-1]))
+    columns = [(split, epoch) for epoch in epochs for split in ("train", "val")]
     rows = [
-        [
-            spell_metric(name),
-            *(format_score(history.loc[epoch].get(f"{split}/{name}", np.nan)) for split, epoch in columns),
-        ]
+        [spell_metric(name)]
+        + [format_score(history.loc[epoch].get(f"{split}/{name}", np.nan)) for split, epoch in columns]
         for name in ("balanced_accuracy", "accuracy", "macro_auc", "loss")
     ]
-    return format_table(["", *(f"{split}, epoch {epoch}" for split, epoch in columns)], rows)
+    gaps = [text for epoch in epochs for text in (f"{_gap(history.loc[epoch]):+.3f}", "")]
+    header = ["", *(f"{split}, epoch {epoch}" for split, epoch in columns)]
+    return format_table(header, [*rows, ["train-val gap", *gaps]])

@@ -58,8 +58,9 @@ def build_checkpoint() -> dict[str, Any]:
         "format": FORMAT, "arch": "resnet50", "classes": list(CLASSES), "image_size": 32,
         "network": build_state(), "epoch": 1, "val": {},
         "config": TrainConfig(image_size=32).model_dump(mode="json"),
-        "split": {"train": ids[:6], "val": ids[6:9], "test": ids[9:]}, "baseline_class": "mole",
-        "leaks": False, "run_id": "", "calibration": fit_calibration(guesses, CLASSES, 0.9).to_dict(),
+        "split": {"train": ids[:6], "val": ids[6:9], "test": ids[9:]}, "split_fingerprints": {},
+        "baseline_class": "mole", "leaks": False, "run_id": "",
+        "calibration": fit_calibration(guesses, CLASSES, 0.9).to_dict(),
     }  # fmt: skip
 
 

@@ -1,4 +1,4 @@
-"""The figures of an evaluation: confusion, reliability, referral, ROC and subgroups."""
+"""The figures of an evaluation: confusion, reliability, ROC and subgroups."""
 
 from collections.abc import Collection
 
@@ -7,7 +7,6 @@ import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
-from matplotlib.ticker import PercentFormatter
 from numpy.typing import NDArray
 from sklearn import metrics as sk
 
@@ -134,26 +133,6 @@ def _draw_bins(upper: Axes, lower: Axes, bins: pd.DataFrame) -> None:
     lower.bar_label(bars, fontsize=FONT - 4, padding=2)
     lower.set_ylim(0, 1.25 * bins.images.max())
     lower.set_xlabel("Confidence (highest probability)", fontsize=FONT)
-
-
-def plot_referral(referral: pd.DataFrame, title: str) -> Figure:
-    """Plot the accuracy on the images kept over the share of images (the least confident) referred."""
-    figure = build_figure(4.5)
-    axes = figure.add_subplot()
-    style_axes(
-        axes, f"{title}: accuracy on the rest when the least confident of {len(referral):,} are referred"
-    )
-    area = f"accuracy (area {referral.accuracy.mean():.3f})"
-    axes.plot(referral.referred_fraction, referral.accuracy, color=BLUE, linewidth=1, label=area)
-    balanced = "balanced accuracy, while there are images of all classes"
-    axes.plot(
-        referral.referred_fraction, referral.balanced_accuracy, color=ORANGE, linewidth=2, label=balanced
-    )
-    axes.set(xlim=(0, 1), ylim=(0, 1.02))
-    axes.xaxis.set_major_formatter(PercentFormatter(1))
-    axes.set_xlabel("Images referred", fontsize=FONT)
-    axes.legend(loc="lower right", fontsize=FONT, frameon=False)
-    return figure
 
 
 def plot_roc(assessment: Assessment, title: str) -> Figure:

@@ -12,7 +12,6 @@ from skin_resnet.evaluation.metrics import Predictions
 from skin_resnet.evaluation.plots.style import (
     EMPTY,
     FONT,
-    QUIET,
     WIDTH_INCH,
     build_figure,
     literal,
@@ -39,36 +38,37 @@ def plot_gradcam(
         rows: Which of these the examples are, (M,), from `choose_examples`.
         classes: The class order.
     """
-    targets, is_right = predictions.targets, predictions.predicted == predictions.targets
-    shown_classes = np.unique(targets[rows])
-    examples = {
-        (target, right): np.flatnonzero((targets[rows] == target) & (is_right[rows] == right)).tolist()
-        for target in shown_classes
-        for right in (True, False)
-    }
-    widths = [max(1, *(len(examples[target, right]) for target in shown_classes)) for right in (True, False)]
-    columns = sum(widths)
+    is_right = predictions.predicted == predictions.targets
+    lines: dict[int, dict[bool, list[int]]] = {}
+    for example, row in enumerate(rows):
+        line = lines.setdefault(predictions.targets[row], {True: [], False: []})
+        line[is_right[row]].append(example)
+    widths = {right: max(1, *(len(line[right]) for line in lines.values())) for right in (True, False)}
+    columns = sum(widths.values())
     names = name_classes(classes, max(5, 46 // columns - 6))
-    height = (WIDTH_INCH - 0.6) / columns / 2 + 0.3
     cells = -(-images.shape[1] // 32)  # the last stage's features, from which the map is computed
     heading = (
         f"Images, and the regions that support the predicted class (Grad-CAM, {cells} x {cells})\n"
         "true → predicted, with its probability"
     )
-    figure = build_figure(height * len(shown_classes) + 0.8, heading)
-    grid = figure.subplots(len(shown_classes), columns, squeeze=False)
-    for line, target in zip(grid, shown_classes, strict=True):
-        for right, side in ((True, line[: widths[0]]), (False, line[widths[0] :])):
-            chosen = examples[target, right]
-            for axes, example in zip(side, chosen, strict=False):
-                predicted = predictions.predicted[rows[example]]
-                p = predictions.probabilities[rows[example], predicted]
-                _show_pair(axes, images[example], heats[example])
-                axes.set_title(f"{names[target]} → {names[predicted]}, p {p:.2f}", fontsize=FONT)
-            for axes in side[len(chosen) :]:
-                _leave_empty(axes, "no other" if chosen else "none right" if right else "none wrong")
-        of_class = is_right[targets == target]
-        line[0].set_ylabel(f"{names[target]}\n{of_class.sum():,} of {len(of_class):,} right", fontsize=FONT)
+    height = (WIDTH_INCH - 0.6) / columns / 2 + 0.3
+    figure = build_figure(height * len(lines) + 0.8, heading)
+    grid = figure.subplots(len(lines), columns, squeeze=False)
+    for axes in grid.flat:
+        axes.set(xticks=[], yticks=[], facecolor=EMPTY)
+        axes.set_box_aspect(0.5)
+        axes.spines[:].set_visible(False)
+    for panels, (target, line) in zip(grid, lines.items(), strict=True):
+        of_class = is_right[predictions.targets == target]
+        panels[0].set_ylabel(f"{names[target]}\n{of_class.sum():,} of {len(of_class):,} right", fontsize=FONT)
+        for axes, example in (
+            *zip(panels, line[True], strict=False),
+            *zip(panels[widths[True] :], line[False], strict=False),
+        ):
+            predicted = predictions.predicted[rows[example]]
+            p = predictions.probabilities[rows[example], predicted]
+            _show_pair(axes, images[example], heats[example])
+            axes.set_title(f"{names[target]} → {names[predicted]}, p {p:.2f}", fontsize=FONT)
     return figure
 
 
@@ -79,20 +79,6 @@ def _show_pair(axes: Axes, image: NDArray[np.uint8], heat: NDArray[np.float32]) 
     blend = np.round(image * (1 - opacity) + colours * opacity).astype(np.uint8)
     gap = np.full((len(image), max(1, len(image) // 50), 3), 255, dtype=np.uint8)
     axes.imshow(np.hstack([image, gap, blend]))
-    _remove_frame(axes)
-
-
-def _leave_empty(axes: Axes, note: str) -> None:
-    axes.set_facecolor(EMPTY)
-    where = axes.transAxes
-    axes.text(0.5, 0.5, note, transform=where, ha="center", va="center", fontsize=FONT, color=QUIET)
-    axes.set_box_aspect(0.5)
-    _remove_frame(axes)
-
-
-def _remove_frame(axes: Axes) -> None:
-    axes.set(xticks=[], yticks=[])
-    axes.spines[:].set_visible(False)
 
 
 def plot_gallery(images: NDArray[np.uint8], captions: Sequence[str], title: str) -> Figure:

@@ -1,0 +1,77 @@
+"""Evaluating a finished training again: its own options hold, and its test images are still the same."""
+
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+
+import mlflow
+import numpy as np
+import pytest
+from PIL import Image
+
+from skin_resnet.commands.evaluate import evaluate, read_finished
+from skin_resnet.commands.train import train
+from skin_resnet.config import EvaluateConfig, TrainConfig
+from skin_resnet.errors import UserError
+from tests.conftest import write_class_folders
+
+
+@pytest.fixture(scope="module")
+def training(tmp_path_factory: pytest.TempPathFactory) -> Iterator[EvaluateConfig]:
+    """A training that skipped an unreadable image, as one evaluates it."""
+    folder = tmp_path_factory.mktemp("evaluate")
+    data = write_class_folders(folder / "data", images_per_class=8)
+    (data / "red" / "broken.png").write_bytes(b"no image")
+    mlflow.set_tracking_uri(f"sqlite:///{folder}/mlflow.db")
+    environment = pytest.MonkeyPatch()
+    experiment = mlflow.create_experiment("evaluated", (folder / "artifacts").as_uri())
+    environment.setenv("MLFLOW_EXPERIMENT_ID", experiment)
+    config = TrainConfig(
+        data=str(data), image_size=32, epochs=1, batch_size=8, on_bad_image="skip", test="never",
+        device="cpu", cache_dir=folder / "cache", checkpoint_dir=folder / "checkpoints",
+    )  # fmt: skip
+    train(config)
+    (run,) = mlflow.search_runs([experiment], output_format="list")
+    yield EvaluateConfig(model=run.info.run_id, device="cpu", cache_dir=folder / "cache")
+    environment.undo()
+    mlflow.set_tracking_uri(None)
+
+
+@pytest.fixture
+def test_images(training: EvaluateConfig) -> Iterator[list[Path]]:
+    """The files of the training's test images; what a test does to the data is undone."""
+    checkpoint = read_finished(training.model)
+    data = Path(checkpoint["config"]["data"])
+    shutil.copytree(data, data.with_name("copy"))
+    yield [next(data.rglob(f"{Path(each).name}*")) for each in checkpoint["split"]["test"]]
+    shutil.rmtree(data)
+    data.with_name("copy").rename(data)
+
+
+def test_on_bad_image_is_that_of_the_training_unless_it_is_given(training: EvaluateConfig) -> None:
+    evaluate(training)
+    (run,) = mlflow.search_runs(output_format="list", max_results=1)
+    assert run.data.tags["skipped_images"] == "1"
+    assert run.data.metrics["test/images"] > 0
+    with pytest.raises(UserError, match=r"broken\.png"):
+        evaluate(training.with_changes(on_bad_image="stop"))
+
+
+@pytest.mark.parametrize("change", ["pixels", "diagnosis", "removed"])
+def test_test_images_that_have_changed_since_the_training_are_refused(
+    training: EvaluateConfig, test_images: list[Path], change: str
+) -> None:
+    file = test_images[0]
+    if change == "pixels":
+        Image.fromarray(np.zeros((32, 32, 3), np.uint8)).save(file)
+    elif change == "diagnosis":
+        other = next(folder for folder in file.parent.parent.iterdir() if folder != file.parent)
+        file.rename(other / file.name)
+    else:
+        file.unlink()
+    with pytest.raises(UserError, match="have changed since the training") as error:
+        evaluate(training)
+    assert "\n" not in str(error.value)
+    (run,) = mlflow.search_runs(output_format="list", max_results=1)
+    assert run.info.status == "FAILED"
+    assert "test/accuracy" not in run.data.metrics
