@@ -20,14 +20,14 @@ setup: .venv/ready ## make .venv from requirements.lock (once, and again when th
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --requirement requirements.lock
 	@touch $@
 
-doctor: .venv/ready ## tell what a training would find here, and what is wrong
+doctor: .venv/ready ## check device, package versions, disk and tracking store
 	@$(BIN)/python -m skin_resnet doctor
 
-demo: .venv/ready ## train a ResNet-50 on drawn demo images, and score it (minutes on two CPU cores)
+demo: .venv/ready ## train and test a ResNet-50 on synthetic images (about 3 minutes on two CPU cores)
 	mlflow run . --env-manager=local --experiment-name demo
 	@echo 'or: make ui'
 
-test: .venv/ready ## run the tests (under ten minutes on two CPU cores)
+test: .venv/ready ## run the tests (under six minutes on two CPU cores)
 	$(BIN)/python -m pytest -q --numprocesses=logical --dist=loadfile
 
 test-slow: .venv/ready ## run the tests that take minutes each
@@ -38,7 +38,7 @@ lint: .venv/ready ## check style, formatting and types
 	$(BIN)/ruff format --check
 	$(BIN)/mypy
 
-bench: .venv/ready ## measure what the README says of speed
+bench: .venv/ready ## measure the speeds in the README
 	$(BIN)/python -m benchmarks.epoch
 	$(BIN)/python -m benchmarks.store
 	$(BIN)/python -m benchmarks.augment

@@ -10,17 +10,10 @@ def main() -> NoReturn:
     try:
         from skin_resnet.cli import main as run
     except ImportError as error:  # too early for `doctor`
-        sys.exit(_explain(error))
+        advice = "run `make setup` and use .venv/bin/python"
+        print(f"error: {sys.executable} lacks required packages ({error}); {advice}", file=sys.stderr)
+        sys.exit(2)
     run()
-
-
-def _explain(error: ImportError) -> int:
-    print(
-        f"error: {sys.executable} lacks packages of requirements.lock ({error}); "
-        "run `make setup` and use .venv/bin/python",
-        file=sys.stderr,
-    )
-    return 2
 
 
 if __name__ == "__main__":

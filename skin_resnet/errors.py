@@ -1,4 +1,4 @@
-"""The one exception a user is meant to read."""
+"""The exception for mistakes of the user."""
 
 from pathlib import Path
 

@@ -16,7 +16,7 @@ class Diagnosis:
 
 
 # Alphabetical by code: a model's output columns follow this order, so it never changes.
-# akiec (actinic keratosis, Bowen's disease) is a precursor of cancer and is treated like one.
+# akiec (actinic keratosis, Bowen's disease) is a precursor of cancer and counts as malignant.
 DIAGNOSES = (
     Diagnosis(code="akiec", name="actinic keratosis / Bowen's disease", malignant=True),
     Diagnosis(code="bcc", name="basal cell carcinoma", malignant=True),
@@ -31,10 +31,10 @@ HAM10000_CLASSES = tuple(diagnosis.code for diagnosis in DIAGNOSES)
 
 
 def order_classes(codes: set[str]) -> tuple[str, ...]:
-    """Give the class order for a data set that uses these diagnosis codes.
+    """Return the class order for a data set with these diagnosis codes.
 
     Any subset of the seven gets all seven, so that a model trained on HAM10000 keeps its head when a class is
-    absent; a data set with codes of its own gets them sorted.
+    absent; other codes are sorted.
     """
     if codes <= set(HAM10000_CLASSES):
         return HAM10000_CLASSES

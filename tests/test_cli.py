@@ -145,7 +145,7 @@ def test_without_a_command_the_commands_are_listed(
     assert all(f"  {name} " in out for name in COMMANDS)
 
 
-def test_the_version_is_told(capsys) -> None:
+def test_the_version_is_printed(capsys) -> None:
     assert run("--version", capsys)[:2] == (0, f"skin-resnet {skin_resnet.__version__}\n")
 
 

@@ -1,4 +1,4 @@
-"""Every option of every command: nothing, another kind, just out of bounds; made from the configs."""
+"""For every option of every command: an empty value, another type, just out of bounds."""
 
 import math
 from collections.abc import Iterator
@@ -13,7 +13,7 @@ from skin_resnet.options import FrozenConfig
 
 CONFIGS: dict[str, type[FrozenConfig]] = {command: load_config_type(command) for command in COMMANDS}
 
-# What no bound in a field tells.
+# What the fields' own bounds do not cover.
 _BY_HAND = {
     "train": [("image_size", "31"), ("image_size", "1025"), ("warmup_epochs", "17")],
     "search": [
@@ -23,24 +23,24 @@ _BY_HAND = {
 
 
 def list_bad_options() -> list[tuple[str, str, str]]:
-    """Give (command, option, text)."""
+    """Return (command, option, text)."""
     return [
         (command, name, text)
         for command, config_type in CONFIGS.items()
-        for name, text in [*_list_of(config_type), *_BY_HAND.get(command, ())]
+        for name, text in [*_list_for(config_type), *_BY_HAND.get(command, ())]
     ]
 
 
-def _list_of(config_type: type[FrozenConfig]) -> Iterator[tuple[str, str]]:
+def _list_for(config_type: type[FrozenConfig]) -> Iterator[tuple[str, str]]:
     for name, field in config_type.model_fields.items():
-        texts = ["", *_leave_bounds(field.annotation, field.metadata), *_leave_kind(field.annotation)]
+        texts = ["", *_exceed_bounds(field.annotation, field.metadata), *_change_type(field.annotation)]
         # The search has the training's options, too: one mistake in each shows that they are checked there.
         is_inherited = config_type is SearchConfig and name in TrainConfig.model_fields
         yield from ((name, text) for text in dict.fromkeys(texts[-1:] if is_inherited else texts))
 
 
-def _leave_kind(annotation: Any) -> tuple[str, ...]:
-    """Give texts that are not what the option is."""
+def _change_type(annotation: Any) -> tuple[str, ...]:
+    """Return texts of another type."""
     kinds = get_args(annotation) if get_origin(annotation) is not Literal else ()
     if int in kinds or annotation is int:
         return ("abc", "1.5", "nan")
@@ -49,8 +49,8 @@ def _leave_kind(annotation: Any) -> tuple[str, ...]:
     return ("nonsense",) if get_origin(annotation) is Literal else ()
 
 
-def _leave_bounds(annotation: Any, metadata: list[Any]) -> Iterator[str]:
-    """Give the numbers that lie just outside."""
+def _exceed_bounds(annotation: Any, metadata: list[Any]) -> Iterator[str]:
+    """Yield the numbers just outside."""
     for bound in metadata:
         if isinstance(bound, Gt | Lt):
             yield str(bound.gt if isinstance(bound, Gt) else bound.lt)
