@@ -147,6 +147,7 @@ def test_without_a_command_the_commands_are_listed(
     code, out, _ = run(arguments, capsys)
     assert code == 0
     assert all(f"  {name} " in out for name in COMMANDS)
+    assert max(map(len, out.splitlines())) <= 80
 
 
 def test_the_version_is_printed(capsys) -> None:
