@@ -5,6 +5,7 @@ import contextlib
 import ctypes
 import logging
 import os
+import re
 import signal
 import sys
 from collections.abc import Iterator, Sequence
@@ -157,7 +158,7 @@ def _describe_kind(annotation: Any) -> str:
 
 def _describe_commands() -> str:
     rows = [
-        f"  {command:10} {(load_config_type(command).__doc__ or '').partition(chr(10))[0]}"
+        f"  {command:10} {re.split('[;.]', load_config_type(command).__doc__ or '')[0]}"
         for command in COMMANDS
     ]
     usage = "usage: skin-resnet COMMAND [--option VALUE ...]\n       skin-resnet COMMAND --help\n"

@@ -83,7 +83,8 @@ class FrozenConfig(BaseModel):
 
 
 def _explain(error: ValidationError, config_type: type[FrozenConfig]) -> str:
-    first, *others = error.errors()
+    # What was typed wrong comes before what is missing.
+    first, *others = sorted(error.errors(), key=lambda each: each["type"] == "missing")
     name = str(first["loc"][0]) if first["loc"] else "options"
     if first["type"] == "missing":
         return f"option --{name} is missing: {config_type.model_fields[name].description}"
