@@ -197,15 +197,14 @@ def compute_weighted(predictions: Predictions, weights: Floats) -> dict[str, Flo
 def _compute_weighted_auc(positive: NDArray[np.bool_], scores: Floats, weights: Floats) -> Floats:
     """Compute an AUC for each row of weights (B, N): the chance that a positive outranks a negative.
 
-    A tie counts half. The images are sorted once, so a row takes one pass.
+    A tie counts half. The negatives are sorted once, so each row takes one pass.
     """
-    order = np.argsort(scores)
-    levels = np.flatnonzero(np.diff(scores[order], prepend=np.nan))  # where each distinct score begins
-    positives, negatives = (
-        np.add.reduceat(weights[:, order] * kind[order], levels, axis=1) for kind in (positive, ~positive)
-    )
-    outranked = negatives.cumsum(axis=1) - negatives / 2
-    result: Floats = (positives * outranked).sum(axis=1) / (positives.sum(axis=1) * negatives.sum(axis=1))
+    order = np.flatnonzero(~positive)[np.argsort(scores[~positive])]
+    positives = weights[:, positive]
+    counts = np.pad(weights[:, order].cumsum(axis=1), ((0, 0), (1, 0)))
+    below, not_above = (np.searchsorted(scores[order], scores[positive], side) for side in ("left", "right"))
+    wins = (positives * (counts[:, below] + counts[:, not_above])).sum(axis=1) / 2
+    result: Floats = wins / (positives.sum(axis=1) * counts[:, -1])
     return result
 
 

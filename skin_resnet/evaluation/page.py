@@ -108,7 +108,7 @@ def _format_calibration(assessment: Assessment) -> Iterator[str]:
     yield "### Calibration"
     yield (
         f"A temperature of {fitted['temperature']:.2f}, fitted on val, changes the expected calibration "
-        f"error from {before:.3f} to {after:.3f}; the Brier score is {brier:.3f}. Conformal prediction sets for "
+        f"error from {before:.3f} to {after:.3f}; the Brier score is {brier:.3f}. Conformal sets for "
         f"{fitted['coverage']:.0%} coverage have an empirical coverage of "
         f"{_format_metric(assessment, 'coverage')} and {size:.1f} classes on average."
     )

@@ -170,7 +170,7 @@ def _draw_roc(axes: Axes, assessment: Assessment, positives: Collection[int], na
 
 
 def plot_subgroups(assessment: Assessment, title: str) -> Figure:
-    """Plot balanced accuracy by subgroup and sensitivity by diagnosis, beside the balanced accuracy of all."""
+    """Plot balanced accuracy by subgroup, and sensitivity by diagnosis, with intervals."""
     rows = assessment.subgroups[assessment.subgroups.metric.isin(["balanced_accuracy", "sensitivity"])]
     counts = [f"{row.images:,} images ({row.lesions:,} lesions)" for row in rows.itertuples()]
     rows = rows.assign(
