@@ -11,9 +11,9 @@ import numpy as np
 import pandas as pd
 from matplotlib.figure import Figure
 
-from skin_resnet.evaluation.artifacts import Examples, list_artifacts
-from skin_resnet.evaluation.assess import assess, fit_calibration
-from skin_resnet.evaluation.explain import choose_examples
+from skin_resnet.evaluation.artifacts import list_artifacts
+from skin_resnet.evaluation.assess import assess
+from skin_resnet.evaluation.calibration import fit_calibration
 from skin_resnet.evaluation.metrics import Predictions
 
 
@@ -40,11 +40,7 @@ def measure(classes: int, images: int) -> None:
     calibration = fit_calibration(predictions, names, 0.9)
     assessment = assess(predictions, table, names, names[0], calibration)
     assessed = time.perf_counter()
-    rows = choose_examples(predictions)
-    pixels = np.zeros((len(rows), 64, 64, 3), np.uint8)
-    heats = np.zeros((len(rows), 64, 64), np.float32)
-    examples = Examples(rows=rows, pixels=pixels, heats=heats, missed=pixels[:0])
-    files = list_artifacts(assessment, "test", "Test", examples=examples)
+    files = list_artifacts(assessment, "test", "Test")
     for content in files.values():
         if isinstance(content, Figure):
             content.savefig(io.BytesIO(), format="png")

@@ -15,7 +15,7 @@ from optuna.trial import TrialState
 from optuna.visualization import matplotlib as optuna_plots
 
 from search.config import DIRECTIONS, SearchConfig
-from skin_resnet.evaluation.plots.style import COLOURS, DPI, FONT, QUIET, WIDTH_INCH, build_layout, style_axes
+from skin_resnet.evaluation.plots import COLOURS, DPI, FONT, QUIET, WIDTH_INCH, build_layout, style_axes
 
 _FEWEST_FOR_IMPORTANCES = 8  # finished trials
 _MOST_PANELS = 4  # hyperparameters side by side; with more, labels overlap

@@ -13,8 +13,8 @@ from search.config import SearchConfig
 from search.space import Space, build_space
 from search.study import drop_retried, find_front
 from search.winner import BASELINE, DIFFERENCE, WINNER, Retrained, compute_mean
-from skin_resnet.evaluation.formatting import format_score, format_table, spell_metric
 from skin_resnet.evaluation.metrics import HEADLINES
+from skin_resnet.evaluation.page import format_score, format_table, spell_metric
 
 _EDGE = 0.03  # share of a range that counts as its edge
 

@@ -1,8 +1,6 @@
 """An evaluation: one table of all metrics, from which page, JSON, MLflow metrics and files are made."""
 
-import json
 import re
-from dataclasses import replace
 
 import numpy as np
 import pandas as pd
@@ -10,10 +8,12 @@ import pytest
 from matplotlib.figure import Figure
 
 from skin_resnet.errors import UserError
-from skin_resnet.evaluation.artifacts import Examples, list_artifacts
-from skin_resnet.evaluation.assess import Assessment, Calibration, assess, fit_calibration
+from skin_resnet.evaluation.artifacts import list_artifacts
+from skin_resnet.evaluation.assess import Assessment, assess
+from skin_resnet.evaluation.calibration import Calibration, fit_calibration
 from skin_resnet.evaluation.metrics import HEADLINES, Predictions, compute_intervals, compute_metrics
 from skin_resnet.evaluation.page import format_assessment
+from skin_resnet.evaluation.plots.assessment import plot_gradcam
 from skin_resnet.labels import HAM10000_CLASSES
 from tests.conftest import make_table
 
@@ -49,13 +49,6 @@ def assessment(table: pd.DataFrame) -> Assessment:
     return evaluate(table)
 
 
-def test_the_calibration_survives_the_checkpoint(assessment: Assessment) -> None:
-    calibration = assessment.calibration
-    assert Calibration.from_dict(json.loads(json.dumps(calibration.to_dict()))) == calibration
-    groups = {name.partition("_at_")[0] for name in calibration.thresholds}
-    assert groups == {"melanoma", "malignant"}
-
-
 def test_the_table_holds_the_headline_metrics_with_intervals_beside_the_baseline(
     assessment: Assessment,
 ) -> None:
@@ -71,12 +64,9 @@ def test_the_table_holds_the_headline_metrics_with_intervals_beside_the_baseline
     assert assessment.get("lesions").value == 210
 
 
-def test_the_table_names_every_metric_once_and_per_class_ones_by_class(assessment: Assessment) -> None:
+def test_the_table_names_every_metric_once(assessment: Assessment) -> None:
     assert assessment.table.name.is_unique
-    mel = assessment.per_class.set_index("dx").loc["mel"]
-    row = assessment.get("sensitivity/mel")
-    assert (row.value, row.n) == (mel.sensitivity, mel.images)
-    wanted = {"ece", "brier", "set_size", "referral_area", "melanoma_at_0.90_specificity", "retest_agreement"}
+    wanted = {"ece", "brier", "set_size", "melanoma_at_0.90_specificity", "malignant_at_0.95_threshold"}
     assert np.isfinite(assessment.table.set_index("name").value[[*wanted]]).all()
 
 
@@ -95,20 +85,11 @@ def test_coverage_is_the_share_of_sets_that_hold_the_true_class() -> None:
     assert np.isnan(result.per_class.coverage[2])
 
 
-def test_temperature_changes_confidence_and_no_prediction(
-    table: pd.DataFrame, assessment: Assessment
-) -> None:
-    raw = predict(table)
-    assert (raw.predicted == assessment.predictions.predicted).all()
-    assert not np.allclose(raw.probabilities, assessment.predictions.probabilities)
-
-
 def test_mlflow_gets_the_headline_metrics_only_under_their_split(assessment: Assessment) -> None:
     metrics = assessment.metrics("test")
     names = {"images", "loss", "ece", *HEADLINES, *(f"baseline_{name}" for name in HEADLINES)}
     names |= {f"{name}_{end}" for name in HEADLINES for end in ("low", "high")}
     assert set(metrics) == {f"test/{name}" for name in names}
-    assert len(metrics) <= 25
     assert metrics["test/macro_auc_low"] == assessment.get("macro_auc").low
 
 
@@ -118,21 +99,11 @@ def test_the_page_shows_the_values_of_the_table(assessment: Assessment) -> None:
     row = assessment.get("balanced_accuracy")
     assert f"{row.value:.3f} [{row.low:.2f}, {row.high:.2f}]" in page
     assert f"{assessment.get('ece').value:.3f}" in page
-    assert f"{assessment.calibration.thresholds['malignant_at_0.95']:.4f}" in page
+    assert f"{assessment.calibration['thresholds']['malignant_at_0.95']:.4f}" in page
     assert "always nv" in page
     assert " nan" not in page
     lines = [line for line in page.splitlines() if line.startswith("|")][:6]
     assert len({tuple(match.start() for match in re.finditer(r"\|", line)) for line in lines}) == 1
-
-
-def test_the_json_file_is_strict_and_complete(assessment: Assessment) -> None:
-    content = list_artifacts(assessment, "test", "Test")["test/evaluation.json"]
-    read = json.loads(json.dumps(content, allow_nan=False))
-    values = {row["name"]: row["value"] for row in read["metrics"]}
-    assert values["balanced_accuracy"] == pytest.approx(assessment.get("balanced_accuracy").value, abs=1e-15)
-    assert np.array(read["confusion"]).sum() == len(assessment.lesions)
-    assert read["intervals_by"] == "lesion"
-    assert set(read) >= {"subgroups", "retest", "reliability", "calibration"}
 
 
 def test_predictions_are_a_row_per_image(assessment: Assessment) -> None:
@@ -147,13 +118,12 @@ def test_without_lesion_ids_intervals_are_said_to_be_by_image(table: pd.DataFram
     page = format_assessment(alone, "test")
     assert "intervals are by image" in page
     assert alone.retest.empty
-    assert list_artifacts(alone, "test", "Test")["test/evaluation.json"]["intervals_by"] == "image"
 
 
 def test_a_val_without_melanoma_gives_no_threshold_for_it_and_says_so(table: pd.DataFrame) -> None:
     without = predict(table).select((table.dx != "mel").to_numpy())
     calibration = fit_calibration(without, HAM10000_CLASSES, coverage=0.8)
-    assert {name.partition("_at_")[0] for name in calibration.thresholds} == {"malignant"}
+    assert {name.partition("_at_")[0] for name in calibration["thresholds"]} == {"malignant"}
     result = assess(predict(table), table, HAM10000_CLASSES, "nv", calibration)
     assert "no threshold for melanoma" in format_assessment(result, "test")
 
@@ -176,14 +146,15 @@ def test_class_names_in_any_script_and_with_tex_are_drawn_and_have_metrics_of_th
     result = evaluate(table)
     rows = np.arange(len(ODD_CLASSES))
     pixels = np.zeros((len(rows), 8, 8, 3), np.uint8)
-    examples = Examples(rows=rows, pixels=pixels, heats=pixels[..., 0].astype(np.float32), missed=pixels[:0])
-    files = list_artifacts(result, "test", "Test", examples=examples)
+    files = list_artifacts(result, "test", "Test")
+    heats = pixels[..., 0].astype(np.float32)
+    files["gradcam"] = plot_gradcam(pixels, heats, result.predictions, rows, ODD_CLASSES)
     for content in files.values():
         if isinstance(content, Figure):
             content.draw_without_rendering()  # raises for broken TeX, and warns of what the font lacks
     labels = [label.get_text() for label in files["test/confusion.png"].axes[0].get_xticklabels()]
     assert labels == ["class 0", "class 1", r"\$x_{", r"a|b/c \$1\$", "меланома"]
-    assert {f"sensitivity/{name}" for name in ODD_CLASSES} <= set(result.table.name)
+    assert result.per_class.dx.tolist() == [*ODD_CLASSES]
     assert all(re.fullmatch("[a-z_/]+", name) for name in result.metrics("test"))
     assert "Decision thresholds" not in files["test/evaluation.md"]
     assert "test/roc.png" not in files
@@ -197,4 +168,3 @@ def test_the_work_for_images_does_not_grow_with_the_number_of_classes() -> None:
     for content in files.values():
         if isinstance(content, Figure):
             assert content.get_figheight() < 20
-    assert replace(result, classes=result.classes).per_class.images.sum() == len(table)

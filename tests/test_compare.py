@@ -8,11 +8,10 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from skin_resnet.commands.compare import compare
+from skin_resnet.commands.compare import compare, describe_differences
 from skin_resnet.config import CompareConfig
 from skin_resnet.errors import UserError
-from skin_resnet.evaluation.comparison import Difference, compare_models, format_difference
-from skin_resnet.evaluation.metrics import Predictions, compute_metrics
+from skin_resnet.evaluation.metrics import Predictions, compare_models, compute_metrics
 from skin_resnet.labels import HAM10000_CLASSES
 
 LESIONS = np.array([f"L{i // 2:03}" for i in range(300)])
@@ -28,20 +27,20 @@ def predict(skill: float, seed: int = 0) -> Predictions:
 
 
 def test_a_model_minus_itself_is_exactly_nothing() -> None:
-    for difference in compare_models({"a": predict(0.3), "b": predict(0.3)}, LESIONS):
-        assert (difference.value, difference.low, difference.high) == (0, 0, 0)
-        assert not difference.is_clear
+    differences = compare_models({"a": predict(0.3), "b": predict(0.3)}, LESIONS)
+    assert (differences[["value", "low", "high"]] == 0).all(axis=None)
 
 
 def test_differences_are_the_later_minus_the_earlier_for_every_pair() -> None:
     models = {"a": predict(0.1), "b": predict(0.3, 1), "c": predict(0.9, 2)}
     differences = compare_models(models, LESIONS)
     assert len(differences) == 9
-    for each in differences:
+    for each in differences.itertuples():
         expected = [getattr(compute_metrics(models[name]), each.metric) for name in (each.first, each.second)]
         assert each.value == pytest.approx(expected[0] - expected[1])
         assert each.low <= each.value <= each.high
-    assert all(each.is_clear for each in differences if (each.first, each.second) == ("c", "a"))
+    clear = differences[(differences["first"] == "c") & (differences.second == "a")]
+    assert (clear.low > 0).all()
 
 
 def test_pairing_makes_intervals_of_alike_models_narrow() -> None:
@@ -51,8 +50,8 @@ def test_pairing_makes_intervals_of_alike_models_narrow() -> None:
         targets=one.targets,
         image_ids=one.image_ids,
     )
-    alike = compare_models({"a": one, "b": nudged}, LESIONS)[0]
-    unlike = compare_models({"a": one, "b": predict(0.3, 7)}, LESIONS)[0]
+    alike = compare_models({"a": one, "b": nudged}, LESIONS).iloc[0]
+    unlike = compare_models({"a": one, "b": predict(0.3, 7)}, LESIONS).iloc[0]
     assert alike.high - alike.low < 0.5 * (unlike.high - unlike.low)
 
 
@@ -65,14 +64,15 @@ def test_other_images_are_refused() -> None:
         compare_models({"a": predict(0.3), "b": other}, LESIONS)
 
 
-@pytest.mark.parametrize(("low", "is_chance"), [(-0.009, True), (0.002, False)])
-def test_a_difference_is_written_in_points(low: float, is_chance: bool) -> None:
-    difference = Difference(
-        first="resnet152", second="resnet50", metric="macro_auc", value=0.008, low=low, high=0.024
-    )
-    text = format_difference(difference)
-    assert text.startswith(f"resnet152 minus resnet50: +0.8 points [{100 * low:+.1f}, +2.4] macro AUC")
-    assert ("not significant" in text) == is_chance
+@pytest.mark.parametrize(
+    ("low", "remark"), [(-0.009, "[-0.9, +2.4], not significant"), (0.002, "[+0.2, +2.4]")]
+)
+def test_a_difference_is_written_in_points(low: float, remark: str) -> None:
+    row = ("macro_auc", "resnet152", "resnet50", 0.008, low, 0.024)
+    frame = pd.DataFrame([row], columns=["metric", "first", "second", "value", "low", "high"])
+    written = describe_differences(frame)
+    assert written.label[0] == "resnet152 minus resnet50"
+    assert written.remark[0] == f"+0.8 points {remark}"
 
 
 def start_other_run() -> str:

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from skin_resnet.evaluation.explain import MAX_CLASSES, choose_examples, compute_gradcam
 from skin_resnet.evaluation.metrics import Predictions
-from skin_resnet.evaluation.plots.explain import plot_gradcam
+from skin_resnet.evaluation.plots.assessment import plot_gradcam
 from skin_resnet.labels import HAM10000_CLASSES
 from skin_resnet.model.resnet import ResNet
 from tests.test_metrics import predict_randomly

@@ -3,8 +3,8 @@
 import numpy as np
 import pandas as pd
 
-from skin_resnet.evaluation.formatting import format_class_table, format_score
 from skin_resnet.evaluation.metrics import Predictions, compute_class_table
+from skin_resnet.evaluation.page import format_frame, format_score
 
 
 def test_a_score_is_written_with_its_interval() -> None:
@@ -19,7 +19,7 @@ def test_the_class_table_is_markdown_with_dashes_where_a_figure_is_undefined() -
         targets=np.array([0, 1, 1]),
         image_ids=("a", "b", "c"),
     )
-    text = format_class_table(compute_class_table(predictions, ("bcc", "mel", "nv")))
+    text = format_frame(compute_class_table(predictions, ("bcc", "mel", "nv")))
     assert text.splitlines() == [
         "| dx  | images | sensitivity | specificity |   PPV |   NPV |    F1 |   AUC |    AP |",
         "| --- | -----: | ----------: | ----------: | ----: | ----: | ----: | ----: | ----: |",
@@ -30,4 +30,4 @@ def test_the_class_table_is_markdown_with_dashes_where_a_figure_is_undefined() -
 
 
 def test_a_bar_in_a_class_name_does_not_open_a_column() -> None:
-    assert "| a\\|b |" in format_class_table(pd.DataFrame({"dx": ["a|b"], "images": [3]}))
+    assert "| a\\|b |" in format_frame(pd.DataFrame({"dx": ["a|b"], "images": [3]}))

@@ -153,7 +153,7 @@ def test_class_shift_agrees_with_scipy() -> None:
     assert report.class_distance["val"] == pytest.approx((shares.val - shares.train).clip(lower=0).sum())
 
 
-def test_the_passport_is_json_and_counts_what_was_not_audited() -> None:
+def test_the_report_is_json_and_counts_what_was_not_audited() -> None:
     table = make_small_table()
     sides = Split(train=tuple(table.image_id[:5]), val=(), test=(*table.image_id[6:], "unreadable"))
     report = audit_split(table, sides, build_store(table, draw_pixels(table)))

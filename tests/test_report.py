@@ -127,15 +127,6 @@ def test_a_val_loss_that_rises_with_the_train_loss_is_not_overfitting() -> None:
     assert "Unstable since epoch 5:" in describe(history)
 
 
-def test_a_score_that_rises_after_the_lowest_val_loss_is_told_from_one_that_falls() -> None:
-    rising = make_history(30, val_loss=valley(10), val_score=lambda epoch: min(0.3 + 0.02 * epoch, 0.7))
-    assert "rose until epoch 20: overconfident" in describe(rising)
-    falling_score = make_history(30, val_loss=valley(10), val_score=lambda epoch: 0.7 - 0.01 * epoch)
-    one_lucky_epoch = make_history(30, val_loss=valley(10), noise=0.02)
-    for history in (HISTORIES["overfitting"], falling_score, one_lucky_epoch):
-        assert "overconfident" not in describe(history)
-
-
 def test_the_metric_that_chooses_the_best_epoch_decides_whether_it_still_improves() -> None:
     history = make_history(20)
     by_loss = TrainConfig(epochs=20, best_by="loss")

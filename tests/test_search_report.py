@@ -19,8 +19,13 @@ from search.space import build_space
 from search.winner import BASELINE, DIFFERENCE, MAJORITY, WINNER, Retrained, choose_recipes, compare_recipes
 from skin_resnet.cli import parse_options
 from skin_resnet.config import TrainConfig
-from skin_resnet.evaluation.comparison import compare_models
-from skin_resnet.evaluation.metrics import HEADLINES, Predictions, compute_intervals, compute_metrics
+from skin_resnet.evaluation.metrics import (
+    HEADLINES,
+    Predictions,
+    compare_models,
+    compute_intervals,
+    compute_metrics,
+)
 
 CONFIG = SearchConfig(n_trials=12, epochs=8)
 LESIONS = np.array([f"L{i // 2:03}" for i in range(200)])
@@ -38,7 +43,7 @@ def predict(skill: float, seed: int) -> Predictions:
 def test_of_one_seed_the_scores_are_those_of_compare() -> None:
     models = {BASELINE: predict(0.2, 1), WINNER: predict(0.4, 2)}
     scores = compare_recipes({name: [each] for name, each in models.items()}, LESIONS)
-    for each in compare_models(models, LESIONS):
+    for each in compare_models(models, LESIONS).itertuples():
         assert tuple(scores.loc[(DIFFERENCE, each.metric)]) == (each.value, each.low, each.high)
     for name, each in models.items():
         intervals = compute_intervals(each, LESIONS)

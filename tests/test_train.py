@@ -121,7 +121,7 @@ def test_figures_tables_report_and_note_are_on_the_run(run: Run) -> None:
     assert list_artifacts(run) >= {"config.yaml", "data", "figures", "val", "test", "report.md"}
     assert list_artifacts(run, "figures") == {"figures/curves.png"}
     tables = {"per_class.csv", "predictions.csv", "subgroups.csv", "metrics.csv"}
-    tables |= {"referral.csv", "evaluation.md", "evaluation.json"}
+    tables |= {"referral.csv", "evaluation.md", "retest.csv", "reliability.csv"}
     names = tables | {"confusion.png", "reliability.png", "subgroups.png"}
     assert list_artifacts(run, "val") == {f"val/{name}" for name in names}
     assert list_artifacts(run, "test") == {f"test/{name}" for name in names | {"gradcam.png"}}
@@ -188,7 +188,7 @@ def test_training_cannot_see_the_diagnoses_of_the_test_images(config: TrainConfi
     assert (opened.target >= 0).all()
 
 
-def test_the_leak_passport_of_the_split_is_on_the_run(run: Run) -> None:
+def test_the_leakage_report_of_the_split_is_on_the_run(run: Run) -> None:
     assert run.data.tags["split.leaks"] == "false"
     path = mlflow.artifacts.download_artifacts(run_id=run.info.run_id, artifact_path="data/leakage.json")
     assert json.loads(Path(path).read_text())["leaks"] is False

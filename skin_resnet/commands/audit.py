@@ -10,7 +10,7 @@ from skin_resnet.data.leakage import LeakageReport, audit_split, read_split
 from skin_resnet.data.split import split_lesions
 from skin_resnet.data.store import open_store
 from skin_resnet.errors import UserError, expand
-from skin_resnet.evaluation.leakage_page import format_leakage
+from skin_resnet.evaluation.page import format_leakage
 from skin_resnet.tracking import run as mlflow_run
 
 LEAKS = 1  # exit code for a split that leaks

@@ -1,6 +1,5 @@
 """The command `compare`: several trainings side by side, on the same images."""
 
-from dataclasses import asdict
 from typing import Any
 
 import numpy as np
@@ -10,11 +9,16 @@ from numpy.typing import NDArray
 from skin_resnet.config import CompareConfig
 from skin_resnet.data.split import join_lesions
 from skin_resnet.errors import UserError
-from skin_resnet.evaluation.comparison import compare_models, format_difference
-from skin_resnet.evaluation.formatting import format_score, format_table, spell_metric
-from skin_resnet.evaluation.metrics import HEADLINES, Predictions, compute_intervals, compute_metrics
-from skin_resnet.evaluation.page import LEAK_BANNER
-from skin_resnet.evaluation.plots.comparison import plot_curves_of_models, plot_differences
+from skin_resnet.evaluation.metrics import (
+    HEADLINES,
+    Predictions,
+    compare_models,
+    compute_intervals,
+    compute_metrics,
+)
+from skin_resnet.evaluation.page import LEAK_BANNER, format_score, format_table, spell_metric
+from skin_resnet.evaluation.plots.assessment import plot_intervals
+from skin_resnet.evaluation.plots.curves import plot_curves_of_models
 from skin_resnet.tracking import history as finished_runs
 from skin_resnet.tracking.history import FinishedRun
 from skin_resnet.tracking.run import describe_location, open_run
@@ -72,26 +76,43 @@ def _compare(
     runs: dict[str, FinishedRun], predictions: dict[str, Predictions], lesions: NDArray[np.str_], split: str
 ) -> tuple[str, dict[str, Any]]:
     """Return the page, and all files by artifact path."""
-    differences = compare_models(predictions, lesions)
-    images, count = len(lesions), len(set(lesions))
+    differences = describe_differences(compare_models(predictions, lesions))
+    images = f"{len(lesions)} images of {len(set(lesions))} lesions"
     split_hash = next(iter(runs.values())).split_hash
     page = "\n".join(
         [
-            f"### {split.capitalize()}: {images} images of {count} lesions, split {split_hash[:8]}",
+            f"### {split.capitalize()}: {images}, split {split_hash[:8]}",
             "",
             _tabulate(runs, predictions, lesions),
             "",
-            *(f"- {format_difference(difference)}" for difference in differences),
+            *(
+                "- "
+                + differences.label
+                + ": "
+                + differences.remark
+                + " "
+                + differences.metric.map(spell_metric)
+            ),
             *(f"\n{name}: {LEAK_BANNER}" for name, run in runs.items() if run.leaks),
         ]
     )
-    histories = {name: run.history for name, run in runs.items()}
+    panels = {spell_metric(metric): differences[differences.metric == metric] for metric in HEADLINES}
     return page, {
         "comparison.md": page,
-        "differences.csv": pd.DataFrame([asdict(each) for each in differences]),
-        "figures/curves.png": plot_curves_of_models(histories),
-        "figures/differences.png": plot_differences(differences, images, count),
+        "differences.csv": differences,
+        "figures/curves.png": plot_curves_of_models({name: run.history for name, run in runs.items()}),
+        "figures/differences.png": plot_intervals(panels, f"Differences on the same {images}", 0),
     }
+
+
+def describe_differences(differences: pd.DataFrame) -> pd.DataFrame:
+    """Add a label, `resnet152 minus resnet50`, and a remark, `+0.8 points [-0.9, +2.4], not significant`."""
+    remarks = [
+        f"{100 * row.value:+.1f} points [{100 * row.low:+.1f}, {100 * row.high:+.1f}]"
+        + ("" if row.low > 0 or row.high < 0 else ", not significant")
+        for row in differences.itertuples()
+    ]
+    return differences.assign(label=differences["first"] + " minus " + differences.second, remark=remarks)
 
 
 def _tabulate(

@@ -3,7 +3,6 @@
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pandas as pd
 import torch
 
@@ -13,13 +12,10 @@ from skin_resnet.data.loader import Loader, place_pixels
 from skin_resnet.data.split import Split, drop_seen
 from skin_resnet.data.store import ImageStore, fingerprint_images, open_store
 from skin_resnet.errors import UserError
-from skin_resnet.evaluation.artifacts import Examples, list_artifacts
-from skin_resnet.evaluation.assess import Assessment, Calibration, assess
-from skin_resnet.evaluation.explain import MAX_IMAGES, choose_examples, compute_gradcam
+from skin_resnet.evaluation.artifacts import list_artifacts, show_images
+from skin_resnet.evaluation.assess import assess
 from skin_resnet.evaluation.metrics import Predictions
-from skin_resnet.evaluation.operating import find_positives, tabulate_missed
 from skin_resnet.evaluation.page import LEAK_BANNER
-from skin_resnet.model.preprocess import normalize, to_float
 from skin_resnet.model.resnet import ResNet, build_resnet
 from skin_resnet.tracking import history as finished_runs
 from skin_resnet.tracking.access_log import log_test_access
@@ -107,43 +103,27 @@ def _get_split(checkpoint: dict[str, Any]) -> Split:
 
 
 def read_finished(model: str) -> dict[str, Any]:
-    """Read the checkpoint that a name stands for, and check that it is complete.
+    """Read the checkpoint that a name stands for: a run id, a model's URI or a file.
 
     Raises:
-        UserError: There is none, it is not of a finished training, or its parts do not fit together.
+        UserError: There is none, it is not of a finished training, or it is not of this version.
     """
-    checkpoint = read_checkpoint(find_checkpoint(model))
+    path = Path(model).expanduser()
+    is_file = path.suffix in {".pt", ".pth", ".safetensors"} or path.is_file()
+    checkpoint = read_checkpoint(path if is_file else finished_runs.download_checkpoint(model))
     if "calibration" not in checkpoint:
         raise UserError(f"{model!r} is not a finished training; let it end, or resume it.")
     try:
         TrainConfig.model_validate(checkpoint["config"])
-        Calibration.from_dict(checkpoint["calibration"])
         _get_split(checkpoint).to_frame()
         build_network(checkpoint)
-        parts = ("image_size", "epoch", "leaks", "run_id", "split_fingerprints")
-        missing = [name for name in parts if name not in checkpoint]
-        if missing or checkpoint["baseline_class"] not in checkpoint["classes"]:
-            raise KeyError(missing[0] if missing else "baseline_class")
-    # What another version, or a user, has written can raise anything.
-    except Exception as error:
-        reason = f"it lacks {error}" if isinstance(error, KeyError) else (str(error).splitlines() or [""])[0]
+    except Exception as error:  # what another version, or a user, has written can raise any
+        reason = (str(error).splitlines() or [""])[0]
         raise UserError(
             f"the checkpoint of {model!r} is not of this version ({reason}); train again, or use the version "
             "it was trained with."
         ) from None
     return checkpoint
-
-
-def find_checkpoint(model: str) -> Path:
-    """Return the checkpoint file of a run id, or of a logged or registered model's URI, or the file itself.
-
-    Raises:
-        UserError: There is none.
-    """
-    path = Path(model).expanduser()
-    if path.suffix in {".pt", ".pth", ".safetensors"} or path.is_file():
-        return path
-    return finished_runs.download_checkpoint(model)
 
 
 def _match_classes(table: pd.DataFrame, classes: tuple[str, ...]) -> pd.DataFrame:
@@ -161,12 +141,6 @@ def predict_checkpoint(
     checkpoint: dict[str, Any], table: pd.DataFrame, store: ImageStore, config: TrainConfig | EvaluateConfig
 ) -> Predictions:
     """Predict the images of a table with a checkpoint's network, before temperature scaling.
-
-    Args:
-        checkpoint: From `read_checkpoint`.
-        table: Rows to predict, with targets in the checkpoint's class order.
-        store: Their pixels.
-        config: Device, precision and batch size; test-time augmentation, for an evaluation.
 
     Raises:
         UserError: There is no image.
@@ -214,8 +188,8 @@ def assess_and_log(
         UserError: There is no image, or the network's output is not finite.
     """
     raw = predict_checkpoint(checkpoint, table, store, config)
-    calibration = Calibration.from_dict(checkpoint["calibration"])
-    assessment = assess(raw, table, tuple(checkpoint["classes"]), checkpoint["baseline_class"], calibration)
+    classes, calibration = tuple(checkpoint["classes"]), checkpoint["calibration"]
+    assessment = assess(raw, table, classes, checkpoint["baseline_class"], calibration)
     title = f"Test, {checkpoint['arch']} epoch {checkpoint['epoch']}"
     views = _get_views(config)
     notes = [
@@ -224,19 +198,6 @@ def assess_and_log(
         f"Predictions are averaged over {views} views; the calibration was fitted with one." * (views > 1),
     ]
     run.log_metrics(assessment.metrics("test"), step=checkpoint["epoch"])
-    examples = show_examples(checkpoint, assessment, store)
-    files = list_artifacts(assessment, "test", title, notes, examples)
-    run.log_artifacts(files)
+    files = list_artifacts(assessment, "test", title, notes)
+    run.log_artifacts(files | show_images(assessment, "test", title, build_network(checkpoint), store))
     return str(files["test/evaluation.md"])
-
-
-def show_examples(checkpoint: dict[str, Any], assessment: Assessment, store: ImageStore) -> Examples:
-    """Read the missed melanomas, and compute Grad-CAM for a few images of each class, on the CPU."""
-    predictions, classes = assessment.predictions, assessment.classes
-    rows = choose_examples(predictions)
-    pixels = store.pixels[store.find_rows(tuple(np.array(predictions.image_ids)[rows]))]
-    images = normalize(to_float(torch.from_numpy(np.array(pixels))))
-    heats = compute_gradcam(build_network(checkpoint), images, torch.from_numpy(predictions.predicted[rows]))
-    missed = tabulate_missed(predictions, find_positives(classes).get("melanoma", ()), classes)
-    missed_pixels = store.pixels[store.find_rows(tuple(missed.image_id[:MAX_IMAGES]))]
-    return Examples(rows=rows, pixels=pixels, heats=heats, missed=missed_pixels)

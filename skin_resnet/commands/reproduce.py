@@ -6,7 +6,7 @@ from tempfile import TemporaryDirectory
 import pandas as pd
 
 from skin_resnet.config import ReproduceConfig, TrainConfig
-from skin_resnet.evaluation.formatting import format_table
+from skin_resnet.evaluation.page import format_table
 from skin_resnet.tracking import history as finished_runs
 from skin_resnet.tracking.run import describe_location, open_run
 from skin_resnet.tracking.store import prepare_store

@@ -1,7 +1,7 @@
-"""The evaluation of a model on one split: what is fitted on val, and one table of all its metrics."""
+"""The evaluation of a model on one split: one table of all its metrics, and a few frames."""
 
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -10,13 +10,12 @@ from numpy.typing import NDArray
 
 from skin_resnet.data.split import join_lesions
 from skin_resnet.evaluation.calibration import (
+    Calibration,
     apply_temperature,
     check_probabilities,
     compute_brier,
     compute_ece,
     compute_reliability,
-    fit_conformal,
-    fit_temperature,
     predict_sets,
 )
 from skin_resnet.evaluation.metrics import (
@@ -28,12 +27,7 @@ from skin_resnet.evaluation.metrics import (
     compute_share_interval,
     predict_always,
 )
-from skin_resnet.evaluation.operating import (
-    apply_threshold,
-    choose_thresholds,
-    compute_referral,
-    find_positives,
-)
+from skin_resnet.evaluation.operating import apply_threshold, compute_referral, find_positives
 from skin_resnet.evaluation.subgroups import compute_retest, compute_subgroups
 
 # The metrics that MLflow shows and compares; all others are in the artifacts of the run.
@@ -44,60 +38,12 @@ _NAN = float("nan")
 
 
 @dataclass(frozen=True, kw_only=True)
-class Calibration:
-    """What is fitted on val and travels in the checkpoint.
-
-    Attributes:
-        temperature: What the logits are divided by.
-        coverage: Wanted share of images whose prediction set holds the true class.
-        least_probability: From which on a class belongs to an image's prediction set.
-        thresholds: By name (`melanoma_at_0.90`): the highest one that reaches that sensitivity on val.
-    """
-
-    temperature: float
-    coverage: float
-    least_probability: float
-    thresholds: dict[str, float]
-
-    def to_dict(self) -> dict[str, Any]:
-        """Return plain values, as a checkpoint may hold."""
-        return asdict(self)
-
-    @classmethod
-    def from_dict(cls, values: dict[str, Any]) -> "Calibration":
-        """Read what `to_dict` returned."""
-        return cls(**values)
-
-
-def fit_calibration(predictions: Predictions, classes: tuple[str, ...], coverage: float) -> Calibration:
-    """Fit temperature, conformal sets and decision thresholds.
-
-    Args:
-        predictions: Of val, as the network outputs them.
-        classes: The class order.
-        coverage: Wanted share of images whose prediction set holds the true class.
-
-    Raises:
-        UserError: There is no image, or a probability is not finite.
-    """
-    check_probabilities(predictions)
-    temperature = fit_temperature(predictions)
-    calibrated = apply_temperature(predictions, temperature)
-    return Calibration(
-        temperature=temperature,
-        coverage=coverage,
-        least_probability=fit_conformal(calibrated, coverage),
-        thresholds=choose_thresholds(calibrated, classes),
-    )
-
-
-@dataclass(frozen=True, kw_only=True)
 class Assessment:
     """The evaluation of a model on some images.
 
     Attributes:
-        table: All metrics, a row each: name, value, low and high (95 % interval by bootstrap over lesions,
-            NaN where there is none), n (images measured).
+        table: A row per metric over all images: name, value, low and high (95 % interval by bootstrap over
+            lesions, NaN where there is none), n (images measured).
         per_class: From `compute_class_table`, and the empirical coverage of each class.
         subgroups: From `compute_subgroups`.
         retest: From `compute_retest`.
@@ -172,29 +118,28 @@ def assess(
         UserError: There is no image, or a probability is not finite.
     """
     check_probabilities(raw)
-    calibrated = apply_temperature(raw, calibration.temperature)
+    calibrated = apply_temperature(raw, calibration["temperature"])
     lesions = join_lesions(table).to_numpy(str)
-    sets = predict_sets(calibrated, calibration.least_probability)
+    sets = predict_sets(calibrated, calibration["least_probability"])
     covered = sets[np.arange(len(sets)), calibrated.targets]
     per_class = compute_class_table(calibrated, classes)
     per_class["coverage"] = pd.Series(covered).groupby(calibrated.targets).mean().reindex(range(len(classes)))
-    retest = compute_retest(calibrated, lesions, classes)
-    referral = compute_referral(calibrated)
     rows = [
-        *_measure_headlines(raw, calibrated, lesions, classes.index(baseline_class)),
-        *_measure_sets(sets, covered, lesions),
+        *_measure(raw, calibrated, lesions, classes.index(baseline_class)),
+        ("coverage", covered.mean(), *compute_share_interval(covered, lesions), len(sets)),
+        ("set_size", sets.sum(axis=1).mean(), _NAN, _NAN, len(sets)),
+        ("singleton_fraction", (sets.sum(axis=1) == 1).mean(), _NAN, _NAN, len(sets)),
         *_measure_thresholds(calibrated, calibration, lesions, classes),
-        *_list_means(referral, retest, per_class),
     ]
     before = compute_reliability(raw).assign(temperature=1.0)
-    after = compute_reliability(calibrated).assign(temperature=calibration.temperature)
+    after = compute_reliability(calibrated).assign(temperature=calibration["temperature"])
     return Assessment(
         table=pd.DataFrame(rows, columns=["name", "value", "low", "high", "n"]),
         per_class=per_class,
         subgroups=compute_subgroups(calibrated, table, lesions),
-        retest=retest,
+        retest=compute_retest(calibrated, lesions, classes),
         reliability=pd.concat([before, after]),
-        referral=referral,
+        referral=compute_referral(calibrated),
         predictions=calibrated,
         lesions=lesions,
         knows_lesions=not table.lesion_id.equals(table.image_id),
@@ -204,10 +149,10 @@ def assess(
     )
 
 
-def _measure_headlines(
+def _measure(
     raw: Predictions, calibrated: Predictions, lesions: NDArray[np.str_], baseline: int
 ) -> Iterator[Row]:
-    images = len(calibrated.targets)
+    images = len(lesions)
     metrics, intervals = compute_metrics(calibrated), compute_intervals(calibrated, lesions)
     always = compute_metrics(predict_always(baseline, calibrated))
     for name in HEADLINES:
@@ -226,15 +171,6 @@ def _measure_headlines(
         yield name, value, _NAN, _NAN, images
 
 
-def _measure_sets(
-    sets: NDArray[np.bool_], covered: NDArray[np.bool_], lesions: NDArray[np.str_]
-) -> Iterator[Row]:
-    sizes = sets.sum(axis=1)
-    yield "coverage", float(covered.mean()), *compute_share_interval(covered, lesions), len(sets)
-    yield "set_size", float(sizes.mean()), _NAN, _NAN, len(sets)
-    yield "singleton_fraction", float((sizes == 1).mean()), _NAN, _NAN, len(sets)
-
-
 def _measure_thresholds(
     predictions: Predictions,
     calibration: Calibration,
@@ -242,17 +178,8 @@ def _measure_thresholds(
     classes: tuple[str, ...],
 ) -> Iterator[Row]:
     groups = find_positives(classes)
-    for name, threshold in calibration.thresholds.items():
+    for name, threshold in calibration["thresholds"].items():
+        yield f"{name}_threshold", threshold, _NAN, _NAN, len(lesions)
         positives = groups[name.partition("_at_")[0]]
-        for row in apply_threshold(predictions, positives, threshold, lesions):
-            yield f"{name}_{row[0]}", *row[1:]
-
-
-def _list_means(referral: pd.DataFrame, retest: pd.DataFrame, per_class: pd.DataFrame) -> Iterator[Row]:
-    """Yield the rows of the table that summarise other frames."""
-    yield "referral_area", float(referral.accuracy.mean()), _NAN, _NAN, len(referral)
-    for row in retest[retest.dx == "all"].itertuples():
-        yield f"retest_{row.metric}", row.value, row.low, row.high, row.images
-    for name, column in per_class.drop(columns=["dx", "images"]).items():
-        for dx, images, value in zip(per_class.dx, per_class.images, column, strict=True):
-            yield f"{name}/{dx}", value, _NAN, _NAN, images
+        for metric, value, low, high, n in apply_threshold(predictions, positives, threshold, lesions):
+            yield f"{name}_{metric}", value, low, high, n

@@ -5,6 +5,7 @@ Fitted on val, measured on test. Nothing here changes which class is the most pr
 
 import math
 from dataclasses import replace
+from typing import TypedDict
 
 import numpy as np
 import pandas as pd
@@ -13,17 +14,46 @@ from scipy.optimize import minimize_scalar
 
 from skin_resnet.errors import UserError
 from skin_resnet.evaluation.metrics import Floats, Predictions
+from skin_resnet.evaluation.operating import choose_thresholds
 
 _HOTTEST = 20.0  # bound of the temperature and of its inverse: beyond it, the network itself is wrong
-_LEAST = np.finfo(np.float32).tiny
 
 
-def check_probabilities(predictions: Predictions) -> None:
-    """Check that there are predictions, and that all are finite.
+class Calibration(TypedDict):
+    """What is fitted on val and travels in the checkpoint.
+
+    Attributes:
+        temperature: What the logits are divided by.
+        coverage: Wanted share of images whose prediction set holds the true class.
+        least_probability: From which on a class belongs to an image's prediction set.
+        thresholds: By name (`melanoma_at_0.90`): the highest one that reaches that sensitivity on val.
+    """
+
+    temperature: float
+    coverage: float
+    least_probability: float
+    thresholds: dict[str, float]
+
+
+def fit_calibration(predictions: Predictions, classes: tuple[str, ...], coverage: float) -> Calibration:
+    """Fit temperature, conformal sets and decision thresholds on val, as the network outputs it.
 
     Raises:
         UserError: There is no image, or a probability is not finite.
     """
+    check_probabilities(predictions)
+    temperature = fit_temperature(predictions)
+    calibrated = apply_temperature(predictions, temperature)
+    return Calibration(
+        temperature=temperature,
+        coverage=coverage,
+        least_probability=fit_conformal(calibrated, coverage),
+        thresholds=choose_thresholds(calibrated, classes),
+    )
+
+
+def check_probabilities(predictions: Predictions) -> None:
+    """Raise a `UserError` if there is no image, or a probability is not finite."""
     if not len(predictions.targets):
         raise UserError("there are no images to evaluate; give data that has some.")
     bad = np.flatnonzero(~np.isfinite(predictions.probabilities).all(axis=1))
@@ -65,7 +95,7 @@ def apply_temperature(predictions: Predictions, temperature: float) -> Predictio
 
 def _take_logs(predictions: Predictions) -> Floats:
     """Return logits shifted so that the highest is 0; softmax ignores the shift."""
-    logs = np.log(np.maximum(predictions.probabilities, _LEAST))
+    logs = np.log(np.maximum(predictions.probabilities, np.finfo(np.float32).tiny))
     highest: Floats = logs - logs.max(axis=1, keepdims=True)
     return highest
 
@@ -121,10 +151,6 @@ def fit_conformal(predictions: Predictions, coverage: float) -> float:
     shows how much.
     Source: Sadinle, Lei, Wasserman, JASA 114:223 (2019); the finite-sample quantile is that of Angelopoulos,
     Bates, "A Gentle Introduction to Conformal Prediction" (arXiv 2107.07511), section 1.
-
-    Args:
-        predictions: Of val.
-        coverage: Wanted share of images whose set holds the true class, between 0 and 1.
 
     Returns:
         The threshold; 0 where there are too few images to guarantee the coverage.

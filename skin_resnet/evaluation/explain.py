@@ -12,7 +12,6 @@ from skin_resnet.evaluation.metrics import Predictions
 from skin_resnet.model.resnet import ResNet
 
 MAX_CLASSES = 12  # each costs a few backward passes, and a row of the figure
-MAX_IMAGES = 24  # of the missed melanomas
 _BATCH = 8  # images at a time, for all their activations are kept
 
 

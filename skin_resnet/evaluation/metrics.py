@@ -1,17 +1,19 @@
 """Metrics of predictions, and their confidence intervals by bootstrap over lesions."""
 
-from dataclasses import asdict, dataclass
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, replace
+from itertools import combinations
 from typing import Any
 
 import numpy as np
 import pandas as pd
 from numpy.typing import ArrayLike, NDArray
-from scipy.stats import rankdata
 from sklearn import metrics as sk
+
+from skin_resnet.errors import UserError
 
 HEADLINES = ("balanced_accuracy", "accuracy", "macro_auc")
 Floats = NDArray[np.float64]
-_AUC_CHUNK = 256  # positive images compared with all negatives at a time, for the sake of memory
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -41,8 +43,8 @@ class Predictions:
         predicted: NDArray[np.int64] = highest.argmax(axis=1)
         return predicted
 
-    def select(self, inside: NDArray[np.bool_]) -> "Predictions":
-        """Return the predictions of the images where `inside`, bool (N,), is true."""
+    def select(self, inside: NDArray[np.bool_ | np.int64]) -> "Predictions":
+        """Return the predictions of some images: of a mask, bool (N,), or of rows in any order."""
         return Predictions(
             probabilities=self.probabilities[inside],
             targets=self.targets[inside],
@@ -70,47 +72,13 @@ class Metrics:
 
 def compute_metrics(predictions: Predictions) -> Metrics:
     """Compute the metrics over all images at once: summed over images, divided once."""
-    targets, probabilities = predictions.targets, predictions.probabilities
-    of_target = probabilities[np.arange(len(targets)), targets]
+    images = len(predictions.targets)
+    of_target = predictions.probabilities[np.arange(images), predictions.targets]
+    scores = compute_weighted(predictions, np.ones((1, images)))
     return Metrics(
         loss=float(-np.log(np.maximum(of_target, np.finfo(np.float32).tiny)).mean()),
-        accuracy=float(sk.accuracy_score(targets, predictions.predicted)),
-        balanced_accuracy=float(np.mean(_sensitivities(predictions)[np.unique(targets)])),
-        macro_auc=_mean_auc(predictions),
+        **{name: float(scores[name][0]) for name in HEADLINES},
     )
-
-
-def _sensitivities(predictions: Predictions) -> Floats:
-    labels = list(range(predictions.probabilities.shape[1]))
-    scores: Floats = sk.recall_score(
-        predictions.targets, predictions.predicted, labels=labels, average=None, zero_division=np.nan
-    )
-    return scores
-
-
-def _compute_aucs(predictions: Predictions) -> Floats:
-    """Compute each class's one-versus-rest AUC, from ranks, (K,); NaN without images of it, or of others."""
-    truth = np.eye(predictions.probabilities.shape[1], dtype=bool)[predictions.targets]
-    positives = truth.sum(axis=0)
-    ranks = rankdata(predictions.probabilities, axis=0)
-    wins = (ranks * truth).sum(axis=0) - positives * (positives + 1) / 2
-    with np.errstate(invalid="ignore"):
-        aucs: Floats = wins / (positives * (len(truth) - positives))
-    return aucs
-
-
-def _compute_average_precisions(predictions: Predictions) -> Floats:
-    scores = np.full(predictions.probabilities.shape[1], np.nan)
-    for target in np.unique(predictions.targets):
-        positive = predictions.targets == target
-        if not positive.all():
-            scores[target] = sk.average_precision_score(positive, predictions.probabilities[:, target])
-    return scores
-
-
-def _mean_auc(predictions: Predictions) -> float:
-    aucs = _compute_aucs(predictions)
-    return float(np.nanmean(aucs)) if np.isfinite(aucs).any() else float("nan")
 
 
 def compute_class_table(predictions: Predictions, classes: tuple[str, ...]) -> pd.DataFrame:
@@ -120,47 +88,45 @@ def compute_class_table(predictions: Predictions, classes: tuple[str, ...]) -> p
     """
     counts = compute_confusion(predictions)
     hits, actual, predicted = counts.diagonal(), counts.sum(axis=1), counts.sum(axis=0)
-    total = counts.sum()
+    images = counts.sum()
+    aucs, precisions = np.full((2, len(classes)), np.nan)
+    for target in np.flatnonzero((actual > 0) & (actual < images)):
+        positive, scores = predictions.targets == target, predictions.probabilities[:, target]
+        aucs[target] = sk.roc_auc_score(positive, scores)
+        precisions[target] = sk.average_precision_score(positive, scores)
     with np.errstate(invalid="ignore", divide="ignore"):
         return pd.DataFrame(
             {
                 "dx": classes,
                 "images": actual,
                 "sensitivity": hits / actual,
-                "specificity": 1 - (predicted - hits) / (total - actual),
+                "specificity": 1 - (predicted - hits) / (images - actual),
                 "ppv": hits / predicted,
-                "npv": 1 - (actual - hits) / (total - predicted),
+                "npv": 1 - (actual - hits) / (images - predicted),
                 "f1": np.where(actual > 0, 2 * hits / (actual + predicted), np.nan),
-                "auc": _compute_aucs(predictions),
-                "ap": _compute_average_precisions(predictions),
+                "auc": aucs,
+                "ap": precisions,
             }
         )
 
 
 def compute_confusion(predictions: Predictions) -> NDArray[np.int64]:
     """Count images by true class (rows) and predicted class (columns), int64 (K, K)."""
-    labels = list(range(predictions.probabilities.shape[1]))
+    labels = range(predictions.probabilities.shape[1])
     counts: NDArray[np.int64] = sk.confusion_matrix(predictions.targets, predictions.predicted, labels=labels)
     return counts
 
 
 def predict_always(target: int, like: Predictions) -> Predictions:
     """Return the predictions of a model that is certain of the same class for every image."""
-    probabilities = np.zeros_like(like.probabilities)
-    probabilities[:, target] = 1
-    return Predictions(probabilities=probabilities, targets=like.targets, image_ids=like.image_ids)
+    certain = np.eye(like.probabilities.shape[1])[target]
+    return replace(like, probabilities=np.tile(certain, (len(like.targets), 1)))
 
 
 def compute_intervals(
     predictions: Predictions, lesions: NDArray[np.str_], *, replicates: int = 1000
 ) -> dict[str, tuple[float, float]]:
-    """Compute a 95 % interval of each headline metric by drawing lesions with replacement.
-
-    Args:
-        predictions: Of N images.
-        lesions: Which lesion each image shows, (N,).
-        replicates: How many times lesions are drawn.
-    """
+    """Compute a 95 % interval of each headline metric by drawing lesions, (N,), with replacement."""
     draws = compute_weighted(predictions, draw_lesions(lesions, replicates=replicates))
     return {name: compute_percentiles(draws[name]) for name in HEADLINES}
 
@@ -179,11 +145,11 @@ def draw_lesions(lesions: NDArray[Any], *, replicates: int = 1000, seed: int = 0
     return weights
 
 
-def compute_percentiles(draws: Floats, level: float = 0.95) -> tuple[float, float]:
-    """Return the ends of the middle `level` of the finite draws; NaN where there is none."""
+def compute_percentiles(draws: Floats) -> tuple[float, float]:
+    """Return the ends of the middle 95 % of the finite draws; NaN where there is none."""
     if not np.isfinite(draws).any():
         return float("nan"), float("nan")
-    low, high = np.nanquantile(draws, [(1 - level) / 2, (1 + level) / 2])
+    low, high = np.nanquantile(draws, [0.025, 0.975])
     return float(low), float(high)
 
 
@@ -229,14 +195,48 @@ def compute_weighted(predictions: Predictions, weights: Floats) -> dict[str, Flo
 
 
 def _compute_weighted_auc(positive: NDArray[np.bool_], scores: Floats, weights: Floats) -> Floats:
-    """Compute an AUC for each row of weights (B, N): the chance that a positive outranks a negative."""
-    positives, negatives = weights[:, positive], weights[:, ~positive]
-    counts = negatives.astype(np.float32)  # sums of whole and half weights: exact below 8 million images
-    wins = np.zeros(len(weights))
-    for start in range(0, positives.shape[1], _AUC_CHUNK):
-        chunk = slice(start, start + _AUC_CHUNK)
-        # 1 where the positive's score is higher, 1/2 for a tie.
-        outranks = (np.sign(scores[positive][chunk, None] - scores[~positive]) + 1) / 2
-        wins += (positives[:, chunk] * (counts @ outranks.T.astype(np.float32))).sum(axis=1)
-    result: Floats = wins / (positives.sum(axis=1) * negatives.sum(axis=1))
+    """Compute an AUC for each row of weights (B, N): the chance that a positive outranks a negative.
+
+    A tie counts half. The negatives are sorted once, so each row takes one pass.
+    """
+    order = np.flatnonzero(~positive)[np.argsort(scores[~positive])]
+    positives = weights[:, positive]
+    counts = np.pad(weights[:, order].cumsum(axis=1), ((0, 0), (1, 0)))
+    below, not_above = (np.searchsorted(scores[order], scores[positive], side) for side in ("left", "right"))
+    wins = (positives * (counts[:, below] + counts[:, not_above])).sum(axis=1) / 2
+    result: Floats = wins / (positives.sum(axis=1) * counts[:, -1])
     return result
+
+
+def compare_models(models: Mapping[str, Predictions], lesions: NDArray[np.str_]) -> pd.DataFrame:
+    """Compute the difference of each two models, for each headline metric.
+
+    Both metrics of a difference are computed on the same bootstrap draws: what is hard for both cancels out.
+
+    Args:
+        models: Predictions by model name, all of the same N images in the same order.
+        lesions: Which lesion each image shows, (N,).
+
+    Returns:
+        A row per metric and pair: metric, first, second, value (first minus second), low and high (95 %
+        interval by bootstrap over lesions).
+
+    Raises:
+        UserError: The models were evaluated on different images.
+    """
+    reference, *others = models
+    for name in others:
+        same_targets = np.array_equal(models[name].targets, models[reference].targets)
+        if models[name].image_ids != models[reference].image_ids or not same_targets:
+            raise UserError(
+                f"{name} and {reference} were evaluated on different images; give runs of one split."
+            )
+    weights = draw_lesions(lesions)
+    points = {name: asdict(compute_metrics(predictions)) for name, predictions in models.items()}
+    draws = {name: compute_weighted(predictions, weights) for name, predictions in models.items()}
+    rows = []
+    for metric in HEADLINES:
+        for second, first in combinations(models, 2):
+            interval = compute_percentiles(draws[first][metric] - draws[second][metric])
+            rows.append((metric, first, second, points[first][metric] - points[second][metric], *interval))
+    return pd.DataFrame(rows, columns=["metric", "first", "second", "value", "low", "high"])

@@ -40,34 +40,26 @@ def is_positive(predictions: Predictions, positives: Collection[int]) -> NDArray
 
 
 def choose_threshold(predictions: Predictions, positives: Collection[int], sensitivity: float) -> float:
-    """Choose the highest threshold that reaches a sensitivity; NaN where no image is positive."""
-    scores = score_positives(predictions, positives)[is_positive(predictions, positives)]
-    if not len(scores):
-        return float("nan")
+    """Choose the highest threshold that reaches a sensitivity on images of which some are positive."""
+    scores = np.sort(score_positives(predictions, positives)[is_positive(predictions, positives)])
     wanted = math.ceil(sensitivity * len(scores) - 1e-9)  # (0.07 * 100 is a little above 7)
-    return float(np.sort(scores)[::-1][wanted - 1])
+    return float(scores[-wanted])
 
 
 def choose_thresholds(predictions: Predictions, classes: tuple[str, ...]) -> dict[str, float]:
     """Choose the thresholds of all groups and sensitivities on val, by name: `melanoma_at_0.90`, ..."""
-    thresholds = {
+    return {
         f"{group}_at_{goal:.2f}": choose_threshold(predictions, positives, goal)
         for group, positives in find_positives(classes).items()
+        if is_positive(predictions, positives).any()
         for goal in SENSITIVITIES
     }
-    return {name: threshold for name, threshold in thresholds.items() if not math.isnan(threshold)}
 
 
 def apply_threshold(
     predictions: Predictions, positives: Collection[int], threshold: float, lesions: NDArray[np.str_]
 ) -> Iterator[tuple[str, float, float, float, int]]:
     """Measure sensitivity and specificity of a threshold on images that it was not chosen on.
-
-    Args:
-        predictions: Of N images.
-        positives: The class indices that count as positive.
-        threshold: From `choose_threshold`.
-        lesions: Which lesion each image shows, (N,).
 
     Yields:
         Name, value, low and high (95 % interval), and number of images; NaN where there are none.

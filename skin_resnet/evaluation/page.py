@@ -1,11 +1,13 @@
-"""An evaluation as a page of Markdown that also reads well on a terminal."""
+"""Markdown that reads well both rendered and on a terminal: tables, evaluations and leakage reports."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
+import numpy as np
 import pandas as pd
 
+from skin_resnet.data.leakage import KINDS, LEAKING_KINDS, LeakageReport
+from skin_resnet.data.split import SPLITS
 from skin_resnet.evaluation.assess import Assessment
-from skin_resnet.evaluation.formatting import format_class_table, format_score, format_table, spell_metric
 from skin_resnet.evaluation.metrics import HEADLINES
 from skin_resnet.evaluation.operating import find_positives
 from skin_resnet.evaluation.subgroups import MIN_IMAGES, MIN_LESIONS
@@ -15,12 +17,45 @@ LEAK_BANNER = (
     "**The split of this training leaks: train, val or test share lesions or images, so its metrics may be "
     "too high.**"
 )
+_ACRONYMS = {"auc", "ppv", "npv", "f1", "ap"}
+_MISSING = "–"  # noqa: RUF001 (an en dash marks an empty cell)
 _RETEST = {
     "agreement": "pairs of photos with the same prediction",
     "unanimous": "lesions whose photos all have the same prediction",
     "distance": "total variation distance of the probabilities",
     "mel_difference": "absolute difference of the probability of mel",
 }
+_LISTED = 10  # pairs of a kind on the page; the JSON file has all
+
+
+def spell_metric(name: str) -> str:
+    """Write a metric's name in words: `balanced accuracy`, `macro AUC`."""
+    return " ".join(word.upper() if word in _ACRONYMS else word for word in name.split("_"))
+
+
+def format_score(value: float, interval: tuple[float, float] | None = None) -> str:
+    """Write a score as `0.613`, or with its interval as `0.613 [0.52, 0.70]`; an en dash if it is NaN."""
+    if np.isnan(value):
+        return _MISSING
+    return f"{value:.3f}" + (f" [{interval[0]:.2f}, {interval[1]:.2f}]" if interval else "")
+
+
+def format_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """Lay out a markdown table: the first column to the left, the others to the right."""
+    widths = [max(3, *map(len, column)) for column in zip(header, *rows, strict=True)]
+    rule = ["-" * widths[0], *("-" * (width - 1) + ":" for width in widths[1:])]
+    template = f"| {{:<{widths[0]}}} | " + " | ".join(f"{{:>{width}}}" for width in widths[1:]) + " |"
+    return "\n".join(template.format(*row) for row in (header, rule, *rows))
+
+
+def format_frame(frame: pd.DataFrame) -> str:
+    """Write a data frame as a markdown table."""
+    rows = [[_format_cell(value) for value in row] for row in frame.itertuples(index=False)]
+    return format_table([spell_metric(str(name)) for name in frame.columns], rows)
+
+
+def _format_cell(value: object) -> str:
+    return format_score(value) if isinstance(value, float) else str(value).replace("|", "\\|")
 
 
 def format_assessment(assessment: Assessment, split: str, notes: Sequence[str] = ()) -> str:
@@ -33,81 +68,82 @@ def format_assessment(assessment: Assessment, split: str, notes: Sequence[str] =
     """
     parts = [
         *filter(None, notes),
-        _format_headlines(assessment, split),
-        format_class_table(assessment.per_class),
-        _format_calibration(assessment),
+        *_format_headlines(assessment, split),
+        format_frame(assessment.per_class),
+        *_format_calibration(assessment),
         *_format_thresholds(assessment),
-        _format_referral(assessment),
+        *_format_referral(assessment),
         *_format_retest(assessment.retest),
         *_format_subgroups(assessment.subgroups),
     ]
     return "\n\n".join(parts)
 
 
-def _format_row(assessment: Assessment, name: str) -> str:
+def _format_metric(assessment: Assessment, name: str) -> str:
     row = assessment.get(name)
     return format_score(row.value, None if pd.isna(row.low) else (row.low, row.high))
 
 
-def _format_headlines(assessment: Assessment, split: str) -> str:
+def _format_headlines(assessment: Assessment, split: str) -> Iterator[str]:
     rows = [
-        [spell_metric(name), _format_row(assessment, name), _format_row(assessment, f"baseline_{name}")]
+        [spell_metric(name), _format_metric(assessment, name), _format_metric(assessment, f"baseline_{name}")]
         for name in HEADLINES
     ]
-    rows.append(["loss (nats, after temperature)", _format_row(assessment, "loss"), ""])
+    rows.append(["loss (nats, after temperature)", _format_metric(assessment, "loss"), ""])
     shown = f"{assessment.get('images').value:.0f} images"
-    note = "Intervals are by bootstrap over lesions."
+    note = "The data does not name lesions: intervals are by image, too narrow where photos share a lesion."
     if assessment.knows_lesions:
         shown += f" of {assessment.get('lesions').value:.0f} lesions"
-    else:
-        note = (
-            "The data does not name lesions: intervals are by image, too narrow where photos share a lesion."
-        )
-    header = ["", "model [95 % interval]", f"always {assessment.baseline_class}"]
-    return f"### {split.capitalize()}: {shown}\n\n{format_table(header, rows)}\n\n{note}"
+        note = "Intervals are by bootstrap over lesions."
+    yield f"### {split.capitalize()}: {shown}"
+    yield format_table(["", "model [95 % interval]", f"always {assessment.baseline_class}"], rows)
+    yield note
 
 
-def _format_calibration(assessment: Assessment) -> str:
-    calibration = assessment.calibration
-    ece_before, ece, brier, size = (
+def _format_calibration(assessment: Assessment) -> Iterator[str]:
+    fitted = assessment.calibration
+    before, after, brier, size = (
         assessment.get(name).value for name in ("ece_before_temperature", "ece", "brier", "set_size")
     )
-    return (
-        "### Calibration\n\n"
-        f"A temperature of {calibration.temperature:.2f}, fitted on val, changes the expected calibration "
-        f"error from {ece_before:.3f} to {ece:.3f}; the Brier score is {brier:.3f}. "
-        f"Conformal prediction sets for {calibration.coverage:.0%} coverage have an "
-        f"empirical coverage of {_format_row(assessment, 'coverage')} and {size:.1f} classes on "
-        "average."
+    yield "### Calibration"
+    yield (
+        f"A temperature of {fitted['temperature']:.2f}, fitted on val, changes the expected calibration "
+        f"error from {before:.3f} to {after:.3f}; the Brier score is {brier:.3f}. Conformal sets for "
+        f"{fitted['coverage']:.0%} coverage have an empirical coverage of "
+        f"{_format_metric(assessment, 'coverage')} and {size:.1f} classes on average."
     )
 
 
-def _format_thresholds(assessment: Assessment) -> list[str]:
+def _format_thresholds(assessment: Assessment) -> Iterator[str]:
+    thresholds, groups = assessment.calibration["thresholds"], find_positives(assessment.classes)
+    if groups:
+        yield "### Decision thresholds, chosen on val"
     rows = []
-    for name, threshold in assessment.calibration.thresholds.items():
-        group, _, goal = name.partition("_at_")
-        scores = [_format_row(assessment, f"{name}_{metric}") for metric in ("sensitivity", "specificity")]
-        rows.append([group, goal, f"{threshold:.4f}", *scores])
-    groups = find_positives(assessment.classes)
-    without = [name for name in groups if not any(row[0] == name for row in rows)]
-    header = ["positive", "sensitivity on val", "threshold", "sensitivity [95 %]", "specificity [95 %]"]
-    parts = [format_table(header, rows)] if rows else []
-    parts += [f"There is no threshold for {name}: val has no such image." for name in without]
-    return ["### Decision thresholds, chosen on val", *parts] if parts else []
+    for name, threshold in thresholds.items():
+        scores = [_format_metric(assessment, f"{name}_{kind}") for kind in ("sensitivity", "specificity")]
+        rows.append([*name.split("_at_"), f"{threshold:.4f}", *scores])
+    if rows:
+        header = ["positive", "sensitivity on val", "threshold", "sensitivity [95 %]", "specificity [95 %]"]
+        yield format_table(header, rows)
+    for group in groups:
+        if not any(name.startswith(group) for name in thresholds):
+            yield f"There is no threshold for {group}: val has no such image."
 
 
-def _format_referral(assessment: Assessment) -> str:
+def _format_referral(assessment: Assessment) -> Iterator[str]:
     accuracy = assessment.referral.accuracy
     kept = ", ".join(
         f"{accuracy[int(fraction * len(accuracy))]:.3f} at {fraction:.0%}" for fraction in (0, 0.1, 0.2, 0.5)
     )
-    return f"### Referral\n\nSelective accuracy when the least confident images are referred: {kept}."
+    yield "### Referral"
+    yield f"Selective accuracy when the least confident images are referred: {kept}."
 
 
-def _format_retest(retest: pd.DataFrame) -> list[str]:
-    head = "### Test-retest: agreement between photos of one lesion"
+def _format_retest(retest: pd.DataFrame) -> Iterator[str]:
+    yield "### Test-retest: agreement between photos of one lesion"
     if retest.empty:
-        return [f"{head}\n\nNo lesion has several photos here."]
+        yield "No lesion has several photos here."
+        return
     table = pd.DataFrame(
         {
             **retest[["dx", "lesions", "images"]],
@@ -116,23 +152,109 @@ def _format_retest(retest: pd.DataFrame) -> list[str]:
             "others of its class": retest.others,
         }
     )
-    return [head, format_class_table(table), f"Metrics need {MIN_LESIONS} lesions with several photos."]
+    yield format_frame(table)
+    yield f"Metrics need {MIN_LESIONS} lesions with several photos."
 
 
 def _format_intervals(rows: pd.DataFrame) -> list[str]:
     return [format_score(row.value, (row.low, row.high)) for row in rows.itertuples()]
 
 
-def _format_subgroups(subgroups: pd.DataFrame) -> list[str]:
+def _format_subgroups(subgroups: pd.DataFrame) -> Iterator[str]:
     rows = subgroups[subgroups.metric.isin(["balanced_accuracy", "sensitivity"])]
     shown = rows[rows.value.notna()]
-    table = pd.DataFrame(
-        {
-            "subgroup": shown["by"] + ": " + shown.subgroup,
-            **shown[["images", "lesions", "classes"]],
-            "chance": (1 / shown.classes).where(shown["by"] != "dx"),
-            "balanced accuracy; of a dx, sensitivity": _format_intervals(shown),
-        }
+    yield "### Subgroups"
+    if len(shown):
+        table = pd.DataFrame(
+            {
+                "subgroup": shown["by"] + ": " + shown.subgroup,
+                **shown[["images", "lesions", "classes"]],
+                "chance": (1 / shown.classes).where(shown["by"] != "dx"),
+                "balanced accuracy; of a dx, sensitivity": _format_intervals(shown),
+            }
+        )
+        yield format_frame(table)
+    yield f"{len(rows) - len(shown)} subgroups have under {MIN_IMAGES} images or {MIN_LESIONS} lesions."
+
+
+def format_leakage(report: LeakageReport) -> str:
+    """Write a leakage report as Markdown."""
+    verdict = "the split leaks" if report.leaks else "clean" if report.knows_lesions else "no leak found"
+    sizes = report.class_counts.sum()
+    counts = ", ".join(f"{sizes[name]:,} {name}" for name in SPLITS)
+    return "\n\n".join(
+        [
+            f"# Leakage report: {verdict}",
+            f"{sizes.sum():,} images of {report.lesions:,} lesions: {counts}.",
+            "\n".join(f"- {remark}" for remark in _list_remarks(report)),
+            f"## Images shared between splits\n\n{_format_shared(report)}",
+            f"## Classes\n\n{_format_classes(report)}",
+            *_list_pairs(report),
+        ]
     )
-    note = f"{len(rows) - len(shown)} subgroups have under {MIN_IMAGES} images or {MIN_LESIONS} lesions."
-    return ["### Subgroups", *([format_class_table(table)] if len(shown) else []), note]
+
+
+def _list_remarks(report: LeakageReport) -> list[str]:
+    size = report.class_counts.test
+    touched = report.count_touched(LEAKING_KINDS, seen=("train", "val"))
+    melanoma = f" ({_share(touched['mel'], size['mel'])} of melanoma's)" if size.get("mel", 0) else ""
+    near = _count((report.pairs.kind == "near").sum(), "pair")
+    distances = ", ".join(f"{name} {distance:.3f}" for name, distance in report.class_distance.items())
+    differ = "differ significantly" if report.class_p < 0.01 else "do not differ significantly"
+    remarks = {
+        f"{_share(touched.sum(), size.sum())} of the test images{melanoma} share their lesion or pixels "
+        "with train or val.": touched.any(),
+        "No test image shares its lesion or pixels with train or val.": not touched.any(),
+        "The data does not name lesions: only pixels were compared.": not report.knows_lesions,
+        f"{near} of images look alike and may show one lesion: check them.": near[0] != "0",
+        f"{_count(report.unused, 'image')} of the data in no split.": report.unused,
+        f"{_count(report.unread, 'image')} could not be read and were not audited.": report.unread,
+        f"The classes of the splits {differ} (chi-square over lesions, p = {report.class_p:.2g}); total "
+        f"variation distance from train: {distances}.": True,
+    }
+    return [remark for remark, applies in remarks.items() if applies]
+
+
+def _format_shared(report: LeakageReport) -> str:
+    rows = []
+    for kind, name in KINDS.items():
+        row = [name, f"{(report.pairs.kind == kind).sum():,}"]
+        for split, seen in (("test", "train"), ("test", "val"), ("val", "train")):
+            touched = report.count_touched((kind,), split, (seen,)).sum()
+            row.append(f"{touched:,} ({_share(touched, report.class_counts[split].sum())})")
+        rows.append(row)
+    return format_table(["shared", "pairs", "test & train", "test & val", "val & train"], rows)
+
+
+def _format_classes(report: LeakageReport) -> str:
+    """Write each class's share of each split, and what share of its test images is shared with train."""
+    counts = report.class_counts
+    touched = pd.DataFrame({kind: report.count_touched((kind,)) for kind in KINDS})
+    kinds = [kind for kind in KINDS if touched[kind].any()]
+    rows = [
+        [
+            str(dx),
+            *(_share(counts[name][dx], counts[name].sum()) for name in SPLITS),
+            *(_share(touched[kind][dx], counts.test[dx]) for kind in kinds),
+        ]
+        for dx in counts.index
+    ]
+    return format_table(["class", *SPLITS, *(f"test & train: {KINDS[kind]}" for kind in kinds)], rows)
+
+
+def _list_pairs(report: LeakageReport) -> Iterator[str]:
+    columns = ["image_id", "dx", "split", "seen_id", "seen_dx", "seen_split", "similarity"]
+    header = ["image", "dx", "split", "image", "dx", "split", "similarity"]
+    for kind, pairs in report.pairs.groupby("kind", observed=True):
+        shown = pairs.head(_LISTED)[columns].round(3).astype(object).fillna("").astype(str)
+        rest = f", the first {_LISTED} (the JSON file has all)" if len(pairs) > _LISTED else ""
+        yield f"## {_count(len(pairs), 'pair')}: {KINDS[kind]}{rest}"
+        yield format_table(header, shown.to_numpy().tolist())
+
+
+def _count(number: int, noun: str) -> str:
+    return f"{number:,} {noun}" + ("s" if number != 1 else "")
+
+
+def _share(part: float, whole: float) -> str:
+    return f"{100 * part / whole:.1f} %" if whole else "-"

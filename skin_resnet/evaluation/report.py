@@ -6,8 +6,8 @@ import numpy as np
 import pandas as pd
 
 from skin_resnet.config import TrainConfig
-from skin_resnet.evaluation.formatting import format_score, format_table, spell_metric
 from skin_resnet.evaluation.metrics import Floats
+from skin_resnet.evaluation.page import format_score, format_table, spell_metric
 
 Verdict = Literal["too_short", "never_learned", "overfitting", "unstable", "improving", "levelled_off"]
 
@@ -31,7 +31,7 @@ def describe_training(history: pd.DataFrame, best_epoch: int, config: TrainConfi
         _format_metrics(history, best_epoch),
         _explain(history, best_epoch, config, num_classes),
     ]
-    if _gap(history.loc[best_epoch]) < 0 or config.mixup or config.cutmix:
+    if _compute_gaps(history)[best_epoch] < 0 or config.mixup or config.cutmix:
         parts.append("Train is measured on augmented images and while the network learns: it looks worse.")
     return "\n\n".join(parts)
 
@@ -40,24 +40,20 @@ def judge_training(history: pd.DataFrame, best_epoch: int, config: TrainConfig, 
     """Classify the course of a training; changes within the noise of its curves do not count."""
     if len(history) < _SHORTEST:
         return "too_short"
-    losses = {split: history[f"{split}/loss"].to_numpy() for split in ("train", "val")}
-    if _is_at_chance(history, num_classes) and not any(map(_fell, losses.values())):
+    train, val = history["train/loss"].to_numpy(), history["val/loss"].to_numpy()
+    if _is_at_chance(history, num_classes) and not (_fell(train) or _fell(val)):
         return "never_learned"
-    if _rose(losses["val"], int(losses["val"].argmin())):
+    if _rose(val, int(val.argmin())):
         return "overfitting" if find_overfitting_epoch(history) else "unstable"
-    values, length = history[f"val/{config.best_by}"].to_numpy(), _end_length(history)
-    before, after = _compare_ends(values, length)
+    values = history[f"val/{config.best_by}"].to_numpy()
+    before, after, length = _compare_ends(values)
     gain = before - after if config.best_by == "loss" else after - before
     is_better = gain > max(0.01 * before, 2.5 * _estimate_noise(values) / np.sqrt(length))
     return "improving" if is_better and best_epoch > history.index[-1] - length else "levelled_off"
 
 
 def find_overfitting_epoch(history: pd.DataFrame) -> int | None:
-    """Find the epoch of the lowest val loss, if val loss rose from there and train loss did not.
-
-    Returns:
-        That epoch, or None if there is none, or if too few epochs followed to tell.
-    """
+    """Return the epoch of the lowest val loss, if val loss rose from there and train loss did not."""
     train, val = history["train/loss"].to_numpy(), history["val/loss"].to_numpy()
     lowest = int(val.argmin())
     return int(history.index[lowest]) if _rose(val, lowest) and not _rose(train, lowest) else None
@@ -75,7 +71,8 @@ def _rose(losses: Floats, since: int) -> bool:
     if len(losses) - since <= 3:
         return False
     # Medians, so that no single epoch decides.
-    before, end = _middle(losses, since), np.median(losses[-max(3, len(losses) // 5) :])
+    before = np.median(losses[max(since - 1, 0) : since + 2])
+    end = np.median(losses[-max(3, len(losses) // 5) :])
     return bool(end - before > max(0.02 * before, 3 * _estimate_noise(losses)))
 
 
@@ -83,10 +80,6 @@ def _fell(losses: Floats) -> bool:
     """Return whether losses end below their start, by over 2 % and more than noise."""
     before, end = np.median(losses[:2]), np.median(losses[-max(2, len(losses) // 5) :])
     return bool(before - end > max(0.02 * before, 3 * _estimate_noise(losses)))
-
-
-def _middle(values: Floats, index: int) -> float:
-    return float(np.median(values[max(index - 1, 0) : index + 2]))
 
 
 def _estimate_noise(values: Floats) -> float:
@@ -97,50 +90,40 @@ def _estimate_noise(values: Floats) -> float:
     return float(1.4826 * np.median(np.abs(np.diff(values, 2))) / np.sqrt(6))
 
 
-def _end_length(history: pd.DataFrame) -> int:
-    return max(2, len(history) // 5)
-
-
-def _compare_ends(values: Floats, length: int) -> tuple[float, float]:
-    """Return the medians of the `length` values before the last `length` ones, and of these."""
-    return float(np.median(values[-2 * length : -length])), float(np.median(values[-length:]))
+def _compare_ends(values: Floats) -> tuple[float, float, int]:
+    """Return the medians of the last two fifths of the epochs, and how many epochs a fifth is."""
+    length = max(2, len(values) // 5)
+    return float(np.median(values[-2 * length : -length])), float(np.median(values[-length:])), length
 
 
 def _explain(history: pd.DataFrame, best_epoch: int, config: TrainConfig, num_classes: int) -> str:
     verdict = judge_training(history, best_epoch, config, num_classes)
     if verdict == "too_short":
         return f"**Too short to judge**: that takes {_SHORTEST} epochs."
-    best, last, since = history.loc[best_epoch], history.iloc[-1], history["val/loss"].idxmin()
-    rise = f"val loss was lowest there, {history['val/loss'].min():.3f}, and ended at {last['val/loss']:.3f}"
-    metric, epochs = f"val {spell_metric(config.best_by)}", _end_length(history)
-    before, after = _compare_ends(history[f"val/{config.best_by}"].to_numpy(), epochs)
-    ahead = "train is far ahead" if _gap(best) > _WIDE_GAP else "train is not far ahead"
+    losses, metric = history["val/loss"], f"val {spell_metric(config.best_by)}"
+    since = losses.idxmin()
+    rise = f"val loss was lowest there, {losses.min():.3f}, and ended at {losses.iloc[-1]:.3f}"
+    before, after, length = _compare_ends(history[f"val/{config.best_by}"].to_numpy())
+    ahead = "" if _compute_gaps(history)[best_epoch] > _WIDE_GAP else "not "
     text = {
         "never_learned": "**Never learned:** the loss did not fall.",
         "overfitting": f"**Overfitting since epoch {since}:** {rise}, while train loss did not rise.",
         "unstable": f"**Unstable since epoch {since}:** {rise}, and train loss rose, too.",
         "improving": f"**Still improving at the end:** {metric} went from {before:.3f} to {after:.3f} "
-        f"(medians of {epochs} epochs).",
-        "levelled_off": f"**Levelled off** at a {metric} of {after:.3f}; val loss did not rise, and {ahead}.",
+        f"(medians of {length} epochs).",
+        "levelled_off": f"**Levelled off** at a {metric} of {after:.3f}; val loss did not rise, and train is "
+        f"{ahead}far ahead.",
     }[verdict]
-    if verdict == "overfitting" and _is_overconfident(history, best_epoch):
-        text += f" Val balanced accuracy rose until epoch {best_epoch}: overconfident, not worse."
     if _is_at_chance(history, num_classes):
         text += f" Val balanced accuracy is no better than chance ({1 / num_classes:.3f})."
-        if best["val/macro_auc"] > 0.65:
-            text += f" Its macro AUC of {best['val/macro_auc']:.3f} is better: it prefers one class."
+        auc = history["val/macro_auc"][best_epoch]
+        if auc > 0.65:
+            text += f" Its macro AUC of {auc:.3f} is better: it prefers one class."
     return text
 
 
-def _gap(epoch: pd.Series) -> float:
-    return float(epoch["train/balanced_accuracy"] - epoch["val/balanced_accuracy"])
-
-
-def _is_overconfident(history: pd.DataFrame, best_epoch: int) -> bool:
-    """Return whether val balanced accuracy rose, beyond noise, after the lowest val loss."""
-    scores, since = history["val/balanced_accuracy"], history["val/loss"].idxmin()
-    gain = scores[best_epoch] - scores[since]
-    return bool(best_epoch > since and gain > max(0.01, 3 * _estimate_noise(scores.to_numpy())))
+def _compute_gaps(history: pd.DataFrame) -> pd.Series:
+    return history["train/balanced_accuracy"] - history["val/balanced_accuracy"]
 
 
 def _format_metrics(history: pd.DataFrame, best_epoch: int) -> str:
@@ -152,6 +135,6 @@ def _format_metrics(history: pd.DataFrame, best_epoch: int) -> str:
         + [format_score(history.loc[epoch].get(f"{split}/{name}", np.nan)) for split, epoch in columns]
         for name in ("balanced_accuracy", "accuracy", "macro_auc", "loss")
     ]
-    gaps = [text for epoch in epochs for text in (f"{_gap(history.loc[epoch]):+.3f}", "")]
+    gaps = [text for epoch in epochs for text in (f"{_compute_gaps(history)[epoch]:+.3f}", "")]
     header = ["", *(f"{split}, epoch {epoch}" for split, epoch in columns)]
     return format_table(header, [*rows, ["train-val gap", *gaps]])

@@ -19,7 +19,6 @@ from skin_resnet.evaluation.metrics import (
 MIN_IMAGES, MIN_LESIONS = 30, 20  # with fewer, an interval is too wide, and too optimistic, to be of use
 _AGE_BANDS = {"under 30": 0, "30-44": 30, "45-59": 45, "60-74": 60, "75 and over": 75}  # first year of each
 _UNKNOWN = "unknown"
-_MISSING = (np.nan, np.nan, np.nan)
 
 
 def compute_subgroups(
@@ -41,23 +40,12 @@ def compute_subgroups(
         where the subgroup is too small: under `MIN_IMAGES` or `MIN_LESIONS`, or with one class if not by dx.
     """
     rows = table.set_index("image_id").loc[list(predictions.image_ids)]
-    records: list[dict[str, Any]] = []
-    for by, names in _list_partitions(rows):
-        for name in names.categories[np.unique(names.codes)]:
-            inside = np.asarray(names == name)
-            part, part_lesions = predictions.select(inside), lesions[inside]
-            counts = {
-                "images": len(part.targets),
-                "lesions": len(np.unique(part_lesions)),
-                "classes": len(np.unique(part.targets)),
-            }
-            group = {"by": by, "subgroup": str(name)}
-            is_small = counts["images"] < MIN_IMAGES or counts["lesions"] < MIN_LESIONS
-            is_small |= by != "dx" and counts["classes"] < 2
-            for metric, (value, low, high) in _measure(by, part, part_lesions, is_small=is_small).items():
-                records.append(
-                    {**group, **counts, "metric": metric, "value": value, "low": low, "high": high}
-                )
+    records = [
+        {"by": by, "subgroup": str(name), **record}
+        for by, names in _list_partitions(rows)
+        for name in names.categories[np.unique(names.codes)]
+        for record in _measure(by, predictions.select(np.asarray(names == name)), lesions[names == name])
+    ]
     return pd.DataFrame(records)
 
 
@@ -76,17 +64,23 @@ def _list_partitions(rows: pd.DataFrame) -> Iterator[tuple[str, pd.Categorical]]
             yield by, names
 
 
-def _measure(
-    by: str, part: Predictions, lesions: NDArray[np.str_], *, is_small: bool
-) -> dict[str, tuple[float, float, float]]:
-    names = ("sensitivity",) if by == "dx" else HEADLINES
-    if is_small:
-        return dict.fromkeys(names, _MISSING)
-    if by == "dx":
-        hits = part.predicted == part.targets
-        return {"sensitivity": (float(hits.mean()), *compute_mean_interval(hits, lesions))}
-    metrics, intervals = compute_metrics(part), compute_intervals(part, lesions)
-    return {name: (getattr(metrics, name), *intervals[name]) for name in names}
+def _measure(by: str, part: Predictions, lesions: NDArray[np.str_]) -> Iterator[dict[str, Any]]:
+    """Yield the counts of a subgroup with each of its metrics."""
+    counts = {
+        "images": len(part.targets),
+        "lesions": len(np.unique(lesions)),
+        "classes": len(np.unique(part.targets)),
+    }
+    is_small = counts["images"] < MIN_IMAGES or counts["lesions"] < MIN_LESIONS
+    if is_small or (by != "dx" and counts["classes"] < 2):
+        values = dict.fromkeys(HEADLINES, (np.nan, np.nan, np.nan))
+    else:
+        metrics, intervals = compute_metrics(part), compute_intervals(part, lesions)
+        values = {name: (getattr(metrics, name), *intervals[name]) for name in HEADLINES}
+    if by == "dx":  # the accuracy on one class is its sensitivity
+        values = {"sensitivity": values["accuracy"]}
+    for metric, (value, low, high) in values.items():
+        yield {**counts, "metric": metric, "value": value, "low": low, "high": high}
 
 
 def compute_retest(
@@ -109,16 +103,20 @@ def compute_retest(
         each of these photos and those of other lesions of the class). NaN under `MIN_LESIONS` lesions; empty
         if no lesion has several photos.
     """
-    _, lesion_of, photos = np.unique(lesions, return_inverse=True, return_counts=True)
-    several = np.flatnonzero(photos > 1)
-    pairs = pd.DataFrame([_compare_lesion(predictions, lesion_of == number, classes) for number in several])
-    records: list[dict[str, Any]] = []
+    pairs = pd.DataFrame(
+        [
+            _compare_lesion(predictions, lesions == lesion, classes)
+            for lesion, photos in zip(*np.unique(lesions, return_counts=True), strict=True)
+            if photos > 1
+        ]
+    )
+    parts = {"all": pairs}
     if len(pairs):
-        records += _summarise("all", pairs)
-        for target, of_class in pairs.groupby("target"):
-            records += _summarise(classes[int(target)], of_class)
-    columns = ["dx", "lesions", "images", "metric", "value", "low", "high", "others"]
-    return pd.DataFrame(records, columns=columns)
+        parts |= {classes[int(target)]: part for target, part in pairs.groupby("target")}
+    records = [row for dx, part in parts.items() if len(part) for row in _summarize(dx, part)]
+    return pd.DataFrame(
+        records, columns=["dx", "lesions", "images", "metric", "value", "low", "high", "others"]
+    )
 
 
 def _compare_lesion(
@@ -148,8 +146,7 @@ def _compare(first: Floats, second: Floats, classes: tuple[str, ...]) -> dict[st
     return metrics
 
 
-def _summarise(dx: str, pairs: pd.DataFrame) -> Iterator[dict[str, Any]]:
-    """Average over lesions; yield a row per metric."""
+def _summarize(dx: str, pairs: pd.DataFrame) -> Iterator[dict[str, Any]]:
     for metric in ("agreement", "unanimous", "distance", "mel_difference"):
         if metric not in pairs:
             continue

@@ -14,7 +14,7 @@ from mlflow.data.pandas_dataset import PandasDataset, from_pandas
 import skin_resnet
 from skin_resnet.data.prepare import PreparedData
 from skin_resnet.data.split import SPLITS
-from skin_resnet.evaluation.leakage_page import format_leakage
+from skin_resnet.evaluation.page import format_leakage
 from skin_resnet.training.run import TrainStart
 
 _PACKAGES = (

@@ -14,7 +14,7 @@ from skin_resnet.config import TrainConfig
 from skin_resnet.data.loader import Loader
 from skin_resnet.data.prepare import PreparedData, prepare_data
 from skin_resnet.data.split import SPLITS
-from skin_resnet.evaluation.assess import Calibration, fit_calibration
+from skin_resnet.evaluation.calibration import Calibration, fit_calibration
 from skin_resnet.evaluation.metrics import Predictions
 from skin_resnet.model.resnet import build_resnet
 from skin_resnet.model.weights import load_weights
@@ -222,7 +222,7 @@ class _Training:
         )
         calibration = fit_calibration(predictions, self._data.classes, self._config.coverage)
         if self._fabric.is_global_zero:
-            save_checkpoint(path, {**checkpoint, "calibration": calibration.to_dict()})
+            save_checkpoint(path, {**checkpoint, "calibration": calibration})
         result = TrainResult(
             config=self._config,
             best=self._best.epoch,

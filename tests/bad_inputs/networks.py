@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from skin_resnet.config import TrainConfig
-from skin_resnet.evaluation.assess import fit_calibration
+from skin_resnet.evaluation.calibration import fit_calibration
 from skin_resnet.evaluation.metrics import Predictions
 from skin_resnet.model.resnet import build_resnet
 from skin_resnet.training.checkpoint import FORMAT
@@ -60,7 +60,7 @@ def build_checkpoint() -> dict[str, Any]:
         "config": TrainConfig(image_size=32).model_dump(mode="json"),
         "split": {"train": ids[:6], "val": ids[6:9], "test": ids[9:]}, "split_fingerprints": {},
         "baseline_class": "mole", "leaks": False, "run_id": "",
-        "calibration": fit_calibration(guesses, CLASSES, 0.9).to_dict(),
+        "calibration": fit_calibration(guesses, CLASSES, 0.9),
     }  # fmt: skip
 
 
@@ -233,7 +233,7 @@ MODELS = [
             with_checkpoint(calibration=None),
             ("not a finished training", "given.pt"),
         ),
-        ("checkpoint without network", with_checkpoint(network=None), ("lacks 'network'", "given.pt")),
+        ("checkpoint without network", with_checkpoint(network=None), ("'network'", "given.pt")),
         (
             "checkpoint of another arch",
             with_checkpoint(arch="resnet101"),

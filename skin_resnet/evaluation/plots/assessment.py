@@ -1,20 +1,20 @@
-"""The figures of an evaluation: confusion, reliability, ROC and subgroups."""
+"""The figures of an evaluation: confusion, reliability, ROC, intervals, Grad-CAM and missed melanomas."""
 
-from collections.abc import Collection
+from collections.abc import Collection, Mapping, Sequence
+from typing import Any
 
 import numpy as np
 import pandas as pd
+from matplotlib import colormaps
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.patches import Rectangle
 from numpy.typing import NDArray
 from sklearn import metrics as sk
 
 from skin_resnet.evaluation.assess import Assessment
-from skin_resnet.evaluation.formatting import spell_metric
-from skin_resnet.evaluation.metrics import Floats, Predictions, compute_confusion, compute_metrics
+from skin_resnet.evaluation.metrics import Predictions, compute_confusion, compute_metrics
 from skin_resnet.evaluation.operating import find_positives, is_positive, score_positives
-from skin_resnet.evaluation.plots.style import (
+from skin_resnet.evaluation.plots import (
     BLUE,
     EMPTY,
     FONT,
@@ -31,10 +31,11 @@ from skin_resnet.evaluation.plots.style import (
 _FEW = 10  # images in a reliability bin: the accuracy of fewer means little
 _MOST_NUMBERS = 25  # classes of a confusion matrix whose cells still have room for numbers
 _MOST_ROWS = 20  # subgroups of one attribute: those with most images
+_COLUMNS = 6  # of the gallery
 _SUBGROUPS = {
-    "sex": "Sex",
-    "age": "Age in years",
-    "localization": "Localization",
+    "sex": "Sex: balanced accuracy",
+    "age": "Age in years: balanced accuracy",
+    "localization": "Localization: balanced accuracy",
     "dx": "Sensitivity by diagnosis",
 }
 
@@ -53,7 +54,7 @@ def plot_confusion(predictions: Predictions, classes: tuple[str, ...], title: st
     axes = figure.add_subplot()
     axes.imshow(shares, cmap="Blues", vmin=0, vmax=1.15, aspect="auto", interpolation="nearest")
     if len(classes) <= _MOST_NUMBERS:
-        _write_cells(axes, counts, shares)
+        _write_cells(axes, counts)
         _name_cells(axes, classes, images)
     axes.set_xlabel("Predicted", fontsize=FONT + 1)
     axes.set_ylabel("True (images)", fontsize=FONT + 1)
@@ -65,29 +66,21 @@ def plot_confusion(predictions: Predictions, classes: tuple[str, ...], title: st
     return figure
 
 
-def _write_cells(axes: Axes, counts: NDArray[np.int64], shares: Floats) -> None:
-    """Write count and share where there are images, frame the diagonal, grey out rows without images."""
-    size = len(counts)
-    font = FONT if size <= 10 else FONT - 2
-    for row in range(size):
-        if counts[row].any():
-            frame = Rectangle((row - 0.5, row - 0.5), 1, 1, fill=False, edgecolor=QUIET, zorder=2)
-        else:
-            frame = Rectangle((-0.5, row - 0.5), size, 1, facecolor=EMPTY, edgecolor="white")
-            axes.text((size - 1) / 2, row, "no images", ha="center", va="center", fontsize=font, color=QUIET)
-        axes.add_patch(frame)
-    for row, column in zip(*np.nonzero(counts), strict=True):
-        share = shares[row, column]
-        axes.text(
-            column,
-            row,
-            f"{counts[row, column]:,}\n" + (f"{share:.0%}" if share >= 0.005 else "<1%"),
-            ha="center",
-            va="center",
-            fontsize=font,
-            fontweight="bold" if row == column else "normal",
-            color="white" if share > 0.6 else "black",
-        )
+def _write_cells(axes: Axes, counts: NDArray[np.int64]) -> None:
+    """Write count and share where there are images; the diagonal is bold."""
+    style: dict[str, Any] = {
+        "ha": "center",
+        "va": "center",
+        "fontsize": FONT if len(counts) <= 10 else FONT - 2,
+    }
+    for row, images in enumerate(counts.sum(axis=1)):
+        if not images:
+            axes.text((len(counts) - 1) / 2, row, "no images", color=QUIET, **style)
+        for column in np.flatnonzero(counts[row]).tolist():
+            share = counts[row, column] / images
+            text = f"{counts[row, column]:,}\n" + (f"{share:.0%}" if share >= 0.005 else "<1%")
+            weight, color = "bold" if row == column else "normal", "white" if share > 0.6 else "black"
+            axes.text(column, row, text, fontweight=weight, color=color, **style)
 
 
 def _name_cells(axes: Axes, classes: tuple[str, ...], images: NDArray[np.int64]) -> None:
@@ -107,7 +100,7 @@ def plot_reliability(assessment: Assessment, title: str) -> Figure:
     panels = figure.subplots(2, 2, sharex=True, sharey="row", height_ratios=[3, 1])
     half = len(assessment.reliability) // 2
     parts = assessment.reliability.iloc[:half], assessment.reliability.iloc[half:]
-    heads = ("As predicted", f"Temperature {assessment.calibration.temperature:.2f}")
+    heads = ("As predicted", f"Temperature {assessment.calibration['temperature']:.2f}")
     names = ("ece_before_temperature", "ece")
     for (upper, lower), head, bins, name in zip(panels.T, heads, parts, names, strict=True):
         style_axes(upper, f"{head}: ECE {assessment.get(name).value:.3f}")
@@ -139,17 +132,15 @@ def plot_roc(assessment: Assessment, title: str) -> Figure:
     """Plot a ROC for melanoma and for malignant, and what the thresholds chosen on val reach here."""
     figure = build_figure(4.8, f"{title}: {len(assessment.lesions):,} images")
     groups = find_positives(assessment.classes)
-    for axes, (name, positives), colour in zip(
-        figure.subplots(1, 2), groups.items(), (ORANGE, BLUE), strict=True
-    ):
+    for axes, (name, positives) in zip(figure.subplots(1, 2), groups.items(), strict=True):
         axes.set(xlim=(-0.02, 1.02), ylim=(-0.02, 1.02))
         axes.set_xlabel("1 - specificity", fontsize=FONT)
         axes.set_ylabel("Sensitivity", fontsize=FONT)
-        _draw_roc(axes, assessment, positives, name, colour)
+        _draw_roc(axes, assessment, positives, name)
     return figure
 
 
-def _draw_roc(axes: Axes, assessment: Assessment, positives: Collection[int], name: str, colour: str) -> None:
+def _draw_roc(axes: Axes, assessment: Assessment, positives: Collection[int], name: str) -> None:
     positive = is_positive(assessment.predictions, positives)
     if positive.all() or not positive.any():
         style_axes(axes, name.capitalize())
@@ -160,67 +151,142 @@ def _draw_roc(axes: Axes, assessment: Assessment, positives: Collection[int], na
     style_axes(axes, f"{name.capitalize()}: {positive.sum():,} images, AUC {auc:.3f}")
     falls, rises, _ = sk.roc_curve(positive, scores, drop_intermediate=False)
     axes.plot([0, 1], [0, 1], color=QUIET, linewidth=1, linestyle="--")
-    axes.plot(falls, rises, color=colour, linewidth=2)
-    chosen = [point for point in assessment.calibration.thresholds if point.startswith(f"{name}_at_")]
+    axes.plot(falls, rises, color=BLUE, linewidth=2)
+    chosen = [point for point in assessment.calibration["thresholds"] if point.startswith(f"{name}_at_")]
     for marker, point in zip("os", chosen, strict=False):
         y, x = (assessment.get(f"{point}_{metric}") for metric in ("sensitivity", "specificity"))
-        axes.plot([1 - x.high, 1 - x.low], [y.value, y.value], color="black", linewidth=1)
-        axes.plot([1 - x.value, 1 - x.value], [y.low, y.high], color="black", linewidth=1)
         goal = float(point.partition("_at_")[2])
-        label = f"{goal:.0%} on val: sensitivity {y.value:.2f},\nspecificity {x.value:.2f} here"
-        axes.plot(
-            1 - x.value, y.value, marker, color=colour, markeredgecolor="black", markersize=9, label=label
+        axes.errorbar(
+            1 - x.value,
+            y.value,
+            xerr=[[x.high - x.value], [x.value - x.low]],
+            yerr=[[y.value - y.low], [y.high - y.value]],
+            fmt=marker,
+            color=ORANGE,
+            label=f"{goal:.0%} on val: sensitivity {y.value:.2f},\nspecificity {x.value:.2f} here",
         )
     if chosen:
         axes.legend(loc="lower right", fontsize=FONT - 1, frameon=False)
 
 
-def plot_subgroups(assessment: Assessment, title: str, metric: str = "balanced_accuracy") -> Figure:
-    """Plot one headline metric by subgroup, with intervals; its value over all images is a line.
+def plot_subgroups(assessment: Assessment, title: str) -> Figure:
+    """Plot balanced accuracy by subgroup, and sensitivity by diagnosis, with intervals."""
+    rows = assessment.subgroups[assessment.subgroups.metric.isin(["balanced_accuracy", "sensitivity"])]
+    counts = [f"{row.images:,} images ({row.lesions:,} lesions)" for row in rows.itertuples()]
+    rows = rows.assign(
+        label=rows.subgroup,
+        remark=np.where(rows.value.isna(), "too small", "") + pd.Series(counts, rows.index),
+    )
+    panels = {
+        heading: rows.loc[rows.images[rows["by"] == by].nlargest(_MOST_ROWS).index.sort_values()]
+        for by, heading in _SUBGROUPS.items()
+        if (rows["by"] == by).any()
+    }
+    overall = assessment.get("balanced_accuracy").value
+    return plot_intervals(panels, f"{title}: balanced accuracy {overall:.3f} (line)", overall)
 
-    Balanced accuracy, the mean of the sensitivities, has these below it, by diagnosis.
+
+def plot_intervals(panels: Mapping[str, pd.DataFrame], title: str, line: float, unit: str = "") -> Figure:
+    """Plot values with their intervals, a row each, the first on top.
+
+    Args:
+        panels: By heading: label, value, low, high and remark (written on the right).
+        title: Of the figure.
+        line: The value to compare with.
+        unit: Of the values.
     """
-    shown = [metric, "sensitivity"] if metric == "balanced_accuracy" else [metric]
-    rows = assessment.subgroups[assessment.subgroups.metric.isin(shown)]
-    parts = {by: _limit_rows(rows[rows["by"] == by]) for by in _SUBGROUPS if (rows["by"] == by).any()}
-    heights = [len(part) + 1.2 for part in parts.values()]
-    overall = assessment.get(metric).value
-    counts = f"{len(assessment.lesions):,} images of {assessment.get('lesions').value:,.0f} lesions"
-    heading = f"{title}: {spell_metric(metric)} {overall:.3f} (line), {counts}"
-    figure = build_figure(0.27 * sum(heights) + 1.1, heading)
-    if not parts:
+    heights = [len(rows) + 1.2 for rows in panels.values()]
+    figure = build_figure(0.27 * sum(heights) + 1.1, title)
+    if not panels:
         return figure
-    panels = figure.subplots(len(parts), 1, sharex=True, height_ratios=heights, squeeze=False)[:, 0]
-    panels[0].set_xlim(np.floor(np.nanmin([0.9, overall, *rows.low]) * 10) / 10, 1.01)
-    for axes, (by, part) in zip(panels, parts.items(), strict=True):
-        style_axes(axes, _SUBGROUPS[by])
-        axes.axvline(overall, color=QUIET, linewidth=1.2, zorder=1)
-        _draw_rows(axes, part)
-    panels[0].set_title("images (lesions), classes", fontsize=FONT - 1, loc="right", color=QUIET)
-    panels[-1].set_xlabel("Value with its 95 % interval by bootstrap over lesions", fontsize=FONT)
+    grid = figure.subplots(len(panels), 1, sharex=True, height_ratios=heights, squeeze=False)[:, 0]
+    for axes, (heading, rows) in zip(grid, panels.items(), strict=True):
+        places = range(len(rows))
+        style_axes(axes, heading)
+        axes.axvline(line, color=QUIET, linewidth=1.2, zorder=1)
+        axes.hlines(places, rows.low, rows.high, color=BLUE, linewidth=2)
+        axes.plot(rows.value, places, "o", color=BLUE, markersize=7, markeredgecolor="white")
+        axes.set_yticks(places, [literal(shorten(label, 40)) for label in rows.label])
+        axes.set_ylim(len(rows) - 0.4, -0.6)
+        axes.tick_params(axis="y", length=0)
+        style = {"transform": axes.get_yaxis_transform(), "va": "center", "fontsize": FONT - 1}
+        for place, remark in enumerate(rows.remark):
+            axes.text(1.01, place, remark, color=QUIET, **style)
+    grid[-1].set_xlabel(f"{unit}with 95 % interval by bootstrap over lesions", fontsize=FONT)
     return figure
 
 
-def _limit_rows(part: pd.DataFrame) -> pd.DataFrame:
-    return part.loc[part.images.nlargest(_MOST_ROWS, keep="first").index.sort_values()]
+def plot_gradcam(
+    images: NDArray[np.uint8],
+    heats: NDArray[np.float32],
+    predictions: Predictions,
+    rows: NDArray[np.int64],
+    classes: tuple[str, ...],
+) -> Figure:
+    """Plot the examples, a row per class, right predictions on the left and wrong ones on the right.
+
+    Args:
+        images: The examples' pixels (M, S, S, 3).
+        heats: From `compute_gradcam` for their predicted classes, (M, S, S).
+        predictions: Of all N images among which the examples were chosen.
+        rows: Which of these the examples are, (M,), from `choose_examples`.
+        classes: The class order.
+    """
+    is_right = predictions.predicted == predictions.targets
+    targets, right = predictions.targets[rows], is_right[rows]
+    kinds = {
+        target: [np.flatnonzero((targets == target) & (right == kind)) for kind in (True, False)]
+        for target in dict.fromkeys(targets)
+    }
+    of_right, of_wrong = (max(1, *(len(kind[side]) for kind in kinds.values())) for side in (0, 1))
+    columns = of_right + of_wrong
+    names = name_classes(classes, max(5, 46 // columns - 6))
+    cells = -(-images.shape[1] // 32)  # the last stage's features, from which the map is computed
+    heading = (
+        f"Images, and the regions that support the predicted class (Grad-CAM, {cells} x {cells})\n"
+        "true → predicted, with its probability"
+    )
+    height = (WIDTH_INCH - 0.6) / columns / 2 + 0.3
+    figure = build_figure(height * len(kinds) + 0.8, heading)
+    grid = figure.subplots(len(kinds), columns, squeeze=False)
+    for axes in grid.flat:
+        axes.set(xticks=[], yticks=[], facecolor=EMPTY)
+        axes.set_box_aspect(0.5)
+        axes.spines[:].set_visible(False)
+    for panels, (target, sides) in zip(grid, kinds.items(), strict=True):
+        of_class = is_right[predictions.targets == target]
+        panels[0].set_ylabel(f"{names[target]}\n{of_class.sum():,} of {len(of_class):,} right", fontsize=FONT)
+        for side, place in zip(sides, (panels, panels[of_right:]), strict=True):
+            for axes, example in zip(place, side, strict=False):
+                predicted = predictions.predicted[rows[example]]
+                p = predictions.probabilities[rows[example], predicted]
+                axes.imshow(_overlay(images[example], heats[example]))
+                axes.set_title(f"{names[target]} → {names[predicted]}, p {p:.2f}", fontsize=FONT)
+    return figure
 
 
-def _draw_rows(axes: Axes, part: pd.DataFrame) -> None:
-    """Draw a row per subgroup, the first on top; grey and without a number where it is too small."""
-    places = list(range(len(part)))
-    axes.hlines(places, part.low, part.high, color=BLUE, linewidth=2)
-    axes.plot(part.value, places, "o", color=BLUE, markersize=7, markeredgecolor="white")
-    axes.set_yticks(places, [literal(shorten(name, 24)) for name in part.subgroup])
-    axes.set_ylim(len(part) - 0.4, -0.6)
-    axes.tick_params(axis="y", length=0)
-    beside = axes.get_yaxis_transform()
-    for place, label, row in zip(places, axes.get_yticklabels(), part.itertuples(), strict=True):
-        is_small = np.isnan(row.value)
-        colour = QUIET if is_small else "black"
-        label.set_color(colour)
-        counts = f"{row.images:,} ({row.lesions:,})" + ("" if row.by == "dx" else f", {row.classes}")
-        axes.text(1.01, place, counts, transform=beside, va="center", fontsize=FONT - 1, color=colour)
-        if is_small:
-            axes.text(
-                0.01, place, "too small", transform=beside, va="center", fontsize=FONT - 1, color=colour
-            )
+def _overlay(image: NDArray[np.uint8], heat: NDArray[np.float32]) -> NDArray[np.uint8]:
+    """Put an image beside itself under its heat: the hotter, the less of the image shines through."""
+    opacity = 0.6 * heat[..., None]
+    colours = 255 * colormaps["viridis"](heat)[..., :3]
+    blend = np.round(image * (1 - opacity) + colours * opacity).astype(np.uint8)
+    gap = np.full((len(image), max(1, len(image) // 50), 3), 255, dtype=np.uint8)
+    return np.hstack([image, gap, blend])
+
+
+def plot_gallery(images: NDArray[np.uint8], captions: Sequence[str], title: str) -> Figure:
+    """Show images (M, S, S, 3) in a grid with captions; the title counts captions without an image, too."""
+    shown, total = len(images), len(captions)
+    rows = -(-shown // _COLUMNS)
+    lines = captions[0].count("\n") + 1 if shown else 0
+    count = f"{shown} of {total:,}" if total > shown else f"{shown or 'none'}"
+    figure = build_figure(0.6 + (1.5 + 0.2 * lines) * rows, f"{title}: {count}")
+    if not shown:
+        return figure
+    for axes in figure.subplots(rows, _COLUMNS, squeeze=False).flat:
+        axes.set_axis_off()
+    for axes, image, caption in zip(figure.axes, images, captions, strict=False):
+        axes.imshow(image)
+        short = "\n".join(shorten(line, 19) for line in caption.splitlines())
+        axes.set_title(literal(short), fontsize=FONT - 2)
+    return figure

@@ -1,4 +1,6 @@
-"""The course of a training: loss, balanced accuracy and learning rate over the epochs."""
+"""Curves over the epochs of one or several trainings."""
+
+from collections.abc import Mapping
 
 import numpy as np
 import pandas as pd
@@ -6,7 +8,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, MaxNLocator, NullLocator
 
-from skin_resnet.evaluation.plots.style import COLOURS, FONT, QUIET, build_figure, style_axes
+from skin_resnet.evaluation.plots import COLOURS, FONT, HUES, QUIET, build_figure, literal, style_axes
 
 
 def plot_curves(history: pd.DataFrame, best_epoch: int) -> Figure:
@@ -16,8 +18,7 @@ def plot_curves(history: pd.DataFrame, best_epoch: int) -> Figure:
         history: Indexed by epoch, with columns `train/loss`, `val/loss`, ..., `lr`.
         best_epoch: Which epoch val chose.
     """
-    best = history.loc[best_epoch]
-    first, last = history.index[0], history.index[-1]
+    best, last = history.loc[best_epoch], history.index[-1]
     title = (
         f"Best epoch {best_epoch} of {last}: balanced accuracy {best['val/balanced_accuracy']:.3f} on val, "
         f"{best['train/balanced_accuracy']:.3f} on train"
@@ -27,17 +28,23 @@ def plot_curves(history: pd.DataFrame, best_epoch: int) -> Figure:
     for axes, name in ((loss, "Loss"), (score, "Balanced accuracy (thin: accuracy)"), (lr, "Learning rate")):
         style_axes(axes, name)
         axes.axvline(best_epoch, color=QUIET, linewidth=1, linestyle=":", zorder=1)
-    lr.set_xlim(first - 0.5, last + 0.5)
+    lr.set_xlim(history.index[0] - 0.5, last + 0.5)
     lr.xaxis.set_major_locator(MaxNLocator("auto", integer=True, steps=[1, 2, 5, 10], min_n_ticks=1))
     lr.set_xlabel("Epoch", fontsize=FONT)
     score.set_ylim(0, 1)
     _limit_loss(loss, history)
+    # Dots show where a value was measured; on a long run they only thicken the line.
+    marker = "o" if len(history) <= 25 else ""
     for axes, metric in ((loss, "loss"), (score, "balanced_accuracy")):
-        _draw_lines(axes, history, metric)
+        for split, colour in COLOURS.items():
+            values = history[f"{split}/{metric}"]
+            axes.plot(values, color=colour, linewidth=2, marker=marker, markersize=4, label=split)
+        axes.fill_between(
+            history.index, history[f"train/{metric}"], values, color=QUIET, alpha=0.12, linewidth=0
+        )
         value = best[f"val/{metric}"]
-        label = f"epoch {best_epoch}: {value:.3f}"
         style = {"markersize": 9, "markeredgecolor": "white", "zorder": 3}
-        axes.plot(best_epoch, value, "o", color=COLOURS["val"], label=label, **style)
+        axes.plot(best_epoch, value, "o", color=colour, label=f"epoch {best_epoch}: {value:.3f}", **style)
         axes.legend(frameon=False, fontsize=FONT, loc="upper left", bbox_to_anchor=(1, 1))
     for split, colour in COLOURS.items():
         score.plot(history[f"{split}/accuracy"], color=colour, linewidth=0.9)
@@ -58,16 +65,6 @@ def _limit_loss(axes: Axes, history: pd.DataFrame) -> None:
         axes.set_title(note, fontsize=FONT, loc="right", color=COLOURS[split])
 
 
-def _draw_lines(axes: Axes, history: pd.DataFrame, metric: str) -> None:
-    """Draw a metric of both splits, and shade the gap between them."""
-    train, val = history[f"train/{metric}"], history[f"val/{metric}"]
-    # Dots show where a value was measured; on a long run they only thicken the line.
-    marker = "o" if len(history) <= 25 else ""
-    for split, values in (("train", train), ("val", val)):
-        axes.plot(values, color=COLOURS[split], linewidth=2, marker=marker, markersize=4, label=split)
-    axes.fill_between(history.index, train, val, color=QUIET, alpha=0.12, linewidth=0)
-
-
 def _plot_lr(axes: Axes, lrs: pd.Series) -> None:
     axes.plot(lrs, color=QUIET, linewidth=1.5, marker="o" if len(lrs) == 1 else "", markersize=3)
     # A cosine nears 0 in its last epochs only, and keeps its shape on a linear axis; a staircase does not.
@@ -78,3 +75,21 @@ def _plot_lr(axes: Axes, lrs: pd.Series) -> None:
         axes.set_ylim(0, 1.2 * max(lrs.max(), 1e-12))
         axes.yaxis.set_major_locator(MaxNLocator(3))
     axes.yaxis.set_major_formatter(FuncFormatter(lambda lr, _: f"{lr:g}"))
+
+
+def plot_curves_of_models(histories: Mapping[str, pd.DataFrame]) -> Figure:
+    """Plot loss and balanced accuracy of val and train over the epochs, a colour per model."""
+    figure = build_figure(7, f"Curves of {len(histories)} trainings")
+    panels = figure.subplots(2, 1, sharex=True)
+    for axes, metric in zip(panels, ("loss", "balanced_accuracy"), strict=True):
+        style_axes(axes, f"{metric.replace('_', ' ').capitalize()} (solid: val, dashed: train)")
+        for number, (name, history) in enumerate(histories.items()):
+            style = {"color": HUES[number % len(HUES)], "marker": "o" if len(history) == 1 else ""}
+            axes.plot(history[f"val/{metric}"], "-", linewidth=2, label=literal(name), **style)
+            axes.plot(history[f"train/{metric}"], "--", linewidth=1.2, **style)
+        axes.set_ylim(bottom=0)
+    panels[1].set_ylim(0, 1)
+    panels[1].xaxis.set_major_locator(MaxNLocator("auto", integer=True))
+    panels[1].set_xlabel("Epoch", fontsize=FONT)
+    panels[0].legend(frameon=False, fontsize=FONT)
+    return figure
