@@ -54,10 +54,7 @@ def test_a_quarter_of_the_lesions_has_several_images_of_one_diagnosis(table: pd.
     assert (lesions[["dx", "dx_type", "age", "sex", "localization"]].nunique() <= 1).all(axis=None)
 
 
-def test_confirmations_and_ages_are_those_of_ham10000(table: pd.DataFrame) -> None:
-    dx_types = table.groupby("dx").dx_type.agg(set)
-    assert dx_types["mel"] == dx_types["bcc"] == dx_types["akiec"] == {"histo"}
-    assert dx_types["nv"] == {"histo", "follow_up", "consensus"}
+def test_ages_are_those_of_ham10000(table: pd.DataFrame) -> None:
     assert 0 < table.age.isna().mean() < 0.05
     assert set(table.age.dropna()) <= set(range(0, 90, 5))
 

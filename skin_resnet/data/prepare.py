@@ -9,9 +9,9 @@ from lightning_fabric import Fabric
 
 from skin_resnet.config import TrainConfig
 from skin_resnet.data.extract import extract, get_class_names
-from skin_resnet.data.leakage import LeakageReport, audit_split, read_split
+from skin_resnet.data.leakage import LeakageReport, audit_split
 from skin_resnet.data.loader import Loader, PixelSource, place_pixels
-from skin_resnet.data.split import SPLITS, Split, split_lesions, thin_train
+from skin_resnet.data.split import SPLITS, Split, read_split, split_lesions, thin_train
 from skin_resnet.data.store import ImageStore, fingerprint_images, open_store
 from skin_resnet.errors import UserError, expand
 
@@ -125,8 +125,8 @@ def _choose_split(config: TrainConfig, table: pd.DataFrame, store: ImageStore) -
             seed=config.split_seed,
         )
     else:
-        split = read_split(expand(config.split), [*table.image_id, *store.skipped])
-        split = split.without(set(store.skipped))
+        frame = read_split(expand(config.split), [*table.image_id, *store.skipped]).to_frame()
+        split = Split.from_frame(frame[frame.image_id.isin(store.image_ids)])
     if config.train_fraction < 1:
         split = thin_train(table, split, config.train_fraction, config.split_seed)
     # BatchNorm cannot train on a single image.
