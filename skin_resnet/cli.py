@@ -3,6 +3,7 @@
 import argparse
 import contextlib
 import ctypes
+import io
 import logging
 import os
 import re
@@ -13,7 +14,7 @@ from difflib import get_close_matches
 from pathlib import Path
 from pkgutil import resolve_name
 from types import UnionType
-from typing import Any, Literal, NoReturn, TextIO, Union, cast, get_args, get_origin
+from typing import Any, Literal, NoReturn, TextIO, Union, get_args, get_origin
 
 import skin_resnet
 from skin_resnet.config import GROUPS
@@ -38,10 +39,10 @@ COMMANDS = {
 
 def main(arguments: Sequence[str] | None = None) -> NoReturn:
     """Run a command and exit: 0 when done, 2 after a user's mistake, 128 + n after signal n."""
-    logging.basicConfig(level=logging.WARNING, format="%(message)s")
-    logging.getLogger("skin_resnet").setLevel(logging.INFO)
     worker.ignore_foreign_ranks()
     with protect_output():
+        logging.basicConfig(level=logging.WARNING, format="%(message)s")
+        logging.getLogger("skin_resnet").setLevel(logging.INFO)
         try:
             with interrupts.handled():
                 code = _run_command(sys.argv[1:] if arguments is None else list(arguments))
@@ -157,42 +158,23 @@ def _describe_kind(annotation: Any) -> str:
 
 
 def _describe_commands() -> str:
-    rows = [
-        f"  {command:10} {re.split('[;.]', load_config_type(command).__doc__ or '')[0]}"
-        for command in COMMANDS
-    ]
+    docs = {command: load_config_type(command).__doc__ or "" for command in COMMANDS}
+    rows = [f"  {command:10} {re.split('[;.]', doc)[0]}" for command, doc in docs.items()]
     usage = "usage: skin-resnet COMMAND [--option VALUE ...]\n       skin-resnet COMMAND --help\n"
     return "\n".join([usage, "commands:", *rows])
 
 
-class _Protected:
-    """A text stream that drops what cannot be written: a closed pipe or full disk must not end a run."""
+class _Output(io.FileIO):
+    """A file descriptor that drops what cannot be written: a closed pipe or full disk must not end a run."""
 
-    def __init__(self, stream: TextIO) -> None:
-        self._stream = stream
-
-    def write(self, text: str) -> int:
+    def write(self, data: Any) -> int:
         try:
-            return self._stream.write(text)
-        except (OSError, ValueError):  # ValueError: the stream was closed
-            self._discard()
-            return len(text)
-
-    def flush(self) -> None:
-        try:
-            self._stream.flush()
-        except (OSError, ValueError):
-            self._discard()
-
-    def _discard(self) -> None:
-        """Send what is buffered and all that follows to the null device, for child processes too."""
-        with contextlib.suppress(OSError, ValueError):
+            return super().write(data)
+        except OSError:
             null = os.open(os.devnull, os.O_WRONLY)
-            os.dup2(null, self._stream.fileno())
+            os.dup2(null, self.fileno())  # for child processes, too
             os.close(null)
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._stream, name)
+            return len(data)
 
 
 @contextlib.contextmanager
@@ -204,15 +186,21 @@ def protect_output() -> Iterator[None]:
         except OSError:
             os.open(os.devnull, os.O_RDWR)  # gets the lowest free number
     before = sys.stdout, sys.stderr
-    # Python has None for a stream that was closed at the start.
-    streams = [stream or open(n, "w", closefd=False) for n, stream in enumerate(before, 1)]
-    sys.stdout, sys.stderr = (cast(TextIO, _Protected(stream)) for stream in streams)
+    if sys.stdout is sys.__stdout__:  # a test's own stream stays
+        sys.stdout = _protect(1)
+    if sys.stderr is sys.__stderr__:
+        sys.stderr = _protect(2)
     try:
         yield
     finally:
         sys.stdout.flush()
         sys.stderr.flush()
         sys.stdout, sys.stderr = before
+
+
+def _protect(descriptor: int) -> TextIO:
+    file = io.BufferedWriter(_Output(descriptor, "w", closefd=False))
+    return io.TextIOWrapper(file, errors="backslashreplace", line_buffering=True)
 
 
 def _end_with_parent() -> None:

@@ -85,16 +85,14 @@ class FrozenConfig(BaseModel):
 def _explain(error: ValidationError, config_type: type[FrozenConfig]) -> str:
     # What was typed wrong comes before what is missing.
     first, *others = sorted(error.errors(), key=lambda each: each["type"] == "missing")
-    name = str(first["loc"][0]) if first["loc"] else "options"
+    name = str(first["loc"][0])
     if first["type"] == "missing":
         return f"option --{name} is missing: {config_type.model_fields[name].description}"
     if first["type"] == "extra_forbidden":
         return f"unknown option {name!r}"
     # A field with several types, as "auto or a number", has an error for each.
-    rules = [first["msg"], *(other["msg"] for other in others if other["loc"][:1] == first["loc"][:1])]
-    rules = [
-        re.sub("^(Value error, )?(Input|String) should ", "", rule).split(", unable")[0] for rule in rules
-    ]
+    texts = [first["msg"], *(other["msg"] for other in others if other["loc"][:1] == first["loc"][:1])]
+    rules = [re.sub("^(Value error, )?(Input|String)? ?should |, unable.*", "", text) for text in texts]
     return f"{name} should {' or '.join(rules)}, not {_quote(first['input'])}".replace(" or be ", " or ")
 
 

@@ -9,16 +9,13 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import mlflow
-import numpy as np
 import pytest
 
 from skin_resnet.cli import main
 from skin_resnet.config import TrainConfig
-from skin_resnet.data.extract import extract
 from skin_resnet.data.prepare import prepare_data
-from skin_resnet.data.store import open_store
 from tests.bad_inputs import BadInput, Options, list_arguments
-from tests.bad_inputs.images import BAD_IMAGES, READ_AS, STOPPING
+from tests.bad_inputs.images import BAD_IMAGES, STOPPING
 from tests.bad_inputs.networks import MODELS, RAN, RUNS, WEIGHTS, with_data_of
 from tests.bad_inputs.options import CONFIGS, list_bad_options
 from tests.bad_inputs.tables import METADATA, SPELLINGS, SPLITS, with_split, write_data
@@ -138,17 +135,6 @@ def test_a_table_in_any_spelling_gives_the_same_page(run: Run, tmp_path: Path) -
     for name, make in SPELLINGS.items():
         (tmp_path / name).mkdir()
         assert audit(run, make(tmp_path / name), tmp_path) == plain, name
-
-
-@pytest.mark.parametrize("name", READ_AS)
-def test_an_odd_image_is_read_as_the_plain_one(name: str, run: Run, tmp_path: Path) -> None:
-    make, draw_plain = READ_AS[name]
-    (tmp_path / "given").mkdir()
-    options = make(tmp_path / "given")
-    assert "could not be read" not in audit(run, options, tmp_path)
-    table = extract(options["data"], tmp_path)
-    pixels = open_store(table, "auto", tmp_path / "cache", "stop").pixels
-    np.testing.assert_array_equal(pixels[-1], np.asarray(draw_plain().convert("RGB")))
 
 
 def test_a_split_that_names_a_skipped_image_is_used_without_it(run: Run, tmp_path: Path) -> None:

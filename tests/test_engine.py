@@ -17,7 +17,7 @@ import torch
 from torch import nn
 
 from skin_resnet.config import TrainConfig
-from skin_resnet.data.loader import Loader, PixelSource
+from skin_resnet.data.loader import Loader
 from skin_resnet.evaluation.metrics import Metrics
 from skin_resnet.training.device import build_fabric
 from skin_resnet.training.early_stopping import BestEpoch
@@ -33,9 +33,14 @@ def build_loaders() -> tuple[Loader, Loader]:
     targets = np.arange(80) % 3
     colours = np.array([(60, 60, 200), (60, 200, 60), (200, 60, 60)])[targets]
     pixels = np.clip(rng.normal(colours[:, None, None, :], 60, (80, 8, 8, 3)), 0, 255).astype(np.uint8)
-    source = PixelSource(pixels=pixels, device=torch.device("cpu"))
     return tuple(
-        Loader(source=source, rows=rows, targets=torch.from_numpy(targets[rows]), batch_size=16)
+        Loader(
+            pixels=torch.from_numpy(pixels),
+            rows=rows,
+            targets=torch.from_numpy(targets[rows]),
+            device=torch.device("cpu"),
+            batch_size=16,
+        )
         for rows in (np.arange(60), np.arange(60, 80))
     )
 

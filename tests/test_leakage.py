@@ -13,8 +13,8 @@ from scipy.stats import chi2_contingency
 
 from skin_resnet.cli import main
 from skin_resnet.data.extract import extract
-from skin_resnet.data.leakage import LeakageReport, audit_split, read_split
-from skin_resnet.data.split import SPLITS, Split, split_lesions
+from skin_resnet.data.leakage import LeakageReport, audit_split
+from skin_resnet.data.split import SPLITS, Split, read_split, split_lesions
 from skin_resnet.data.store import ImageStore, Pixels, describe_image, open_store
 from tests.conftest import make_table
 

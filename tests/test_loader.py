@@ -4,15 +4,16 @@ import numpy as np
 import pytest
 import torch
 
-from skin_resnet.data.loader import Loader, PixelSource
+from skin_resnet.data.loader import Loader
 
 
 def build(size: int = 23, batch_size: int = 5, **share: int) -> Loader:
     pixels = np.arange(90, dtype=np.uint8)[:, None, None, None] * np.ones((1, 2, 2, 3), np.uint8)
     rows = np.arange(size)[::-1].copy() + 10
     return Loader(
-        source=PixelSource(pixels=pixels, device=torch.device("cpu")),
+        pixels=torch.from_numpy(pixels),
         rows=rows,
+        device=torch.device("cpu"),
         targets=torch.from_numpy(rows % 7),
         batch_size=batch_size,
         **share,

@@ -149,11 +149,6 @@ def test_one_of_several_isic_parts_must_be_named(tmp_path: Path) -> None:
     assert len(read(tmp_path / "ISIC2018_Task3_Test_Input")) == 2
 
 
-@pytest.mark.parametrize("row", ["0,0,0,0,0,0,0", "1,1,0,0,0,0,0", "0.5,0.5,0,0,0,0,0", "x,0,0,0,0,0,0"])
-def test_isic_rows_that_are_not_one_hot_are_refused(tmp_path: Path, row: str) -> None:
-    check_refusal(write_isic(tmp_path, [ISIC_ROWS[0], f"ISIC_2,{row}"]), "single 1", "'ISIC_2'")
-
-
 def test_isic_without_ground_truth_is_refused(tmp_path: Path) -> None:
     touch(tmp_path, "ISIC2018_Task3_Test_Input/ISIC_1.jpg")
 
@@ -234,7 +229,7 @@ def test_csv_images_of_one_stem_are_named_by_their_path(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     "path",
-    ["9.jpg", "no_folder/1.jpg", ".", "pipe.jpg", "~nosuchuser/1.jpg", 300 * "n", 2500 * "n/"],
+    ["no_folder/1.jpg", ".", "pipe.jpg", "~nosuchuser/1.jpg", 300 * "n", 2500 * "n/"],
 )
 def test_csv_paths_that_are_no_file_are_refused(tmp_path: Path, path: str) -> None:
     touch(tmp_path, "1.jpg")
@@ -248,13 +243,6 @@ def test_a_source_that_does_not_exist_is_refused(tmp_path: Path) -> None:
     check_refusal("~nosuchuser/x", "~nosuchuser/x", "no such user")
     for length in (300, 5000):
         check_refusal("n" * length, "does not exist")
-
-
-@pytest.mark.parametrize("content", ["notes.txt", "1.jpg", "train/nv/1.jpg"])
-def test_a_folder_of_no_known_layout_is_told_the_layouts(tmp_path: Path, content: str) -> None:
-    touch(tmp_path, content)
-
-    check_refusal(tmp_path, "HAM10000_metadata.csv", "ISIC2018_Task3", "per class")
 
 
 @pytest.fixture

@@ -6,8 +6,8 @@ from dataclasses import replace
 
 from skin_resnet.config import AuditConfig
 from skin_resnet.data.extract import extract
-from skin_resnet.data.leakage import LeakageReport, audit_split, read_split
-from skin_resnet.data.split import split_lesions
+from skin_resnet.data.leakage import LeakageReport, audit_split
+from skin_resnet.data.split import read_split, split_lesions
 from skin_resnet.data.store import open_store
 from skin_resnet.errors import UserError, expand
 from skin_resnet.evaluation.page import format_leakage

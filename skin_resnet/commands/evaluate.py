@@ -149,7 +149,8 @@ def predict_checkpoint(
         raise UserError("there are no images the model was not trained on; give other data.")
     fabric = build_fabric(config.device, config.precision, devices=1)
     loader = Loader(
-        source=place_pixels(store, fabric.device),
+        pixels=place_pixels(store, fabric.device),
+        device=fabric.device,
         rows=store.find_rows(tuple(table.image_id)),
         targets=torch.tensor(table.target.to_numpy()),
         batch_size=config.batch_size,

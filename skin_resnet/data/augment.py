@@ -6,7 +6,7 @@ the pixels to 8 bits.
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -50,42 +50,37 @@ class Recipe:
     erase_area_fraction: Range = (0.0, 0.0)
 
 
+_LIGHT = Recipe(
+    shift_fraction=(-0.05, 0.05),
+    flip_probability=0.5,
+    rotation_degrees=(-180, 180),
+    zoom=(0.9, 1.1),
+    brightness=(0.9, 1.1),
+    contrast=(0.9, 1.1),
+)
+_STANDARD = replace(
+    _LIGHT,
+    shift_fraction=(-0.1, 0.1),
+    zoom=(0.8, 1.25),
+    brightness=(0.85, 1.15),
+    contrast=(0.8, 1.2),
+    saturation=(0.8, 1.2),
+    hue_degrees=(-5, 5),
+)
+_STRONG = replace(
+    _STANDARD,
+    zoom=(0.65, 1.5),
+    brightness=(0.7, 1.3),
+    contrast=(0.6, 1.4),
+    saturation=(0.6, 1.4),
+    hue_degrees=(-10, 10),
+    erase_probability=0.5,
+    erase_area_fraction=(0.02, 0.2),
+)
 # Dermoscopy images have no up and down, so all recipes but `none` rotate freely. Color separates diagnoses
 # (red: vascular, blue-grey: regression), so hue hardly changes; skin is bright already, so brightness changes
 # less than contrast.
-RECIPES: Mapping[str, Recipe] = {
-    "none": Recipe(),
-    "light": Recipe(
-        shift_fraction=(-0.05, 0.05),
-        flip_probability=0.5,
-        rotation_degrees=(-180, 180),
-        zoom=(0.9, 1.1),
-        brightness=(0.9, 1.1),
-        contrast=(0.9, 1.1),
-    ),
-    "standard": Recipe(
-        shift_fraction=(-0.1, 0.1),
-        flip_probability=0.5,
-        rotation_degrees=(-180, 180),
-        zoom=(0.8, 1.25),
-        brightness=(0.85, 1.15),
-        contrast=(0.8, 1.2),
-        saturation=(0.8, 1.2),
-        hue_degrees=(-5, 5),
-    ),
-    "strong": Recipe(
-        shift_fraction=(-0.1, 0.1),
-        flip_probability=0.5,
-        rotation_degrees=(-180, 180),
-        zoom=(0.65, 1.5),
-        brightness=(0.7, 1.3),
-        contrast=(0.6, 1.4),
-        saturation=(0.6, 1.4),
-        hue_degrees=(-10, 10),
-        erase_probability=0.5,
-        erase_area_fraction=(0.02, 0.2),
-    ),
-}
+RECIPES: Mapping[str, Recipe] = {"none": Recipe(), "light": _LIGHT, "standard": _STANDARD, "strong": _STRONG}
 
 
 def augment(images: Tensor, recipe: Recipe, generator: torch.Generator) -> Tensor:
@@ -115,10 +110,8 @@ def draw_parameters(recipe: Recipe, batch_size: int, generator: torch.Generator)
     box (left, top, right, bottom, as fractions of the sides).
     """
     draws = torch.rand((15, batch_size), generator=generator)
-    geometry = _compose_geometry(recipe, draws[:6])
-    color = _compose_color(recipe, draws[6:10])
-    boxes = _compose_boxes(recipe, draws[10:])
-    return torch.cat([geometry, color, boxes], dim=1)
+    geometry, color = _compose_geometry(recipe, draws[:6]), _compose_color(recipe, draws[6:10])
+    return torch.cat([geometry, color, _compose_boxes(recipe, draws[10:])], dim=1)
 
 
 def mix(
@@ -143,8 +136,7 @@ def mix(
         generator: On the CPU.
 
     Returns:
-        The images, and the fraction of each class in them, float32 (N, K); with both alphas 0 the input
-        images themselves, and one-hot targets.
+        The images, and the fraction of each class in them, float32 (N, K).
 
     Source: Zhang et al., "mixup" (ICLR 2018); Yun et al., "CutMix" (ICCV 2019), section 3.1.
     """

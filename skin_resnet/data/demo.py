@@ -5,27 +5,25 @@ The seven diagnoses differ by color, size, border, symmetry and blotches, so tha
 nothing within minutes, but not all: many melanomas look like nevi, and some nevi like melanomas.
 """
 
-import csv
 import math
-from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
+import pandas as pd
 from PIL import Image
 
-from skin_resnet.data.cache import lock_folder, write_folder
+from skin_resnet.data.cache import build_folder
 from skin_resnet.errors import UserError
 
 # To be increased whenever the images change, so that no cache has old ones under the new name.
-_VERSION = 2
+_VERSION = 3
 _LESIONS = 350
 # More than HAM10000's share of the rarest class: a split by lesion needs some of each class in every split.
 _FEWEST_LESIONS = 10
 # Images per lesion, in turn: a quarter of the lesions has several, as in HAM10000 (26 %).
 _IMAGES_PER_LESION = (1, 1, 1, 2, 1, 1, 1, 3)
-_COLUMNS = ("lesion_id", "image_id", "dx", "dx_type", "age", "sex", "localization")
 _PLACES = ("back", "lower extremity", "trunk", "upper extremity", "abdomen", "face", "chest", "foot", "scalp")
 _WIDTH, _HEIGHT = 96, 72
 _SKIN_COLORS = ((244, 212, 194), (228, 172, 154), (216, 174, 178), (238, 194, 166), (198, 152, 126))
@@ -35,33 +33,16 @@ _Array = npt.NDArray[np.floating]
 _Color = tuple[int, int, int]
 
 
-class _Frequency(NamedTuple):
-    """How often HAM10000 has a diagnosis, its mean age in years, and how often each way confirmed it."""
+class _Look(NamedTuple):
+    """A diagnosis: its share of HAM10000, the patients' mean age in years, and what its lesions look like."""
 
     share: float
     age: int
-    dx_types: dict[str, float]
-
-
-_FREQUENCIES = {
-    "akiec": _Frequency(0.033, 67, {"histo": 1}),
-    "bcc": _Frequency(0.051, 67, {"histo": 1}),
-    "bkl": _Frequency(0.110, 64, {"histo": 0.70, "consensus": 0.24, "confocal": 0.06}),
-    "df": _Frequency(0.011, 53, {"histo": 0.48, "consensus": 0.52}),
-    "mel": _Frequency(0.111, 61, {"histo": 1}),
-    "nv": _Frequency(0.670, 46, {"histo": 0.37, "follow_up": 0.55, "consensus": 0.08}),
-    "vasc": _Frequency(0.014, 51, {"histo": 0.47, "consensus": 0.53}),
-}
-
-
-class _Look(NamedTuple):
-    """What lesions look like: two colors, radius in half image heights, border in shares of the radius."""
-
     bright: _Color
     dark: _Color
-    radius: float
-    raggedness: float
-    softness: float
+    radius: float  # in half image heights
+    raggedness: float  # of the border, in radii
+    softness: float  # of the border, in radii
 
 
 class _Blotches(NamedTuple):
@@ -74,13 +55,13 @@ class _Blotches(NamedTuple):
 
 
 _LOOKS = {
-    "akiec": _Look((220, 128, 116), (196, 112, 92), 0.72, 0.18, 0.22),
-    "bcc": _Look((226, 162, 154), (206, 140, 142), 0.65, 0.14, 0.18),
-    "bkl": _Look((188, 130, 94), (122, 82, 64), 0.65, 0.13, 0.08),
-    "df": _Look((204, 136, 112), (178, 110, 94), 0.58, 0.06, 0.28),
-    "mel": _Look((158, 102, 74), (68, 42, 38), 0.66, 0.15, 0.11),
-    "nv": _Look((194, 126, 90), (96, 58, 44), 0.56, 0.10, 0.16),
-    "vasc": _Look((204, 62, 82), (136, 38, 72), 0.45, 0.07, 0.07),
+    "akiec": _Look(0.033, 67, (220, 128, 116), (196, 112, 92), 0.72, 0.18, 0.22),
+    "bcc": _Look(0.051, 67, (226, 162, 154), (206, 140, 142), 0.65, 0.14, 0.18),
+    "bkl": _Look(0.110, 64, (188, 130, 94), (122, 82, 64), 0.65, 0.13, 0.08),
+    "df": _Look(0.011, 53, (204, 136, 112), (178, 110, 94), 0.58, 0.06, 0.28),
+    "mel": _Look(0.111, 61, (158, 102, 74), (68, 42, 38), 0.66, 0.15, 0.11),
+    "nv": _Look(0.670, 46, (194, 126, 90), (96, 58, 44), 0.56, 0.10, 0.16),
+    "vasc": _Look(0.014, 51, (204, 62, 82), (136, 38, 72), 0.45, 0.07, 0.07),
 }
 _BLOTCHES = (
     _Blotches("akiec", (176, 60, 60), 9, 0.8),
@@ -109,12 +90,7 @@ def open_demo(cache_dir: Path) -> Path:
     """
     folder = cache_dir / f"demo-{_VERSION}"
     try:
-        if folder.is_dir():
-            return folder
-        with lock_folder(folder):
-            if not folder.is_dir():  # another process may have drawn it meanwhile
-                with write_folder(folder) as unfinished:
-                    write_demo(unfinished)
+        build_folder(folder, Path.is_dir, write_demo)
     except OSError as error:
         raise UserError(
             f"cannot keep the demo data in cache_dir={cache_dir}: {error.strerror or error}; "
@@ -126,40 +102,38 @@ def open_demo(cache_dir: Path) -> Path:
 def write_demo(folder: Path, seed: int = 0) -> None:
     """Write metadata and images in Kaggle's layout of HAM10000; the same seed gives the same bytes."""
     rng = np.random.default_rng(seed)
-    lesions = list(_draw_lesions(rng))
+    lesions = _draw_lesions(rng)
     counts = np.resize(_IMAGES_PER_LESION, len(lesions))
     # Neither a file's name nor its place may reveal the diagnosis.
-    order = rng.permutation(np.repeat(np.arange(len(lesions)), counts))
-    parts = [folder / f"HAM10000_images_part_{part}" for part in (1, 2)]
-    for part in parts:
-        part.mkdir(parents=True)
-    with open(folder / "HAM10000_metadata.csv", "w", newline="", encoding="utf-8") as file:
-        metadata = csv.DictWriter(file, _COLUMNS, lineterminator="\n")
-        metadata.writeheader()
-        for place, number in enumerate(order):
-            row = {**lesions[number], "image_id": f"DEMO_{place:07}"}
-            metadata.writerow(row)
-            pixels = draw_image(row["dx"], np.random.default_rng((seed, number)), rng)
-            part = parts[2 * place // len(order)]
+    order = rng.permutation(np.repeat(lesions.index, counts))
+    table = lesions.loc[order].assign(image_id=[f"DEMO_{number:07}" for number in range(len(order))])
+    folder.mkdir(parents=True, exist_ok=True)
+    table.to_csv(folder / "HAM10000_metadata.csv", index=False)
+    for part, rows in enumerate(np.array_split(np.arange(len(order)), 2), 1):
+        images = folder / f"HAM10000_images_part_{part}"
+        images.mkdir()
+        for row in table.iloc[rows].itertuples():
+            pixels = draw_image(str(row.dx), np.random.default_rng((seed, int(row.Index))), rng)
             # Halved chroma, PIL's default, would wash out the colors of structures a few pixels wide.
-            Image.fromarray(pixels).save(part / f"{row['image_id']}.jpg", quality=92, subsampling=0)
+            Image.fromarray(pixels).save(images / f"{row.image_id}.jpg", quality=92, subsampling=0)
 
 
-def _draw_lesions(rng: np.random.Generator) -> Iterator[dict[str, str]]:
+def _draw_lesions(rng: np.random.Generator) -> pd.DataFrame:
     """Draw the metadata of each lesion."""
-    number = 0
-    for dx, frequency in _FREQUENCIES.items():
-        for _ in range(max(_FEWEST_LESIONS, round(frequency.share * _LESIONS))):
-            age = 5 * round(rng.normal(frequency.age, 15) / 5)
-            yield {
-                "lesion_id": f"LES_{number:07}",
-                "dx": dx,
-                "dx_type": str(rng.choice(list(frequency.dx_types), p=list(frequency.dx_types.values()))),
-                "age": f"{min(max(age, 0), 85)}.0" if rng.random() > 0.02 else "",
-                "sex": str(rng.choice(("male", "female"), p=(0.55, 0.45))),
-                "localization": str(rng.choice(_PLACES)),
-            }
-            number += 1
+    counts = [max(_FEWEST_LESIONS, round(look.share * _LESIONS)) for look in _LOOKS.values()]
+    ages = np.repeat([look.age for look in _LOOKS.values()], counts)
+    size = len(ages)
+    drawn_ages = (5 * (rng.normal(ages, 15) / 5).round()).clip(0, 85)
+    return pd.DataFrame(
+        {
+            "lesion_id": [f"LES_{number:07}" for number in range(size)],
+            "dx": np.repeat(list(_LOOKS), counts),
+            "dx_type": "histo",
+            "age": np.where(rng.random(size) < 0.02, np.nan, drawn_ages),
+            "sex": rng.choice(("male", "female"), size, p=(0.55, 0.45)),
+            "localization": rng.choice(_PLACES, size),
+        }
+    )
 
 
 def draw_image(dx: str, lesion_rng: np.random.Generator, rng: np.random.Generator) -> npt.NDArray[np.uint8]:

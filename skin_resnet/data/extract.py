@@ -10,7 +10,7 @@ from skin_resnet.data.tables import reject
 from skin_resnet.errors import UserError, expand
 from skin_resnet.labels import order_classes
 
-OLDEST_AGE = 130  # tables write 999 for an unknown age
+_OLDEST_AGE = 130  # tables write 999 for an unknown age
 # The other columns of a run's table of predictions.
 _COLUMN_NAMES = ("image_id", "lesion_id", "dx", "prediction")
 
@@ -38,6 +38,7 @@ def extract(source: str, cache_dir: Path, fewest_classes: int = 2) -> pd.DataFra
         raise UserError(f"cannot read data={source}: {error}; check the path and its permissions.") from error
     _check_identities(raw)
     _check_classes(raw["dx"], fewest_classes)
+    unknown = pd.Series(np.nan, index=raw.index, dtype="str")
     dx = pd.Categorical(raw["dx"], categories=order_classes(set(raw["dx"])), ordered=True)
     table = pd.DataFrame(
         {
@@ -46,9 +47,9 @@ def extract(source: str, cache_dir: Path, fewest_classes: int = 2) -> pd.DataFra
             "dx": dx,
             "target": dx.codes.astype(np.int64),
             "path": raw["path"],
-            "age": _read_ages(raw),
-            "sex": _fill_unknown(raw, "sex").str.lower(),
-            "localization": _fill_unknown(raw, "localization"),
+            "age": _read_ages(raw.get("age", unknown)),
+            "sex": raw.get("sex", unknown).fillna("unknown").str.lower(),
+            "localization": raw.get("localization", unknown).fillna("unknown"),
         }
     )
     return table.sort_values("image_id", ignore_index=True)
@@ -67,18 +68,14 @@ def has_lesion_ids(table: pd.DataFrame) -> bool:
 def _check_identities(raw: pd.DataFrame) -> None:
     """Reject what would let one image or lesion stand for two."""
     for column in ("image_id", "path"):
-        reject(
-            raw[column][raw[column].duplicated()],
-            f"two rows have the same {column}",
-            "give each image one row and its own image_id",
-        )
-    if "lesion_id" in raw:
-        diagnoses = raw.groupby("lesion_id")["dx"].nunique()
-        reject(
-            diagnoses.index[diagnoses > 1],
-            "images of one lesion have different dx, lesion_id",
-            "correct dx or lesion_id",
-        )
+        repeated = raw[column][raw[column].duplicated()]
+        reject(repeated, f"two rows have the same {column}", "give each image one row and its own image_id")
+    diagnoses = raw["dx"].groupby(raw.get("lesion_id", raw["image_id"])).nunique()
+    reject(
+        diagnoses.index[diagnoses > 1],
+        "images of one lesion have different dx, lesion_id",
+        "correct dx or lesion_id",
+    )
 
 
 def _check_classes(dx: "pd.Series[str]", fewest: int) -> None:
@@ -86,8 +83,12 @@ def _check_classes(dx: "pd.Series[str]", fewest: int) -> None:
     names = pd.Series(sorted(dx.unique()), dtype="str")
     if len(names) < fewest:
         raise UserError(f"data has one class only ({names[0]!r}), but needs {fewest}; add another.")
+    # A class names metrics, in which a slash makes a folder.
+    fits = [
+        name.isprintable() and len(name) <= 100 and not {"", ".", ".."} & {*name.split("/")} for name in names
+    ]
     reject(
-        [name for name in names if not _can_name_metrics(name) or name in _COLUMN_NAMES],
+        names[~np.array(fits) | names.isin(_COLUMN_NAMES)],
         f"dx cannot name a class (not printable, over 100 characters, or one of {', '.join(_COLUMN_NAMES)})",
         "rename the class",
     )
@@ -100,23 +101,11 @@ def _check_classes(dx: "pd.Series[str]", fewest: int) -> None:
     )
 
 
-def _can_name_metrics(name: str) -> bool:
-    return name.isprintable() and len(name) <= 100 and {"", ".", ".."}.isdisjoint(name.split("/"))
-
-
-def _read_ages(raw: pd.DataFrame) -> "pd.Series[float]":
-    if "age" not in raw:
-        return pd.Series(np.nan, index=raw.index)
-    ages = pd.to_numeric(raw["age"], errors="coerce").astype(float)
+def _read_ages(typed: "pd.Series[str]") -> "pd.Series[float]":
+    ages = pd.to_numeric(typed, errors="coerce").astype(float)
     reject(
-        raw["age"][raw["age"].notna() & ~ages.between(0, OLDEST_AGE)],
-        f"age is not a number of years from 0 to {OLDEST_AGE}",
+        typed[typed.notna() & ~ages.between(0, _OLDEST_AGE)],
+        f"age is not a number of years from 0 to {_OLDEST_AGE}",
         "correct it, or leave it empty where unknown",
     )
     return ages
-
-
-def _fill_unknown(raw: pd.DataFrame, column: str) -> "pd.Series[str]":
-    if column not in raw:
-        return pd.Series("unknown", index=raw.index, dtype="str")
-    return raw[column].fillna("unknown")

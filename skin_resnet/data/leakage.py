@@ -1,8 +1,6 @@
 """The leakage report: what the splits of a data set share, and how many test images that affects."""
 
-from collections.abc import Iterable
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -13,8 +11,6 @@ from scipy.stats import chi2_contingency
 from skin_resnet.data.extract import has_lesion_ids
 from skin_resnet.data.split import SPLITS, Split, count_classes, join_lesions
 from skin_resnet.data.store import ImageStore
-from skin_resnet.data.tables import read_table, reject
-from skin_resnet.errors import UserError
 
 # What two splits may share. All but the last prove a leak; a person has to look at the last.
 KINDS = {
@@ -25,10 +21,9 @@ KINDS = {
 }
 LEAKING_KINDS = ("lesion", "published", "duplicate")
 
-NEAR_SIMILARITY = 0.98
+_NEAR_SIMILARITY = 0.98
 _COMPARED_AT_ONCE = 512
 _PAIR_COLUMNS = ("kind", "image_id", "dx", "split", "seen_id", "seen_dx", "seen_split", "similarity")
-_ALIASES = {"training": "train", "valid": "val", "validation": "val", "testing": "test"}
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -66,39 +61,29 @@ class LeakageReport:
         self, kinds: tuple[str, ...], split: str = "test", seen: tuple[str, ...] = ("train",)
     ) -> "pd.Series[int]":
         """Count a split's images, by class, that share something of these kinds with the `seen` splits."""
-        found = self.pairs[
-            self.pairs.kind.isin(kinds) & (self.pairs.split == split) & self.pairs.seen_split.isin(seen)
-        ]
-        counts = found.drop_duplicates("image_id").groupby("dx").size()
+        pairs = self.pairs
+        found = pairs[pairs.kind.isin(kinds) & (pairs.split == split) & pairs.seen_split.isin(seen)]
+        counts = found.drop_duplicates("image_id").dx.value_counts()
         return counts.reindex(self.class_counts.index, fill_value=0)
 
     def to_dict(self) -> dict[str, Any]:
         """Return everything in JSON types; `test_touched` counts affected test images by kind and class."""
         kinds = {**{kind: (kind,) for kind in KINDS}, "any_leak": LEAKING_KINDS}
-        pairs = self.pairs.astype(object).where(self.pairs.notna(), None)
         return {
             "leaks": self.leaks,
-            "knows_lesions": self.knows_lesions,
-            "lesions": self.lesions,
             "images": self.class_counts.sum().to_dict(),
-            "unused": self.unused,
-            "unread": self.unread,
-            "class_counts": self.class_counts.to_dict(),
-            "class_distance": self.class_distance,
-            "class_p": self.class_p,
             "test_touched": {name: self.count_touched(some).to_dict() for name, some in kinds.items()},
-            "pairs": pairs.to_dict("records"),
+            **vars(self),
+            "class_counts": self.class_counts.to_dict(),
+            "pairs": self.pairs.astype(object).where(self.pairs.notna(), None).to_dict("records"),
         }
 
 
 def audit_split(table: pd.DataFrame, split: Split, store: ImageStore) -> LeakageReport:
     """Find what images of different splits share.
 
-    - lesion: their lesion id.
-    - published: their lesion, though under two ids, as published (see `join_lesions`).
-    - duplicate: every pixel, from whatever file.
-    - near: almost every pixel, though they count as two lesions. The store's thumbnails of 16 x 16 grey
-      pixels are correlated in all eight orientations.
+    The kinds are: lesion, the lesion id; published, a lesion under two ids (see `join_lesions`); duplicate,
+    every pixel; near, thumbnails of two lesions that correlate in one of eight orientations.
 
     The threshold of 0.98 was measured on HAM10000 at 150 px. Of 50,141,871 pairs of different lesions, 4
     reach it (138 reach 0.97, none 0.985). Of 800 images 99.9 % reach it when halved, blurred, brightened or
@@ -106,10 +91,7 @@ def audit_split(table: pd.DataFrame, split: Split, store: ImageStore) -> Leakage
     detect that two photos show one lesion: 4 % of such pairs reach it. A perceptual hash (64-bit pHash) did
     worse: at a distance of 2 it mistakes 161 pairs, and finds 40 % of the 2 % crops.
 
-    Args:
-        table: Rows from `extract`.
-        split: Any assignment of its images; an image may be in none.
-        store: Their digests and thumbnails.
+    `split` may leave out images of the table.
     """
     side = table.image_id.map(dict(split.to_frame().to_numpy()))
     used = np.flatnonzero(side.notna())
@@ -119,20 +101,22 @@ def audit_split(table: pd.DataFrame, split: Split, store: ImageStore) -> Leakage
             "image_id": table.image_id,
             "dx": table.dx.astype(str),
             "split": side,
-            "order": side.map({name: order for order, name in enumerate(SPLITS)}),
+            "order": side.map(SPLITS.index, na_action="ignore"),
             "lesion_id": table.lesion_id,
             "joined": join_lesions(table),
         }
     ).iloc[used]
-    images = images.reset_index(drop=True).assign(digest=[store.digests[row] for row in rows])
+    images = images.reset_index(drop=True).assign(digest=np.array(store.digests)[rows])
     counts = count_classes(table, split)
     shares = counts / counts.sum().clip(lower=1)
     distance = shares.sub(shares.train, axis=0).abs().sum() / 2
+    lesions = images.drop_duplicates(["joined", "split"])
+    observed = pd.crosstab(lesions.dx, lesions.split)
     return LeakageReport(
         pairs=_find_pairs(images, _normalize_thumbnails(store.thumbnails[rows])),
         class_counts=counts,
         class_distance={name: float(distance[name]) for name in SPLITS[1:] if counts[name].any()},
-        class_p=_compute_class_p(images),
+        class_p=float(chi2_contingency(observed, correction=False).pvalue),
         lesions=images.joined.nunique(),
         knows_lesions=has_lesion_ids(table),
         unused=len(table) - len(used),
@@ -188,37 +172,7 @@ def _find_alike(order: npt.NDArray[np.int64], thumbnails: npt.NDArray[np.float32
     found = []
     for block in np.array_split(later, len(later) // _COMPARED_AT_ONCE + 1):
         similarity = np.max([view[block] @ turned[0].T for view in turned], axis=0)
-        one, other = np.nonzero((similarity >= NEAR_SIMILARITY) & (order[block, None] > order))
+        one, other = np.nonzero((similarity >= _NEAR_SIMILARITY) & (order[block, None] > order))
         similar = {"row": block[one], "seen_row": other, "similarity": similarity[one, other]}
         found.append(pd.DataFrame(similar))
     return pd.concat(found, ignore_index=True)
-
-
-def _compute_class_p(images: pd.DataFrame) -> float:
-    """Compute the p-value of Pearson's chi-square test of class against split, with a lesion as the unit."""
-    lesions = images.drop_duplicates(["joined", "split"])
-    observed = pd.crosstab(lesions.dx, lesions.split)
-    return float(chi2_contingency(observed, correction=False).pvalue)
-
-
-def read_split(file: Path, image_ids: Iterable[str]) -> Split:
-    """Read a table of image_id and split (train, val, test, or a usual synonym); val may be empty.
-
-    Raises:
-        UserError: The file is not such a table, has an image that is not among these or has one twice, has
-            an unknown split, or leaves train or test empty.
-    """
-    try:
-        frame = read_table(file, ("image_id", "split"))
-    except OSError as error:
-        raise UserError(f"cannot read split={file}: {error.strerror}; give own or a CSV.") from None
-    frame["split"] = frame.split.str.lower().replace(_ALIASES)
-    unknown = frame.image_id[~frame.image_id.isin(set(image_ids))]
-    reject(unknown, f"{file.name} has an image_id that is not in the data", "give the data that was split")
-    repeated = frame.image_id[frame.image_id.duplicated()]
-    reject(repeated, f"{file.name} has an image_id twice", "remove a row: an image can be in one split only")
-    others = frame.split[~frame.split.isin(SPLITS)]
-    reject(others, f"{file.name} has a split other than {', '.join(SPLITS)}", "rename it or remove the row")
-    empty = [name for name in ("train", "test") if name not in set(frame.split)]
-    reject(empty, f"{file.name} has no image in", "check that the file is complete")
-    return Split.from_frame(frame)

@@ -1,5 +1,6 @@
 """Batches of pixels and targets, on the device, in an order that a seed fixes."""
 
+import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -26,28 +27,16 @@ class Batch:
     positions: Tensor
 
 
-@dataclass(frozen=True, kw_only=True)
-class PixelSource:
-    """The store's pixels where batches are gathered: on the accelerator if they fit, else on disk."""
-
-    pixels: NDArray[np.uint8] | Tensor
-    device: torch.device
-
-    def gather(self, rows: NDArray[np.int64]) -> Tensor:
-        """Return the pixels of some rows, uint8 (N, S, S, 3), on the device."""
-        if isinstance(self.pixels, Tensor):
-            return self.pixels[torch.from_numpy(rows).to(self.device)]
-        return torch.from_numpy(self.pixels[rows]).to(self.device)
-
-
-def place_pixels(store: ImageStore, device: torch.device) -> PixelSource:
+def place_pixels(store: ImageStore, device: torch.device) -> Tensor:
     """Copy the whole store to an accelerator if it takes less than half of the free memory there.
 
-    HAM10000 at 224 px is 1.5 GB. On the CPU, the store stays a memory map, shared by all processes.
+    HAM10000 at 224 px is 1.5 GB. Else the pixels stay a memory map on disk, which all processes share.
     """
     if device.type == "cuda" and store.pixels.nbytes < torch.cuda.mem_get_info(device)[0] / 2:
-        return PixelSource(pixels=torch.from_numpy(np.array(store.pixels)).to(device), device=device)
-    return PixelSource(pixels=store.pixels, device=device)
+        return torch.from_numpy(np.array(store.pixels)).to(device)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # the map is read-only, and nothing writes to it
+        return torch.from_numpy(store.pixels)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -55,17 +44,19 @@ class Loader:
     """The batches of one split, for one of `world_size` processes.
 
     Attributes:
-        source: Where the pixels are.
+        pixels: uint8 (M, S, S, 3), of the whole store, from `place_pixels`.
         rows: int64 (N,): the split's rows of the store.
         targets: int64 (N,), on the CPU.
+        device: Where the batches go.
         batch_size: Images per step, over all processes.
         rank: This process's index, from 0.
         world_size: Number of processes that share each batch.
     """
 
-    source: PixelSource
+    pixels: Tensor
     rows: NDArray[np.int64]
     targets: Tensor
+    device: torch.device
     batch_size: int
     rank: int = 0
     world_size: int = 1
@@ -91,10 +82,11 @@ class Loader:
 
     def _split_up(self, order: NDArray[np.int64], first_step: int = 0) -> Iterator[Batch]:
         # Batches of almost equal size instead of full ones and a rest: no image is dropped or weighs more.
-        for step_positions in np.array_split(order, len(self))[first_step:]:
-            positions = step_positions[self.rank :: self.world_size]
+        for whole_step in np.array_split(order, len(self))[first_step:]:
+            positions = torch.from_numpy(whole_step[self.rank :: self.world_size])
+            rows = torch.from_numpy(self.rows)[positions]
             yield Batch(
-                pixels=self.source.gather(self.rows[positions]),
-                targets=self.targets[positions].to(self.source.device),
-                positions=torch.from_numpy(positions).to(self.source.device),
+                pixels=self.pixels[rows.to(self.pixels.device)].to(self.device),
+                targets=self.targets[positions].to(self.device),
+                positions=positions.to(self.device),
             )

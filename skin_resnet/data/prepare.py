@@ -9,9 +9,9 @@ from lightning_fabric import Fabric
 
 from skin_resnet.config import TrainConfig
 from skin_resnet.data.extract import extract, get_class_names
-from skin_resnet.data.leakage import LeakageReport, audit_split, read_split
-from skin_resnet.data.loader import Loader, PixelSource, place_pixels
-from skin_resnet.data.split import SPLITS, Split, split_lesions, thin_train
+from skin_resnet.data.leakage import LeakageReport, audit_split
+from skin_resnet.data.loader import Loader, place_pixels
+from skin_resnet.data.split import SPLITS, Split, read_split, split_lesions, thin_train
 from skin_resnet.data.store import ImageStore, fingerprint_images, open_store
 from skin_resnet.errors import UserError, expand
 
@@ -56,23 +56,23 @@ class PreparedData:
         """Return the table's rows of some images, in the order of `image_ids`."""
         return self.table.iloc[self.store.find_rows(image_ids)].reset_index(drop=True)
 
-    def build_loader(
-        self, image_ids: tuple[str, ...], source: PixelSource, fabric: Fabric, batch_size: int
-    ) -> Loader:
-        """Build the loader of some images, for this process's share of each batch."""
-        rows = self.store.find_rows(image_ids)
-        return Loader(
-            source=source,
-            rows=rows,
-            targets=torch.tensor(self.table.target.to_numpy()[rows]),
-            batch_size=batch_size,
-            rank=fabric.global_rank,
-            world_size=fabric.world_size,
-        )
+    def build_loaders(self, fabric: Fabric, batch_size: int) -> tuple[Loader, Loader]:
+        """Build the loaders of train and val, for this process's share of each batch."""
+        pixels = place_pixels(self.store, fabric.device)
 
-    def place(self, fabric: Fabric) -> PixelSource:
-        """Place the pixels where batches are gathered."""
-        return place_pixels(self.store, fabric.device)
+        def build(image_ids: tuple[str, ...]) -> Loader:
+            rows = self.store.find_rows(image_ids)
+            return Loader(
+                pixels=pixels,
+                rows=rows,
+                targets=torch.tensor(self.table.target.to_numpy()[rows]),
+                device=fabric.device,
+                batch_size=batch_size,
+                rank=fabric.global_rank,
+                world_size=fabric.world_size,
+            )
+
+        return build(self.split.train), build(self.split.val)
 
 
 def prepare_data(config: TrainConfig) -> PreparedData:
@@ -125,8 +125,8 @@ def _choose_split(config: TrainConfig, table: pd.DataFrame, store: ImageStore) -
             seed=config.split_seed,
         )
     else:
-        split = read_split(expand(config.split), [*table.image_id, *store.skipped])
-        split = split.without(set(store.skipped))
+        frame = read_split(expand(config.split), [*table.image_id, *store.skipped]).to_frame()
+        split = Split.from_frame(frame[frame.image_id.isin(store.image_ids)])
     if config.train_fraction < 1:
         split = thin_train(table, split, config.train_fraction, config.split_seed)
     # BatchNorm cannot train on a single image.

@@ -37,7 +37,7 @@ _logger = logging.getLogger(__name__)
 
 
 class _Folder(NamedTuple):
-    """A folder's path, and the sorted names of its sub-folders, its images and its other files."""
+    """A folder's path, and the sorted names in it."""
 
     path: str
     folders: list[str]
@@ -142,8 +142,6 @@ def _find_beside(folder: Path, name: str) -> Path | None:
 
 def _read_lesion_ids(image_ids: "pd.Series[str]", groupings: Path) -> "pd.Series[str]":
     table = read_table(groupings, required=("image", "lesion_id"))
-    repeated = table["image"][table["image"].duplicated()]
-    reject(repeated, f"{groupings.name} has an image twice", "remove one of the two rows")
     lesion_ids = image_ids.map(table.set_index("image")["lesion_id"])
     missing = image_ids[lesion_ids.isna()]
     reject(missing, f"{groupings.name} lacks the image", "use the whole file, or remove it to do without")
@@ -174,7 +172,7 @@ def _read_path_table(file: Path) -> pd.DataFrame:
         table["image_id"] = _name_images(table["path"])
     table["path"] = [os.path.abspath(file.parent / path) for path in table["path"]]
     reject(
-        _list_missing(table["path"]),
+        table["path"][~table["path"].map(os.path.isfile)],
         f"{file.name} has a path that is not a file",
         f"correct it (relative paths start at {file.parent}) or remove the row",
     )
@@ -187,14 +185,6 @@ def _name_images(paths: Iterable[str]) -> list[str]:
     if len(set(stems)) == len(stems):
         return stems
     return [os.path.splitext(path)[0] for path in paths]
-
-
-def _list_missing(paths: Iterable[str]) -> list[str]:
-    # One listing per folder: asking for each of ten thousand files takes seconds on a network drive.
-    parents = {os.path.dirname(path) for path in paths}
-    entries = (entry for parent in parents if os.path.isdir(parent) for entry in os.scandir(parent))
-    present = {entry.path for entry in entries if entry.is_file()}
-    return [path for path in paths if path not in present]
 
 
 def _find_images(image_ids: "pd.Series[str]", folder: Path, metadata: Path) -> "pd.Series[str]":
@@ -235,10 +225,13 @@ def _walk(folder: Path) -> Iterator[_Folder]:
         folders[:] = [name for name in shown if os.path.realpath(os.path.join(parent, name)) not in visited]
         names = sorted(name for name in files if not name.startswith("."))
         images = [name for name in names if os.path.splitext(name)[1].lower() in _IMAGE_SUFFIXES]
-        paths = [os.path.join(parent, name) for name in (*folders, *images)]
-        reject([path for path in paths if _NOT_UTF8.search(path)], "a path is not UTF-8", "rename it")
-        others = {name for name in set(names) - set(images) if os.path.isfile(os.path.join(parent, name))}
-        yield _Folder(parent, list(folders), images, sorted(others))
+        reject(
+            [os.path.join(parent, name) for name in (*folders, *images) if _NOT_UTF8.search(name)],
+            "a path is not UTF-8",
+            "rename it",
+        )
+        others = [name for name in names if name not in images and os.path.isfile(os.path.join(parent, name))]
+        yield _Folder(parent, list(folders), images, others)
 
 
 def _raise(error: OSError) -> NoReturn:

@@ -1,15 +1,19 @@
 """Split into train, val and test by lesion: images of one lesion never end up in two splits."""
 
 import hashlib
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from importlib import resources
+from pathlib import Path
 
 import numpy as np
 import pandas as pd
 
+from skin_resnet.data.tables import read_table, reject
 from skin_resnet.errors import UserError
 
 SPLITS = ("train", "val", "test")
+_ALIASES = {"training": "train", "valid": "val", "validation": "val", "testing": "test"}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -30,11 +34,6 @@ class Split:
         """Build a split from a table of image_id and split."""
         return cls(**{name: tuple(sorted(frame.image_id[frame.split == name])) for name in SPLITS})
 
-    def without(self, image_ids: set[str]) -> "Split":
-        """Return the split without these images."""
-        frame = self.to_frame()
-        return Split.from_frame(frame[~frame.image_id.isin(image_ids)])
-
     @property
     def hash(self) -> str:
         """Twelve hex digits, equal for two splits if and only if every image is in the same split."""
@@ -48,12 +47,6 @@ def split_lesions(table: pd.DataFrame, *, val_fraction: float, test_fraction: fl
     rows nor on other classes. Each class fills test, then val, each up to its fraction of the
     images; a class with three or more lesions is in all three.
 
-    Args:
-        table: Rows from `extract`.
-        val_fraction: Share of each class's images for val.
-        test_fraction: Share of each class's images for test.
-        seed: Seed of the order.
-
     Raises:
         UserError: A split would be empty.
     """
@@ -61,8 +54,7 @@ def split_lesions(table: pd.DataFrame, *, val_fraction: float, test_fraction: fl
     split_of: dict[str, str] = {}
     for _, members in lesions.groupby("target"):
         sizes = members.groupby("group").size()
-        order = sorted(sizes.index, key=lambda group: hashlib.sha256(f"{seed}:{group}".encode()).digest())
-        split_of.update(_assign_lesions(sizes[order], test_fraction, val_fraction))
+        split_of.update(_assign_lesions(sizes[_order(sizes.index, seed)], test_fraction, val_fraction))
     split = Split.from_frame(lesions.assign(split=lesions.group.map(split_of)))
     for name in SPLITS:
         if not getattr(split, name):
@@ -71,6 +63,10 @@ def split_lesions(table: pd.DataFrame, *, val_fraction: float, test_fraction: fl
                 f"add images or raise {name}_fraction."
             )
     return split
+
+
+def _order(lesions: Iterable[str], seed: int) -> list[str]:
+    return sorted(lesions, key=lambda lesion: hashlib.sha256(f"{seed}:{lesion}".encode()).digest())
 
 
 def _assign_lesions(sizes: "pd.Series[int]", test_fraction: float, val_fraction: float) -> dict[str, str]:
@@ -90,6 +86,23 @@ def _assign_lesions(sizes: "pd.Series[int]", test_fraction: float, val_fraction:
     return split_of
 
 
+def read_split(file: Path, image_ids: Iterable[str]) -> Split:
+    """Read a table of image_id and split (train, val, test, or a usual synonym); val may be empty.
+
+    Raises:
+        UserError: The file is not such a table, has images that are not among these, or an empty split.
+    """
+    frame = read_table(file, ("image_id", "split"))
+    frame["split"] = frame.split.str.lower().replace(_ALIASES)
+    unknown = frame.image_id[~frame.image_id.isin(set(image_ids))]
+    reject(unknown, f"{file.name} has an image_id that is not in the data", "give the data that was split")
+    others = frame.split[~frame.split.isin(SPLITS)]
+    reject(others, f"{file.name} has a split other than {', '.join(SPLITS)}", "rename it or remove the row")
+    empty = [name for name in ("train", "test") if name not in set(frame.split)]
+    reject(empty, f"{file.name} has no image in", "check that the file is complete")
+    return Split.from_frame(frame)
+
+
 def thin_train(table: pd.DataFrame, split: Split, fraction: float, seed: int) -> Split:
     """Keep a fraction of each class's training lesions, at least one; val and test stay as they are.
 
@@ -99,7 +112,7 @@ def thin_train(table: pd.DataFrame, split: Split, fraction: float, seed: int) ->
     lesions = join_lesions(rows)
     kept: set[str] = set()
     for _, groups in lesions.groupby(rows.target):
-        order = sorted(set(groups), key=lambda group: hashlib.sha256(f"{seed}:{group}".encode()).digest())
+        order = _order(groups.unique(), seed)
         # From the end: val and test have taken the first.
         kept.update(order[-max(1, round(fraction * len(order))) :])
     return replace(split, train=tuple(sorted(rows.image_id[lesions.isin(kept)])))

@@ -20,7 +20,7 @@ import pandas as pd
 from PIL import Image
 
 from skin_resnet.config import OnBadImage
-from skin_resnet.data.cache import lock_folder, write_folder
+from skin_resnet.data.cache import build_folder
 from skin_resnet.data.decode import BadImageError, decode_image, open_image
 from skin_resnet.errors import UserError, expand
 
@@ -28,7 +28,6 @@ AUTO_IMAGE_SIZE = 224
 THUMBNAIL_SIDE = 16
 _STORE_VERSION = 2
 _DECODED_AT_ONCE = 256  # bounds the memory: 40 MB at 224 px, 800 MB at 1024
-_CHECKED_AT_ONCE = 1 << 24
 
 ImageSize = int | Literal["auto"]
 Pixels = npt.NDArray[np.uint8]
@@ -85,26 +84,26 @@ def open_store(
     Raises:
         UserError: An image is bad (on_bad_image=stop), all are, or `cache_dir` cannot be used.
     """
-    key = _compute_key(table, image_size, on_bad_image)
-    folder = expand(cache_dir) / "stores" / key
-    if store := _read_store(folder):
-        return store
+    folder = expand(cache_dir) / "stores" / _compute_key(table, image_size, on_bad_image)
+    started = time.perf_counter()
+    build_s = 0.0
+
+    def build(unfinished: Path) -> None:
+        nonlocal build_s
+        if folder.exists():
+            _logger.warning("the image store %s is damaged; decoding the images again", folder)
+        _logger.info("decoding %d images into %s", len(table), folder)
+        with warnings.catch_warnings():
+            # Pillow's, about images that `decode` names when it rejects them, or reads as it documents.
+            warnings.simplefilter("ignore")
+            _build_store(unfinished, folder.name, table, image_size, on_bad_image)
+        build_s = time.perf_counter() - started
+        _logger.info("decoded %d images in %.1f s", len(table), build_s)
+
     try:
-        with lock_folder(folder):
-            if store := _read_store(folder):  # built by another process meanwhile
-                return store
-            if folder.exists():
-                _logger.warning("the image store %s is damaged; decoding the images again", folder)
-            started = time.perf_counter()
-            _logger.info("decoding %d images into %s", len(table), folder)
-            with write_folder(folder) as unfinished, warnings.catch_warnings():
-                # Pillow's, about images that `decode` names when it rejects them, or reads as it documents.
-                warnings.simplefilter("ignore")
-                _build_store(unfinished, key, table, image_size, on_bad_image)
-            build_s = time.perf_counter() - started
-            _logger.info("decoded %d images in %.1f s", len(table), build_s)
-            if store := _read_store(folder):
-                return replace(store, build_s=build_s)
+        build_folder(folder, _read_store, build)
+        if store := _read_store(folder):
+            return replace(store, build_s=build_s)
         problem = f"{folder} is damaged right after it was written"
     except OSError as error:
         problem = f"{error.strerror or error} at {error.filename or folder}"
@@ -163,7 +162,8 @@ def _build_store(
         if (larger := _choose_image_size(good["path"])) > size:
             contents = _write_images(folder, table, larger, on_bad_image)
     contents["key"] = key
-    contents["checksum"] = _compute_checksum(folder, contents)
+    pixels, thumbnails = _open_arrays(folder)
+    contents["checksum"] = _compute_checksum(contents, pixels, thumbnails)
     with (folder / "store.json").open("w", encoding="utf-8") as file:
         json.dump(contents, file)
         file.flush()
@@ -225,45 +225,37 @@ def _write_npy_header(file: BinaryIO, rows: int, image_size: int) -> None:
     np.lib.format.write_array_header_1_0(file, header)
 
 
-def _compute_checksum(folder: Path, contents: dict[str, Any]) -> int:
+def _open_arrays(folder: Path) -> tuple[Pixels, Pixels]:
+    return np.load(folder / "pixels.npy", mmap_mode="r"), np.load(folder / "thumbnails.npy")
+
+
+def _compute_checksum(contents: dict[str, Any], pixels: Pixels, thumbnails: Pixels) -> int:
     """Compute the CRC-32 of store.json and the arrays, at 1 to 6 GB/s."""
     checksum = zlib.crc32(json.dumps(contents, sort_keys=True).encode())
-    for name in ("thumbnails.npy", "pixels.npy"):
-        with (folder / name).open("rb") as file:
-            while chunk := file.read(_CHECKED_AT_ONCE):
-                checksum = zlib.crc32(chunk, checksum)
+    for array in (thumbnails, pixels):
+        checksum = zlib.crc32(array.data, checksum)
     return checksum
 
 
 def _read_store(folder: Path) -> ImageStore | None:
     """Open the store in this folder; None if there is none, or a damaged one."""
     try:
-        # With these, a process computes the checksum again only of files that were written meanwhile.
         files = [os.stat(folder / name) for name in ("store.json", "thumbnails.npy", "pixels.npy")]
-        stamps = tuple((file.st_ino, file.st_size, file.st_mtime_ns) for file in files)
-        contents = _read_checked(folder, stamps)
-        return ImageStore(
-            pixels=np.load(folder / "pixels.npy", mmap_mode="r"),
-            thumbnails=np.load(folder / "thumbnails.npy"),
-            digests=tuple(contents["digests"]),
-            image_ids=tuple(contents["image_ids"]),
-            image_size=contents["image_size"],
-            key=folder.name,
-            skipped=contents["skipped"],
-        )
-    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        return _read_checked(folder, tuple((file.st_ino, file.st_size, file.st_mtime_ns) for file in files))
+    except Exception:  # for a damaged file, numpy and json raise whatever they trip over
         return None
 
 
+# With the files' inodes, sizes and times, a process checks only what was written since it last looked.
 @functools.lru_cache(maxsize=8)
-def _read_checked(folder: Path, stamps: tuple[tuple[int, int, int], ...]) -> dict[str, Any]:
-    """Read store.json.
-
-    Raises:
-        ValueError: It does not fit the folder's name or the checksum.
-    """
+def _read_checked(folder: Path, stamps: tuple[tuple[int, int, int], ...]) -> ImageStore:
     contents: dict[str, Any] = json.loads((folder / "store.json").read_text(encoding="utf-8"))
     checksum = contents.pop("checksum")
-    if contents["key"] != folder.name or checksum != _compute_checksum(folder, contents):
+    pixels, thumbnails = _open_arrays(folder)
+    if contents["key"] != folder.name or checksum != _compute_checksum(contents, pixels, thumbnails):
         raise ValueError(f"{folder} is damaged")
-    return contents
+    return ImageStore(
+        **{**contents, "digests": tuple(contents["digests"]), "image_ids": tuple(contents["image_ids"])},
+        pixels=pixels,
+        thumbnails=thumbnails,
+    )

@@ -28,31 +28,28 @@ def read_table(file: Path, required: tuple[str, ...]) -> pd.DataFrame:
     """Read a comma, semicolon or tab separated file in UTF-8.
 
     Every column is stripped text, NaN where the value is unknown. The index is the line number in the file.
-    The required columns, and image_id and lesion_id where present, have a value in every row.
+    The required columns, and image_id and lesion_id where present, have a value in every row; no image is
+    in two rows.
 
     Raises:
-        UserError: The file is not such a table, lacks or repeats a column, has no rows, or lacks a value.
-        OSError: The file cannot be read.
+        UserError: The file cannot be read, is no such table, or breaks one of these rules.
     """
     cells = _read_cells(file)
     header = cells.iloc[0].tolist()
     columns = shorten(", ".join(header), 200)
-    reject(
-        [name for name in required if name not in header],
-        f"{file.name} has the columns {columns}, but lacks",
-        "add the column, or check that this is the right file",
-    )
-    reject(
-        [name for place, name in enumerate(header) if name in header[:place]],
-        f"{file.name} has a column twice",
-        "remove one of the two",
-    )
+    missing = [name for name in required if name not in header]
+    reject(missing, f"{file.name} has the columns {columns}, but lacks", "add it, or give the right file")
+    repeated = [name for place, name in enumerate(header) if name in header[:place]]
+    reject(repeated, f"{file.name} has a column twice", "remove one of the two")
     table = cells.iloc[1:].set_axis(header, axis=1)
     table = table.mask(table.apply(lambda column: column.str.lower().isin(_MISSING)))
     for column in dict.fromkeys((*required, "image_id", "lesion_id")):
         if column in table:
             lines = table.index[table[column].isna()].tolist()
             reject(lines, f"{file.name} has no {column} in line", "add the value or remove the row")
+    for column in table.columns.intersection(["image", "image_id"]):
+        twice = table[column][table[column].duplicated()]
+        reject(twice, f"{file.name} has an {column} twice", "remove a row, or give each image its own")
     return table
 
 
@@ -71,6 +68,10 @@ def _read_cells(file: Path) -> pd.DataFrame:
             keep_default_na=False,
             skip_blank_lines=False,  # or the index would not be the line number
         )
+    except OSError as error:
+        raise UserError(
+            f"cannot read {file}: {error.strerror}; check the path and its permissions."
+        ) from None
     except pd.errors.EmptyDataError:
         cells = pd.DataFrame()
     except (UnicodeDecodeError, pd.errors.ParserError) as error:

@@ -165,9 +165,7 @@ class _Training:
     ) -> None:
         self._config, self._data, self._fabric = point.config, data, fabric
         self._tracker, self._point = tracker, point
-        source = data.place(fabric)
-        self._train = data.build_loader(data.split.train, source, fabric, self._config.batch_size)
-        self._val = data.build_loader(data.split.val, source, fabric, self._config.batch_size)
+        self._train, self._val = data.build_loaders(fabric, self._config.batch_size)
         self._state, weights = _build_state(self._config, data, fabric, self._train)
         self._fingerprint = data.fingerprint
         restore(point, self._state, self._fingerprint)

@@ -7,7 +7,6 @@ import zlib
 from collections.abc import Callable
 from pathlib import Path
 
-import numpy as np
 from PIL import Image
 
 from tests.bad_inputs import BadInput, Options
@@ -128,61 +127,3 @@ STOPPING = [
     BadInput(name="nothing readable", make=with_nothing_readable, told=("none of 12",)),
     BadInput(name="long and thin", make=with_long_and_thin, told=("photo_11", "16x3000000 is too elongated")),
 ]
-
-
-def draw_grey() -> Image.Image:
-    return draw(11).convert("L")
-
-
-def build_exif(orientation: int) -> bytes:
-    exif = Image.Exif()
-    exif[0x0112] = orientation
-    return exif.tobytes()
-
-
-def widen(image: Image.Image) -> Image.Image:
-    return Image.fromarray(np.asarray(image).astype(np.uint16) * 257)
-
-
-def add_transparency(image: Image.Image) -> Image.Image:
-    image = image.copy()
-    image.putalpha(0)
-    return image
-
-
-def _turn(image: Image.Image) -> Image.Image:
-    return image.transpose(Image.Transpose.ROTATE_90)
-
-
-def _read_back(image: Image.Image, name: str) -> Image.Image:
-    return Image.open(io.BytesIO(encode(image, name))).convert("RGB")
-
-
-# Odd images that are read, and the plain image that each is read as.
-READ_AS: dict[str, tuple[Callable[[Path], Options], Callable[[], Image.Image]]] = {
-    "CMYK": (
-        with_image(lambda: draw(11).convert("CMYK"), "photo_11.jpg"),
-        lambda: _read_back(draw(11).convert("CMYK"), "x.jpg"),
-    ),
-    "16 bits": (with_image(lambda: widen(draw_grey())), draw_grey),
-    "animation": (
-        with_image(lambda: draw(11), "photo_11.webp", save_all=True, append_images=[draw(12)], lossless=True),
-        lambda: draw(11),
-    ),
-    "turned by EXIF": (
-        with_image(lambda: _turn(draw(11)), "photo_11.png", exif=build_exif(6)),
-        lambda: draw(11),
-    ),
-    "transparent": (
-        with_image(lambda: add_transparency(draw(11))),
-        lambda: Image.new("RGB", (SIZE, SIZE)),
-    ),
-    "palette": (
-        with_image(lambda: draw(11).quantize(16)),
-        lambda: draw(11).quantize(16).convert("RGB"),
-    ),
-    "a JPEG named png": (
-        with_image(lambda: encode(draw(11), "x.jpg")),
-        lambda: _read_back(draw(11), "x.jpg"),
-    ),
-}
