@@ -3,7 +3,6 @@
 import math
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -18,10 +17,7 @@ from search.study import drop_retried, find_front
 from skin_resnet.evaluation.metrics import (
     HEADLINES,
     Predictions,
-    compute_metrics,
-    compute_percentiles,
-    compute_weighted,
-    draw_lesions,
+    compare_models,
     predict_always,
 )
 from skin_resnet.evaluation.page import format_score, format_table, spell_metric
@@ -86,36 +82,19 @@ def find_edges(space: Space, trial: FrozenTrial) -> list[str]:
 def compare_recipes(recipes: Mapping[str, Sequence[Predictions]], lesions: NDArray[np.str_]) -> pd.DataFrame:
     """Compute each recipe's mean metrics over its seeds, beside the majority class, and their difference.
 
-    All are computed on the same drawn lesions: what is hard for both recipes cancels in their difference. The
-    intervals say what other lesions would have changed, not what other seeds would have.
-
     Args:
         recipes: Predictions of the same N images by recipe, one per seed.
         lesions: Lesion of each image, (N,).
 
     Returns:
-        Columns value, low, high; index recipe and metric. The difference is the winner minus the baseline
+        Columns value, low, high; index model and metric. The difference is the winner minus the baseline
         recipe, and missing if that won.
     """
     first = next(iter(recipes.values()))[0]
     majority = predict_always(int(np.bincount(first.targets).argmax()), first)
-    weights = draw_lesions(lesions)
-    values: dict[tuple[str, str], tuple[float, Any]] = {}
-    for recipe, seeds in {MAJORITY: [majority], **recipes}.items():
-        metrics = [compute_metrics(each) for each in seeds]
-        draws = [compute_weighted(each, weights) for each in seeds]
-        for name in HEADLINES:
-            mean = float(np.mean([getattr(each, name) for each in metrics]))
-            values[recipe, name] = (mean, np.mean([each[name] for each in draws], axis=0))
-    if WINNER in recipes:
-        for name in HEADLINES:
-            pairs = zip(values[WINNER, name], values[BASELINE, name], strict=True)
-            values[DIFFERENCE, name] = tuple(winner - baseline for winner, baseline in pairs)
-    return pd.DataFrame.from_dict(
-        {key: (value, *compute_percentiles(draws)) for key, (value, draws) in values.items()},
-        orient="index",
-        columns=["value", "low", "high"],
-    ).set_axis(pd.MultiIndex.from_tuples(values, names=["recipe", "metric"]))
+    scores, pairs = compare_models({MAJORITY: [majority], **recipes}, lesions)
+    difference = pairs[(pairs["first"] == WINNER) & (pairs.second == BASELINE)].assign(model=DIFFERENCE)
+    return pd.concat([scores, difference.set_index(["model", "metric"])[scores.columns]])
 
 
 def describe_winner(retrained: pd.DataFrame, scores: pd.DataFrame | None, best: FrozenTrial) -> str:
@@ -131,7 +110,7 @@ def describe_winner(retrained: pd.DataFrame, scores: pd.DataFrame | None, best: 
     mean, in_study = means.val[winner], best.user_attrs["val/balanced_accuracy"]
     # The best of many trials is in part a lucky one, which shows as a fall.
     luck = ": the best of many trials is in part a lucky one" if round(mean, 3) < round(in_study, 3) else ""
-    columns = means.index if scores is None else scores.index.unique("recipe")
+    columns = means.index if scores is None else scores.index.unique("model")
     rows = [
         ["val balanced accuracy", *(f"{means.val[c]:.3f}" if c in means.index else "" for c in columns)],
         ["train-val gap", *(f"{means.gap[c]:+.3f}" if c in means.index else "" for c in columns)],
