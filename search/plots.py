@@ -11,7 +11,7 @@ from matplotlib import pyplot as plt
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 from optuna import Study
-from optuna.trial import TrialState
+from optuna.trial import FrozenTrial, TrialState
 from optuna.visualization import matplotlib as optuna_plots
 
 from search.config import DIRECTIONS, SearchConfig
@@ -23,35 +23,39 @@ _MOST_PANELS = 4  # hyperparameters side by side; with more, labels overlap
 
 def plot_trials(config: SearchConfig, study: Study) -> dict[str, Figure]:
     """Return Optuna's figures of a study by name, without those that too few trials have finished for."""
-    name = config.objective_names[0]
+    first, *others = config.objective_names
     # Of several objectives, the first one is shown.
-    target = {"target": lambda trial: trial.values[0]} if len(config.objective_names) > 1 else {}
-    options = {**target, "target_name": name.replace("_", " ")}
+    options: dict[str, Any] = {"target": lambda trial: trial.values[0]} if others else {}
+    options["target_name"] = first.replace("_", " ")
     figures = {"history": _draw(optuna_plots.plot_optimization_history, study, **options)}
-    if not target:
+    if not others:
         curves = _draw(optuna_plots.plot_intermediate_values, study)
         curves.axes[0].set(title="Learning curves", xlabel="Epoch", ylabel=options["target_name"])
         if legend := curves.axes[0].get_legend():
             legend.remove()  # it has an entry per trial
         figures["learning_curves"] = curves
     finished = study.get_trials(deepcopy=False, states=(TrialState.COMPLETE,))
-    shown = list(finished[-1].params) if len(finished) > 1 else []
-    if shown and len(finished) >= _FEWEST_FOR_IMPORTANCES:
-        importances = compute_importances(config, study)
-        shown = list(importances)
-        figures["importances"] = plot_importances(importances, len(finished))
+    if len(finished) < 2:
+        return figures
+    shown = [name for name, each in finished[-1].distributions.items() if not each.single()]
+    if len(finished) >= _FEWEST_FOR_IMPORTANCES:
+        target = build_target(config)
+        importances = _draw(optuna_plots.plot_param_importances, study, target=target, params=shown)
+        importances.axes[0].set(title=f"Importance (PED-ANOVA) over {len(finished)} finished trials")
+        importances.axes[0].legend().remove()
+        figures["importances"] = importances
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of a target that is not maximized
+            shown = list(optuna.importance.get_param_importances(study, target=target, params=shown))
     if shown:
         figures["slices"] = _draw(optuna_plots.plot_slice, study, params=shown[:_MOST_PANELS], **options)
     return figures
 
 
-def compute_importances(config: SearchConfig, study: Study) -> dict[str, float]:
-    """Compute how much each hyperparameter mattered for being among the better trials (PED-ANOVA)."""
-    # PED-ANOVA looks for what leads to low values of a target.
+def build_target(config: SearchConfig) -> Callable[[FrozenTrial], float]:
+    """Return a target that is low where the first objective is good, as PED-ANOVA expects it."""
     sign = -1 if DIRECTIONS[config.objective_names[0]] == "maximize" else 1
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # of exactly that
-        return optuna.importance.get_param_importances(study, target=lambda trial: sign * trial.values[0])
+    return lambda trial: sign * trial.values[0]
 
 
 def _draw(plot: Callable[..., Any], study: Study, **options: object) -> Figure:
@@ -65,16 +69,6 @@ def _draw(plot: Callable[..., Any], study: Study, **options: object) -> Figure:
     plt.close(figure)
     figure.set_layout_engine("constrained")
     figure.set_size_inches(WIDTH_INCH, 4.5)
-    return figure
-
-
-def plot_importances(importances: Mapping[str, float], count: int) -> Figure:
-    """Plot the importance of each hyperparameter, in all 1, over `count` finished trials."""
-    figure = Figure(figsize=(WIDTH_INCH, 0.9 + 0.34 * len(importances)), dpi=DPI, layout=build_layout())
-    axes = figure.subplots()
-    style_axes(axes, f"Importance (PED-ANOVA) over {count} finished trials")
-    axes.barh([*importances][::-1], [*importances.values()][::-1], color=COLOURS["train"], height=0.7)
-    axes.set_xlabel("Share of all importance", fontsize=FONT)
     return figure
 
 

@@ -2,20 +2,27 @@
 
 import math
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
+import numpy as np
 import pandas as pd
+from numpy.typing import NDArray
 from optuna import Study
 from optuna.distributions import FloatDistribution
 from optuna.trial import FrozenTrial, TrialState
 
 from search.config import SearchConfig
-from search.space import Space, build_space
+from search.space import BASELINE, Space, build_space
 from search.study import drop_retried, find_front
-from search.winner import BASELINE, DIFFERENCE, WINNER, Retrained, compute_mean
-from skin_resnet.evaluation.metrics import HEADLINES
+from skin_resnet.evaluation.metrics import (
+    HEADLINES,
+    Predictions,
+    compare_models,
+    predict_always,
+)
 from skin_resnet.evaluation.page import format_score, format_table, spell_metric
 
+MAJORITY, WINNER, DIFFERENCE = "majority class", "winner", "difference"
 _EDGE = 0.03  # share of a range that counts as its edge
 
 
@@ -58,7 +65,7 @@ def find_edges(space: Space, trial: FrozenTrial) -> list[str]:
     warnings: list[str] = []
     if "baseline" in trial.user_attrs:
         return warnings  # no sampler chose its values
-    for name, each in space.hyperparameters.items():
+    for name, each in space.items():
         if not isinstance(each, FloatDistribution) or name not in trial.params:
             continue
         scale = math.log if each.log else float
@@ -72,24 +79,52 @@ def find_edges(space: Space, trial: FrozenTrial) -> list[str]:
     return warnings
 
 
-def describe_winner(retrained: Sequence[Retrained], scores: pd.DataFrame | None, best: FrozenTrial) -> str:
+def compare_recipes(recipes: Mapping[str, Sequence[Predictions]], lesions: NDArray[np.str_]) -> pd.DataFrame:
+    """Compute each recipe's mean metrics over its seeds, beside the majority class, and their difference.
+
+    Args:
+        recipes: Predictions of the same N images by recipe, one per seed.
+        lesions: Lesion of each image, (N,).
+
+    Returns:
+        Columns value, low, high; index model and metric. The difference is the winner minus the baseline
+        recipe, and missing if that won.
+    """
+    first = next(iter(recipes.values()))[0]
+    majority = predict_always(int(np.bincount(first.targets).argmax()), first)
+    scores, pairs = compare_models({MAJORITY: [majority], **recipes}, lesions)
+    difference = pairs[(pairs["first"] == WINNER) & (pairs.second == BASELINE)].assign(model=DIFFERENCE)
+    return pd.concat([scores, difference.set_index(["model", "metric"])[scores.columns]])
+
+
+def describe_winner(retrained: pd.DataFrame, scores: pd.DataFrame | None, best: FrozenTrial) -> str:
     """Describe what retraining and test say of winner and baseline recipe.
 
     Args:
-        retrained: All recipes and seeds.
+        retrained: A row per recipe and seed; columns recipe, val (balanced accuracy) and gap.
         scores: From `compare_recipes`; None without a test.
         best: The winning trial.
     """
-    recipes = list(dict.fromkeys(each.recipe for each in retrained))
-    winner, seeds = recipes[-1], len(retrained) // len(recipes)
-    mean, in_study = compute_mean(retrained, winner, "val"), best.user_attrs["val/balanced_accuracy"]
+    means = retrained.groupby("recipe", sort=False)[["val", "gap"]].mean()
+    winner, seeds = means.index[-1], len(retrained) // len(means)
+    mean, in_study = means.val[winner], best.user_attrs["val/balanced_accuracy"]
     # The best of many trials is in part a lucky one, which shows as a fall.
     luck = ": the best of many trials is in part a lucky one" if round(mean, 3) < round(in_study, 3) else ""
+    columns = means.index if scores is None else scores.index.unique("model")
+    rows = [
+        ["val balanced accuracy", *(f"{means.val[c]:.3f}" if c in means.index else "" for c in columns)],
+        ["train-val gap", *(f"{means.gap[c]:+.3f}" if c in means.index else "" for c in columns)],
+    ]
+    if scores is not None:
+        for name in HEADLINES:
+            cells = [scores.loc[(column, name)] for column in columns]
+            formatted = [format_score(each.value, (each.low, each.high)) for each in cells]
+            rows.append([f"test {spell_metric(name)}", *formatted])
     return "\n".join(
         [
             f"Mean of {seeds} seed{'s' * (seeds > 1)}; intervals (95 %) by bootstrap over lesions.",
             "",
-            _format_scores(retrained, scores, recipes),
+            format_table(["", *columns], rows),
             "",
             f"**{_judge(winner, scores)}**",
             "",
@@ -97,23 +132,6 @@ def describe_winner(retrained: Sequence[Retrained], scores: pd.DataFrame | None,
             f"retrained{luck}.",
         ]
     )
-
-
-def _format_scores(retrained: Sequence[Retrained], scores: pd.DataFrame | None, recipes: list[str]) -> str:
-    """Lay out a row per metric, and a column per recipe, for the majority class and for the difference."""
-    tested = [] if scores is None else list(dict.fromkeys(scores.index.get_level_values("recipe")))
-    columns = tested or recipes
-    rows = []
-    for title, name in (("val balanced accuracy", "val"), ("train-val gap", "gap")):
-        means = {recipe: f"{compute_mean(retrained, recipe, name):+.3f}" for recipe in recipes}
-        rows.append(
-            [title, *(means.get(column, "").removeprefix("+" * (name == "val")) for column in columns)]
-        )
-    for name in HEADLINES if scores is not None else ():
-        assert scores is not None, "tested"
-        cells = [scores.loc[(column, name)] for column in columns]
-        rows.append([f"test {spell_metric(name)}", *(format_score(c.value, (c.low, c.high)) for c in cells)])
-    return format_table(["", *columns], rows)
 
 
 def _judge(winner: str, scores: pd.DataFrame | None) -> str:

@@ -1,18 +1,34 @@
-"""The command `search`: trials, then the winner retrained, tested once and registered."""
+"""The command `search`: trials, then the winner retrained with new seeds, tested and registered."""
 
+import shlex
+from functools import partial
+from typing import Any
+
+import pandas as pd
 from optuna import Study
-from optuna.trial import FrozenTrial
+from optuna.trial import FrozenTrial, TrialState
 
-from search import plots, report, winner
+from search import plots, report
 from search.config import SearchConfig
-from search.outages import wait_for_server
+from search.objective import PatientTracker, open_child, wait_for_server
+from search.report import MAJORITY, WINNER, compare_recipes
+from search.space import BASELINE, BASELINE_RECIPE
 from search.study import choose_best, count_done, get_study_id, lock, open_study, report_storage_errors
 from search.workers import close_killed_runs, log_progress, name_session, run_workers
+from skin_resnet.commands.compare import read_predictions
+from skin_resnet.commands.evaluate import assess_and_log
+from skin_resnet.commands.train import open_test_split
+from skin_resnet.commands.train import report as report_training
 from skin_resnet.config import TrainConfig
 from skin_resnet.data.prepare import prepare_data
+from skin_resnet.data.split import join_lesions
 from skin_resnet.errors import UserError
+from skin_resnet.evaluation.metrics import Predictions
+from skin_resnet.options import format_value
 from skin_resnet.tracking import history as finished_runs
 from skin_resnet.tracking.run import TrackedRun, describe_location, open_run
+from skin_resnet.training.checkpoint import read_checkpoint
+from skin_resnet.training.run import run_training
 
 
 def search(config: SearchConfig) -> None:
@@ -26,15 +42,17 @@ def search(config: SearchConfig) -> None:
         study = open_study(config)
         with lock(config.storage, name_session(run.run_id)):
             run.set_tags({finished_runs.STUDY: get_study_id(study), "search.study": config.study_name})
-            page = _search(config, study, run)
+            _run_trials(config, study, run)
+            # Of several searches on one study, the first to come here retrains, tests and reports.
+            with lock(config.storage, f"winner-{get_study_id(study)}", wait=False) as is_first:
+                page = _conclude(config, study, run) if is_first else "Another search is testing the winner."
         print(f"\n{page}")
         wait_for_server(lambda: run.log_artifacts({"report.md": page}))
         run.describe(page)
     print(f"\n{describe_location(run.run_id)}")
 
 
-def _search(config: SearchConfig, study: Study, run: TrackedRun) -> str:
-    """Run the trials, then choose a winner; return the page."""
+def _run_trials(config: SearchConfig, study: Study, run: TrackedRun) -> None:
     closed = close_killed_runs(config, study)
     done = count_done(study.get_trials(deepcopy=False))
     print(f"study {config.study_name}: {done} of {config.n_trials} trials done", end="")
@@ -42,10 +60,7 @@ def _search(config: SearchConfig, study: Study, run: TrackedRun) -> str:
     prepare_data(config.training)  # before there are workers, which would all decode the same images
     run_workers(config, study, run)
     close_killed_runs(config, study)
-    log_progress(config, study, run)
-    # Of several searches on one study, the first to come here retrains, tests and reports.
-    with lock(config.storage, f"winner-{get_study_id(study)}", wait=False) as is_first:
-        return _conclude(config, study, run) if is_first else "Another search is testing the winner."
+    wait_for_server(lambda: log_progress(config, study, run))
 
 
 def _conclude(config: SearchConfig, study: Study, run: TrackedRun) -> str:
@@ -53,46 +68,104 @@ def _conclude(config: SearchConfig, study: Study, run: TrackedRun) -> str:
     best = choose_best(config, study)
     if best is None:
         raise UserError("no trial has finished; their runs say why")
-    trials = study.get_trials(deepcopy=False)
-    recipes = winner.choose_recipes(config, trials, best)
-    command = winner.write_command(list(recipes.values())[-1])
+    baseline = find_baseline(study)
+    recipes = choose_recipes(config, baseline, best)
+    command = write_command(list(recipes.values())[-1])
     figures = {f"figures/{name}.png": each for name, each in plots.plot_trials(config, study).items()}
     wait_for_server(lambda: run.log_artifacts({**figures, "retrain.sh": f"{command}\n"}))
+    if config.seeds > 0:
+        verdict = _retrain_and_test(config, study, run, recipes, best)
+    else:
+        verdict = ""
+        runs = {BASELINE: baseline, WINNER: best} if baseline else {WINNER: best}
+        _log_curves(run, {name: trial.user_attrs["run_id"] for name, trial in runs.items()})
     pages = [
         f"### Search {config.study_name}: {config.arch} on {config.data}",
         report.describe_trials(config, study, best),
+        verdict,
         f"To train it again:\n\n```sh\n{command}\n```",
     ]
-    if config.seeds > 0:
-        pages.insert(2, _retrain_and_test(config, study, run, recipes, best))
-    else:
-        baseline = winner.find_baseline(trials)
-        runs = {winner.BASELINE: baseline, winner.WINNER: best} if baseline else {winner.WINNER: best}
-        _log_curves(run, {name: trial.user_attrs["run_id"] for name, trial in runs.items()})
-    return "\n\n".join(pages)
+    return "\n\n".join(filter(None, pages))
+
+
+def find_baseline(study: Study) -> FrozenTrial | None:
+    """Return the finished trial of the baseline recipe."""
+    finished = study.get_trials(deepcopy=False, states=(TrialState.COMPLETE,))
+    return next((trial for trial in finished if trial.user_attrs.get("baseline") == BASELINE), None)
+
+
+def choose_recipes(
+    config: SearchConfig, baseline: FrozenTrial | None, best: FrozenTrial
+) -> dict[str, TrainConfig]:
+    """Return baseline recipe and winner; the baseline recipe alone if it won."""
+    recipes = {
+        BASELINE: config.training.with_changes(**BASELINE_RECIPE),
+        **{
+            name: TrainConfig.model_validate_json(trial.user_attrs["config"])
+            for name, trial in ((BASELINE, baseline), (WINNER, best))
+            if trial
+        },
+    }
+    return recipes if recipes[WINNER] != recipes[BASELINE] else {BASELINE: recipes[BASELINE]}
+
+
+def write_command(config: TrainConfig) -> str:
+    """Return the command that trains with a config: the options that differ from the defaults."""
+    defaults = TrainConfig.model_validate({})
+    options = [
+        f"--{name}={format_value(value)}"
+        for name, value in config.model_dump().items()
+        if value != getattr(defaults, name)
+    ]
+    return shlex.join(["skin-resnet", "train", *options])
 
 
 def _retrain_and_test(
     config: SearchConfig, study: Study, run: TrackedRun, recipes: dict[str, TrainConfig], best: FrozenTrial
 ) -> str:
+    """Retrain all recipes, test them once, and register the winner; return what came of it."""
     settings = {name: each.model_dump_json() for name, each in recipes.items()}
     settings |= {"seeds": str(config.seeds), "test": config.test}
     before = study.user_attrs.get("verdict", {})
     if before.get("settings") == settings:
         return f"{before['page']}\n\nFrom run {before['run_id']}; test was not evaluated again."
-    retrained = winner.retrain(config, study, recipes, run.run_id)
-    first = {each.recipe: each.run_id for each in reversed(retrained)}
-    _log_curves(run, {name: first[name] for name in recipes})
-    scores, warning = winner.evaluate_on_test(run, retrained) if config.test == "at_end" else (None, "")
-    registered = winner.register(config, retrained, scores)
+    # The trials' own seed is not among them: it may be what made the winner win.
+    retrained = pd.DataFrame(
+        _retrain(study, name, each.with_changes(seed=each.seed + number), run.run_id)
+        for number in range(1, config.seeds + 1)
+        for name, each in recipes.items()
+    )
+    _log_curves(run, retrained.drop_duplicates("recipe").set_index("recipe").run_id.to_dict())
+    scores, warning = _test(run, retrained) if config.test == "at_end" else (None, "")
+    registered = register(config, retrained, scores)
     parts = [report.describe_winner(retrained, scores, best), warning, registered]
     page = "\n\n".join(filter(None, parts))
     study.set_user_attr("verdict", {"settings": settings, "page": page, "run_id": run.run_id})
     return page
 
 
+def _retrain(study: Study, recipe: str, config: TrainConfig, parent_run_id: str) -> dict[str, Any]:
+    """Train a recipe in a child run, unless a killed search has; return what the rest needs of it."""
+    name = f"{recipe}, seed {config.seed}"
+    kept: dict[str, Any] = study.user_attrs.get(f"retrained {name}", {})
+    if kept.get("config") == config.model_dump_json():
+        return kept
+    print(f"\n{name}")
+    tags = {finished_runs.STUDY: get_study_id(study), "search.recipe": recipe}
+    with open_child(name, parent_run_id, tags) as run:
+        result = run_training(config, tracker=PatientTracker(run))
+        wait_for_server(lambda: run.describe(report_training(run, result)))
+        model_uri = wait_for_server(lambda: run.log_model(result.checkpoint_path, result.data.classes))
+    retrained = {
+        "recipe": recipe, "config": config.model_dump_json(), "run_id": run.run_id, "model_uri": model_uri,
+        "val": result.best.val.balanced_accuracy, "gap": result.best.gap,
+    }  # fmt: skip
+    study.set_user_attr(f"retrained {name}", retrained)
+    return retrained
+
+
 def _log_curves(run: TrackedRun, run_ids: dict[str, str]) -> None:
-    """Log the curves of baseline recipe and winner side by side, from their runs by recipe."""
+    """Log the curves of the recipes side by side, from their runs."""
 
     def log() -> None:
         histories = {name: finished_runs.read_history(run_id) for name, run_id in run_ids.items()}
@@ -100,3 +173,43 @@ def _log_curves(run: TrackedRun, run_ids: dict[str, str]) -> None:
         run.log_artifacts({"figures/recipes.png": plots.plot_recipes(histories, images)})
 
     wait_for_server(log)
+
+
+def _test(run: TrackedRun, retrained: pd.DataFrame) -> tuple[pd.DataFrame, str]:
+    """Evaluate all recipes and seeds on test, and log each one's metrics on its run.
+
+    Returns:
+        What `compare_recipes` returns, and a warning if test was evaluated before, or leaks.
+    """
+    config = TrainConfig.model_validate_json(retrained.config[0])
+    data = prepare_data(config)
+    table, warning = open_test_split(run, config, data)
+
+    def evaluate(run_id: str) -> Predictions:
+        checkpoint = read_checkpoint(finished_runs.download_checkpoint(run_id))
+        with open_run(run_id=run_id) as child:
+            assess_and_log(child, checkpoint, table, data.store, config)
+        return read_predictions(finished_runs.read_run(run_id, "test").predictions)
+
+    predictions: dict[str, list[Predictions]] = {name: [] for name in retrained.recipe}
+    for name, run_id in zip(retrained.recipe, retrained.run_id, strict=True):
+        predictions[name].append(wait_for_server(partial(evaluate, run_id)))
+    return compare_recipes(predictions, join_lesions(table).to_numpy(str)), warning
+
+
+def register(config: SearchConfig, retrained: pd.DataFrame, scores: pd.DataFrame | None) -> str:
+    """Register the winner's model with the highest val score; return a sentence about it.
+
+    It is not registered if the winner's mean is not above the score of always predicting the majority class.
+    """
+    best = retrained[retrained.recipe == retrained.recipe.iloc[-1]].nlargest(1, "val").iloc[0]
+    data = prepare_data(TrainConfig.model_validate_json(best.config))
+    metrics, majority = {"val/balanced_accuracy": best.val}, 1 / len(data.classes)
+    if scores is not None:
+        metrics["test/balanced_accuracy"] = scores.value[best.recipe, "balanced_accuracy"]
+        majority = scores.value[MAJORITY, "balanced_accuracy"]
+    return wait_for_server(
+        lambda: finished_runs.register_model(
+            best.model_uri, config.model_name, metrics=metrics, baseline=majority, split_hash=data.split.hash
+        )
+    )

@@ -3,7 +3,6 @@
 import difflib
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
 from typing import Any
 
 from optuna.distributions import CategoricalDistribution, FloatDistribution
@@ -19,8 +18,9 @@ BASELINE_RECIPE: Mapping[str, Any] = {
     "grad_clip": 0.0, "class_weighting": "none", "augment": "none", "mixup": 0.0, "cutmix": 0.0,
     "label_smoothing": 0.0, "dropout": 0.0, "stochastic_depth": 0.0, "ema_decay": 0.0, "patience": 0,
 }  # fmt: skip
+BASELINE = "baseline recipe"
 # What trials 0 and 1 change in the given options; trial 1 is the options as given.
-BASELINES: Mapping[str, Mapping[str, Any]] = {"baseline recipe": BASELINE_RECIPE, "defaults": {}}
+BASELINES: Mapping[str, Mapping[str, Any]] = {BASELINE: BASELINE_RECIPE, "defaults": {}}
 
 # A good rate for one optimizer is far off for another, so these two are tuned as multiples of the optimizer's
 # typical value: what the sampler learns about the multiple with one optimizer helps with the others.
@@ -31,9 +31,10 @@ TYPICAL: Mapping[str, Mapping[str, float]] = {
 FACTOR = "_factor"  # suffix of such a multiple's name in the study
 
 Hyperparameter = CategoricalDistribution | FloatDistribution
+Space = dict[str, Hyperparameter]  # by the name in the study
 
 
-def build_hyperparameters(epochs: int) -> dict[str, Hyperparameter]:
+def build_hyperparameters(epochs: int) -> Space:
     """Return the full space: the distribution of each tuned option or multiple (`_factor`) by name."""
     return {
         "optimizer": CategoricalDistribution(("adam", "adamw", "sgd")),
@@ -52,80 +53,15 @@ def build_hyperparameters(epochs: int) -> dict[str, Hyperparameter]:
     }
 
 
-@dataclass(frozen=True, kw_only=True)
-class Space:
-    """The search space.
-
-    Attributes:
-        hyperparameters: Distributions by name, the optimizer first where it is tuned.
-        fixed: Options that have one value in all trials except the baselines.
-    """
-
-    hyperparameters: Mapping[str, Hyperparameter]
-    fixed: Mapping[str, Any]
-
-    def suggest(self, trial: Trial) -> dict[str, Any]:
-        """Return training options with values suggested by a trial."""
-        suggested: dict[str, Any] = {}
-        for name, each in self.hyperparameters.items():
-            if isinstance(each, CategoricalDistribution):
-                suggested[name] = trial.suggest_categorical(name, each.choices)
-            else:
-                suggested[name] = trial.suggest_float(name, each.low, each.high, step=each.step, log=each.log)
-        return self.to_options({**self.fixed, **suggested})
-
-    @staticmethod
-    def to_options(params: Mapping[str, Any]) -> dict[str, Any]:
-        """Convert a trial's params to training options: multiples become values."""
-        options = {name: value for name, value in params.items() if not name.endswith(FACTOR)}
-        for name, typical in TYPICAL.items():
-            if name + FACTOR in params:
-                options[name] = params[name + FACTOR] * typical[params["optimizer"]]
-        # Six digits are readable on a run, and finer than any difference they make.
-        return {
-            name: float(f"{value:.6g}") if isinstance(value, float) else value
-            for name, value in options.items()
-        }
-
-    def locate(self, config: TrainConfig) -> dict[str, Any]:
-        """Return the params of a config; the nearest ones where a value lies outside the space."""
-        params: dict[str, Any] = {}
-        for name, each in self.hyperparameters.items():
-            value = getattr(config, name.removesuffix(FACTOR))
-            if isinstance(each, CategoricalDistribution):
-                params[name] = value if value in each.choices else each.choices[0]
-                continue
-            if name.endswith(FACTOR):
-                value /= TYPICAL[name.removesuffix(FACTOR)][config.optimizer]
-            value = min(max(value, each.low), each.high)
-            if each.step:
-                value = each.low + round((value - each.low) / each.step) * each.step
-            params[name] = value
-        return params
-
-
 def build_space(config: SearchConfig) -> Space:
-    """Build the space, narrowed by `config.fix`.
+    """Build the space, narrowed by `config.fix`: what is fixed has a single choice.
 
     Raises:
         UserError: `fix` names something that is not tuned, or a value it cannot have.
     """
-    tuned, fixed = build_hyperparameters(config.epochs), dict[str, Any]()
-    for name, text in _parse_fix(config.fix, [each.removesuffix(FACTOR) for each in tuned]).items():
-        each = _narrow(config.training, name, text, tuned.pop(name if name in tuned else name + FACTOR))
-        if isinstance(each, CategoricalDistribution) and len(each.choices) == 1:
-            fixed[name] = each.choices[0]
-        else:
-            tuned = {name: each, **tuned} if name == "optimizer" else {**tuned, name: each}
-    if "optimizer" not in tuned:
-        fixed.setdefault("optimizer", config.optimizer)
-    return Space(hyperparameters=tuned, fixed=fixed)
-
-
-def _parse_fix(fix: str, tuned: list[str]) -> dict[str, str]:
-    """Parse `NAME=TEXT,...`."""
-    texts: dict[str, str] = {}
-    for entry in [] if fix == "none" else fix.split(","):
+    space = build_hyperparameters(config.epochs)
+    tuned, given = [name.removesuffix(FACTOR) for name in space], set[str]()
+    for entry in [] if config.fix == "none" else config.fix.split(","):
         name, _, text = (piece.strip() for piece in entry.partition("="))
         if name not in tuned:
             near = difflib.get_close_matches(name, tuned, 1)
@@ -133,22 +69,28 @@ def _parse_fix(fix: str, tuned: list[str]) -> dict[str, str]:
             raise UserError(f"fix: {name!r} is not a tuned hyperparameter; {hint}")
         if not text:
             raise UserError(f"fix: {entry!r} has no value; write NAME=VALUE, VALUE|VALUE or LOW..HIGH")
-        if name in texts:
+        if name in given:
             raise UserError(f"fix: {name} is given twice; write {name}=VALUE|VALUE")
-        texts[name] = text
-    return texts
+        given.add(name)
+        distribution = space.pop(name if name in space else name + FACTOR)
+        space[name] = _narrow(config.training, name, text, distribution)
+    return space
 
 
 def _narrow(training: TrainConfig, name: str, text: str, each: Hyperparameter) -> Hyperparameter:
     """Parse `value`, `value|value` or `low..high`; each value is checked like the option's own."""
-    if ".." not in text:
-        values = [_parse_value(training, name, piece.strip()) for piece in text.split("|")]
-        return CategoricalDistribution(tuple(dict.fromkeys(values)))
-    if isinstance(each, CategoricalDistribution):
+    is_range = ".." in text
+    if is_range and isinstance(each, CategoricalDistribution):
         raise UserError(
             f"fix: {name} has no range {text!r}; its values are {'|'.join(map(str, each.choices))}"
         )
-    values = [_parse_value(training, name, piece.strip()) for piece in text.split("..")]
+    try:
+        pieces = text.split(".." if is_range else "|")
+        values = [getattr(training.with_changes(**{name: piece.strip()}), name) for piece in pieces]
+    except UserError as error:
+        raise UserError(f"fix: {error}") from None
+    if isinstance(each, CategoricalDistribution) or not is_range:
+        return CategoricalDistribution(tuple(dict.fromkeys(values)))
     if len(values) != 2 or values[0] >= values[1]:
         raise UserError(f"fix: {name}={text} is not a range; write LOW..HIGH with LOW below HIGH")
     low, high = values
@@ -158,8 +100,42 @@ def _narrow(training: TrainConfig, name: str, text: str, each: Hyperparameter) -
     return FloatDistribution(low, high, log=each.log, step=step)
 
 
-def _parse_value(training: TrainConfig, name: str, text: str) -> Any:
-    try:
-        return getattr(training.with_changes(**{name: text}), name)
-    except UserError as error:
-        raise UserError(f"fix: {error}") from None
+def suggest(space: Space, trial: Trial) -> dict[str, Any]:
+    """Return training options with values suggested by a trial."""
+    params: dict[str, Any] = {}
+    for name, each in space.items():
+        if isinstance(each, CategoricalDistribution):
+            params[name] = trial.suggest_categorical(name, each.choices)
+        else:
+            params[name] = trial.suggest_float(name, each.low, each.high, step=each.step, log=each.log)
+    return to_options(params)
+
+
+def to_options(params: Mapping[str, Any]) -> dict[str, Any]:
+    """Convert a trial's params to training options: multiples become values."""
+    options = {}
+    for name, value in params.items():
+        option = name.removesuffix(FACTOR)
+        if name != option:
+            value *= TYPICAL[option][params["optimizer"]]
+        # Six digits are readable on a run, and finer than any difference they make.
+        options[option] = float(f"{value:.6g}") if isinstance(value, float) else value
+    return options
+
+
+def locate(space: Space, config: TrainConfig) -> dict[str, Any]:
+    """Return the params of a config; the nearest ones where a value lies outside the space."""
+    params: dict[str, Any] = {}
+    for name, each in space.items():
+        option = name.removesuffix(FACTOR)
+        value = getattr(config, option)
+        if isinstance(each, CategoricalDistribution):
+            params[name] = value if value in each.choices else each.choices[0]
+            continue
+        if name != option:
+            value /= TYPICAL[option][config.optimizer]
+        value = min(max(value, each.low), each.high)
+        if each.step:
+            value = each.low + round((value - each.low) / each.step) * each.step
+        params[name] = value
+    return params

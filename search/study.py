@@ -4,7 +4,7 @@ import contextlib
 import uuid
 import warnings
 import zlib
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -23,13 +23,13 @@ from sqlalchemy.exc import SQLAlchemyError
 from sqlalchemy.pool import NullPool
 
 from search.config import DIRECTIONS, SearchConfig, hide_password
-from search.space import BASELINES, build_space
+from search.space import BASELINES, build_space, locate
 from skin_resnet.errors import UserError
 
 CLAIM = "claim"  # the lock that is held while a trial is chosen
 MAX_RETRIES = 3  # of a trial whose process was killed: it may be the trial that kills it
 _MARK = "skin-resnet search"  # the user attribute that tells our studies from others
-GRACE = 4  # heartbeats that a trial may miss before it counts as killed
+_GRACE = 4  # heartbeats that a trial may miss before it counts as killed
 _LOCKED_S = 60.0  # how long to wait for a SQLite file that another process has locked
 # Options that a resumed study may change: where and how much is trained, not what.
 _MAY_CHANGE = {
@@ -46,21 +46,31 @@ def open_study(config: SearchConfig) -> Study:
     """
     optuna.logging.set_verbosity(optuna.logging.ERROR)
     space = build_space(config)
-    with report_storage_errors(config, OSError, ImportError, RuntimeError, CommandError):
-        storage = _open_storage(config)
-    with report_storage_errors(config, KeyError), lock(config.storage, CLAIM):
-        study = optuna.create_study(
-            storage=storage,
-            study_name=config.study_name,
-            directions=[DIRECTIONS[name] for name in config.objective_names],
-            load_if_exists=True,
-        )
-        _check_study(config, study)
-        known = {trial.user_attrs.get("baseline") for trial in study.get_trials(deepcopy=False)}
-        for name, changes in BASELINES.items():
-            if name not in known:
-                params = space.locate(config.training.with_changes(**changes))
-                study.enqueue_trial(params, user_attrs={"baseline": name})
+    is_sqlite = config.storage.startswith("sqlite")
+    engine = {"connect_args": {"timeout": _LOCKED_S}} if is_sqlite else {"pool_pre_ping": True}
+    with report_storage_errors(config, OSError, ImportError, KeyError, RuntimeError, CommandError):
+        # Several processes that create the tables at once would fail.
+        with lock(config.storage, "schema"), warnings.catch_warnings():
+            warnings.simplefilter("ignore", ExperimentalWarning)
+            storage = RDBStorage(
+                config.storage,
+                engine_kwargs=engine,
+                heartbeat_interval=config.heartbeat_s,
+                grace_period=_GRACE * config.heartbeat_s,
+            )
+        with lock(config.storage, CLAIM):
+            study = optuna.create_study(
+                storage=storage,
+                study_name=config.study_name,
+                directions=[DIRECTIONS[name] for name in config.objective_names],
+                load_if_exists=True,
+            )
+            _check_study(config, study)
+            known = {trial.user_attrs.get("baseline") for trial in study.get_trials(deepcopy=False)}
+            for name, changes in BASELINES.items():
+                if name not in known:
+                    params = locate(space, config.training.with_changes(**changes))
+                    study.enqueue_trial(params, user_attrs={"baseline": name})
     return study
 
 
@@ -77,19 +87,6 @@ def report_storage_errors(config: SearchConfig, *more: type[Exception]) -> Itera
             f"storage: cannot use {hide_password(config.storage)} ({reason}); the same command continues the "
             "search once it works"
         ) from None
-
-
-def _open_storage(config: SearchConfig) -> RDBStorage:
-    is_sqlite = config.storage.startswith("sqlite")
-    # Several processes that create the tables at once would fail.
-    with lock(config.storage, "schema"), warnings.catch_warnings():
-        warnings.simplefilter("ignore", ExperimentalWarning)
-        return RDBStorage(
-            config.storage,
-            engine_kwargs={"connect_args": {"timeout": _LOCKED_S}} if is_sqlite else {"pool_pre_ping": True},
-            heartbeat_interval=config.heartbeat_s,
-            grace_period=GRACE * config.heartbeat_s,
-        )
 
 
 def _check_study(config: SearchConfig, study: Study) -> None:
@@ -135,14 +132,11 @@ def lock(url: str, name: str, *, wait: bool = True) -> Iterator[bool]:
         return
     folder = Path(f"{make_url(url).database}.locks")
     folder.mkdir(exist_ok=True)
-    file_lock = FileLock(folder / name)
+    file_lock = FileLock(folder / name, blocking=wait)
+    with contextlib.suppress(Timeout):
+        file_lock.acquire()
     try:
-        file_lock.acquire(timeout=-1 if wait else 0)
-    except Timeout:
-        yield False
-        return
-    try:
-        yield True
+        yield file_lock.is_locked
     finally:
         file_lock.release()
 
@@ -162,36 +156,34 @@ def _lock_postgresql(url: str, name: str, *, wait: bool) -> Iterator[bool]:
 def build_sampler(config: SearchConfig, trials_so_far: int) -> BaseSampler:
     """Build the sampler for one trial; its seed counts trials, so that a resumed study repeats no draws."""
     seed = int(np.random.SeedSequence((config.seed, trials_so_far)).generate_state(1)[0])
-    # Optuna's 10, but at most a third of a short study at random.
-    startup = min(10, max(3, config.n_trials // 3))
     if config.sampler == "random":
         return RandomSampler(seed=seed)
-    if config.sampler == "gp":
-        return GPSampler(seed=seed, n_startup_trials=startup)
-    return TPESampler(seed=seed, n_startup_trials=startup)
+    sampler = GPSampler if config.sampler == "gp" else TPESampler
+    # Optuna's 10 trials at random, but at most a third of a short study.
+    return sampler(seed=seed, n_startup_trials=min(10, max(3, config.n_trials // 3)))
 
 
 def build_pruner(config: SearchConfig) -> BasePruner:
     """Build the pruner; none stops a trial in its first epoch."""
     first = max(2, config.epochs // 8)
-    if config.pruner == "median":
-        return MedianPruner(n_startup_trials=4, n_warmup_steps=max(1, config.epochs // 4))
-    if config.pruner == "hyperband":
-        return HyperbandPruner(min_resource=first, max_resource=max(first, config.epochs))
-    if config.pruner == "halving":
-        return SuccessiveHalvingPruner(min_resource=first)
-    return NopPruner()
-
-
-def get_retry_history(trial: FrozenTrial) -> list[int]:
-    """Return the numbers of the killed trials that a trial repeats, under Optuna's name for them."""
-    return list(trial.system_attrs.get("retry_history", []))
+    pruners: dict[str, BasePruner] = {
+        "median": MedianPruner(n_startup_trials=4, n_warmup_steps=max(1, config.epochs // 4)),
+        "hyperband": HyperbandPruner(min_resource=first, max_resource=max(first, config.epochs)),
+        "halving": SuccessiveHalvingPruner(min_resource=first),
+        "none": NopPruner(),
+    }
+    return pruners[config.pruner]
 
 
 def drop_retried(trials: Sequence[FrozenTrial]) -> list[FrozenTrial]:
     """Return each trial once, however often it was run again."""
-    retried = {number for trial in trials for number in get_retry_history(trial)}
+    retried = {number for trial in trials for number in _get_retry_history(trial)}
     return [trial for trial in trials if trial.number not in retried]
+
+
+def _get_retry_history(trial: FrozenTrial) -> list[int]:
+    """Return the numbers of the killed trials that a trial repeats, under Optuna's name for them."""
+    return list(trial.system_attrs.get("retry_history", []))
 
 
 def find_to_retry(trials: Sequence[FrozenTrial]) -> list[FrozenTrial]:
@@ -201,7 +193,7 @@ def find_to_retry(trials: Sequence[FrozenTrial]) -> list[FrozenTrial]:
     """
 
     def count_kills(trial: FrozenTrial) -> int:
-        return sum("run_id" in trials[n].user_attrs for n in (*get_retry_history(trial), trial.number))
+        return sum("run_id" in trials[n].user_attrs for n in (*_get_retry_history(trial), trial.number))
 
     return [
         trial
@@ -215,11 +207,6 @@ def find_to_retry(trials: Sequence[FrozenTrial]) -> list[FrozenTrial]:
 def count_done(trials: Sequence[FrozenTrial]) -> int:
     """Count the trials that have ended for good, each once."""
     return sum(trial.state.is_finished() for trial in drop_retried(trials)) - len(find_to_retry(trials))
-
-
-def has_state(trials: Iterable[FrozenTrial], state: TrialState) -> bool:
-    """Return whether any trial is in a state."""
-    return any(trial.state == state for trial in trials)
 
 
 def find_front(config: SearchConfig, study: Study) -> list[FrozenTrial]:
@@ -237,24 +224,23 @@ def find_front(config: SearchConfig, study: Study) -> list[FrozenTrial]:
 def choose_best(config: SearchConfig, study: Study) -> FrozenTrial | None:
     """Return the first trial of the front, or the one nearest to `max_gap` where none keeps to it."""
     complete = study.get_trials(deepcopy=False, states=(TrialState.COMPLETE,))
-    return next(
-        iter(find_front(config, study)),
-        min(complete, key=lambda trial: trial.user_attrs["gap"], default=None),
-    )
+    nearest = min(complete, key=lambda trial: trial.user_attrs["gap"], default=None)
+    return next(iter(find_front(config, study)), nearest)
 
 
 def summarize(config: SearchConfig, study: Study) -> dict[str, float]:
     """Return a study's progress as metrics of its run."""
     trials = study.get_trials(deepcopy=False)
-    kept, to_retry = drop_retried(trials), find_to_retry(trials)
-    metrics = {
+    kept = drop_retried(trials)
+    states = [trial.state for trial in kept]
+    metrics: dict[str, float] = {
         "search/trials_done": count_done(trials),
-        "search/trials_pruned": sum(trial.state == TrialState.PRUNED for trial in kept),
-        "search/trials_failed": sum(trial.state == TrialState.FAIL for trial in kept) - len(to_retry),
+        "search/trials_pruned": states.count(TrialState.PRUNED),
+        "search/trials_failed": states.count(TrialState.FAIL) - len(find_to_retry(trials)),
         "search/trials_run_again": len(trials) - len(kept),
     }
     best = choose_best(config, study)
     if best is not None:
         metrics |= {f"search/best_{n}": v for n, v in zip(config.objective_names, best.values, strict=True)}
         metrics["search/best_trial"] = best.number
-    return {name: float(value) for name, value in metrics.items()}
+    return metrics

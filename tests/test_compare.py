@@ -27,13 +27,13 @@ def predict(skill: float, seed: int = 0) -> Predictions:
 
 
 def test_a_model_minus_itself_is_exactly_nothing() -> None:
-    differences = compare_models({"a": predict(0.3), "b": predict(0.3)}, LESIONS)
+    differences = compare_models({"a": [predict(0.3)], "b": [predict(0.3)]}, LESIONS)[1]
     assert (differences[["value", "low", "high"]] == 0).all(axis=None)
 
 
 def test_differences_are_the_later_minus_the_earlier_for_every_pair() -> None:
     models = {"a": predict(0.1), "b": predict(0.3, 1), "c": predict(0.9, 2)}
-    differences = compare_models(models, LESIONS)
+    _, differences = compare_models({name: [each] for name, each in models.items()}, LESIONS)
     assert len(differences) == 9
     for each in differences.itertuples():
         expected = [getattr(compute_metrics(models[name]), each.metric) for name in (each.first, each.second)]
@@ -50,8 +50,8 @@ def test_pairing_makes_intervals_of_alike_models_narrow() -> None:
         targets=one.targets,
         image_ids=one.image_ids,
     )
-    alike = compare_models({"a": one, "b": nudged}, LESIONS).iloc[0]
-    unlike = compare_models({"a": one, "b": predict(0.3, 7)}, LESIONS).iloc[0]
+    alike = compare_models({"a": [one], "b": [nudged]}, LESIONS)[1].iloc[0]
+    unlike = compare_models({"a": [one], "b": [predict(0.3, 7)]}, LESIONS)[1].iloc[0]
     assert alike.high - alike.low < 0.5 * (unlike.high - unlike.low)
 
 
@@ -61,7 +61,7 @@ def test_other_images_are_refused() -> None:
         probabilities=other.probabilities, targets=other.targets, image_ids=other.image_ids[::-1]
     )
     with pytest.raises(UserError, match="b and a were evaluated on different images"):
-        compare_models({"a": predict(0.3), "b": other}, LESIONS)
+        compare_models({"a": [predict(0.3)], "b": [other]}, LESIONS)
 
 
 @pytest.mark.parametrize(

@@ -29,12 +29,12 @@ class Search:
     """A search in a folder of its own, whose command can be given again and again."""
 
     def __init__(self, folder: Path, data: Path, **options: object) -> None:
-        self.storage = f"sqlite:///{folder}/optuna.db"
+        self.storage = options.setdefault("storage", f"sqlite:///{folder}/optuna.db")
         self.tracking_uri = f"sqlite:///{folder}/mlflow.db"
         options = {
             "data": data, "image_size": 32, "epochs": 3, "batch_size": 8, "device": "cpu", "heartbeat_s": 1,
             "n_trials": N_TRIALS, "seeds": 0, "cache_dir": folder / "cache", "checkpoint_dir": folder / "cp",
-            "storage": self.storage, **options,
+            **options,
         }  # fmt: skip
         self.command = [sys.executable, "-m", "search"] + [f"--{k}={v}" for k, v in options.items()]
         self.folder = folder
@@ -63,14 +63,17 @@ class Search:
             process.wait(30)
 
     def read_trials(self) -> list[FrozenTrial]:
-        if not (self.folder / "optuna.db").exists():
+        if self.storage.startswith("sqlite") and not (self.folder / "optuna.db").exists():
             return []
         try:
             with lock(self.storage, "schema"):  # or this would create tables, too
-                study = optuna.load_study(study_name="search", storage=self.storage)
-            return study.get_trials()
+                storage = optuna.storages.RDBStorage(self.storage)
+                trials = optuna.load_study(study_name="search", storage=storage).get_trials()
+            storage.remove_session()
+            storage.engine.dispose()
         except (KeyError, optuna.exceptions.StorageInternalError):
             return []  # not begun yet
+        return trials
 
     def wait_for(self, condition: Callable[[list[FrozenTrial]], bool]) -> list[FrozenTrial]:
         deadline = time.monotonic() + 300  # a busy machine
@@ -87,6 +90,7 @@ class Search:
         assert len(kept) == count_done(trials) == n_trials
         assert {trial.state for trial in kept} <= {TrialState.COMPLETE, TrialState.PRUNED}
         assert Counter(t.user_attrs.get("baseline") for t in kept) >= Counter(["baseline recipe", "defaults"])
+        assert not [path for path in (self.folder / "cp").rglob("*") if path.is_file()]
         runs = {run.info.run_id: run for run in self.read_runs()}
         assert not [run for run in runs.values() if run.info.status == "RUNNING"]
         for trial in kept:

@@ -1,22 +1,17 @@
 """Many machines: two workers on a study that a real PostgreSQL server keeps."""
 
-import contextlib
 import os
 import shutil
-import signal
 import socket
 import subprocess
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 
-import optuna
 import pytest
-from optuna.trial import TrialState
+from test_search_end_to_end import Search
 
-from search.study import count_done, lock
+from search.study import lock
 
-ROOT = Path(__file__).parent.parent
 pytest.importorskip("psycopg")
 # Debian puts what a server needs beside PATH, in a folder a version.
 FOLDERS = [os.environ["PATH"], *sorted(map(str, Path("/usr/lib/postgresql").glob("*/bin")), reverse=True)]
@@ -47,12 +42,15 @@ def storage() -> Iterator[str]:
     shutil.rmtree(folder)
 
 
-@needs_server
-def test_a_lock_is_held_by_one_and_free_afterwards(storage: str) -> None:
-    with lock(storage, "a"):
-        with lock(storage, "a", wait=False) as got, lock(storage, "b", wait=False) as got_other:
+@pytest.mark.parametrize("kind", ["sqlite", pytest.param("postgresql", marks=needs_server)])
+def test_a_lock_is_held_by_one_and_free_afterwards(
+    kind: str, tmp_path: Path, request: pytest.FixtureRequest
+) -> None:
+    url = f"sqlite:///{tmp_path}/x.db" if kind == "sqlite" else request.getfixturevalue("storage")
+    with lock(url, "a"):
+        with lock(url, "a", wait=False) as got, lock(url, "b", wait=False) as got_other:
             assert (got, got_other) == (False, True)
-    with lock(storage, "a", wait=False) as got:
+    with lock(url, "a", wait=False) as got:
         assert got
 
 
@@ -61,39 +59,13 @@ def test_a_lock_is_held_by_one_and_free_afterwards(storage: str) -> None:
 def test_two_searches_at_once_share_a_study_and_count_its_trials_once(
     storage: str, tmp_path: Path, class_folders: Path
 ) -> None:
-    options = {
-        "data": class_folders, "image_size": 32, "epochs": 1, "batch_size": 8, "device": "cpu",
-        "heartbeat_s": 2, "n_trials": 5, "seeds": 0, "storage": storage, "cache_dir": tmp_path / "cache",
-        "checkpoint_dir": tmp_path / "checkpoints",
-    }  # fmt: skip
-    command = [sys.executable, "-m", "search"] + [f"--{name}={value}" for name, value in options.items()]
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), *sys.path])}
-    uri = f"sqlite:///{tmp_path}/mlflow.db"
-    subprocess.run([sys.executable, "-m", "mlflow", "db", "upgrade", uri], check=True, capture_output=True)
-    environment["MLFLOW_TRACKING_URI"] = uri
-    machines = [
-        subprocess.Popen(
-            command,
-            cwd=tmp_path,
-            env=environment,
-            stdout=subprocess.DEVNULL,
-            stderr=subprocess.PIPE,
-            start_new_session=True,
-        )
-        for _ in range(2)
-    ]
+    search = Search(tmp_path, class_folders, storage=storage, epochs=1, heartbeat_s=2)
     try:
-        for machine in machines:
-            _, error = machine.communicate(timeout=600)
-            assert machine.returncode == 0, error.decode()
+        machines = [search.start() for _ in range(2)]
+        assert [each.wait(600) for each in machines] == [0, 0], search.log.read_text()
     finally:
-        for machine in machines:
-            with contextlib.suppress(ProcessLookupError):
-                os.killpg(machine.pid, signal.SIGKILL)
-    database = optuna.storages.RDBStorage(storage)
-    trials = optuna.load_study(study_name="search", storage=database).get_trials()
-    database.remove_session()
-    database.engine.dispose()
-    assert len(trials) == count_done(trials) == 5
-    assert {trial.state for trial in trials} <= {TrialState.COMPLETE, TrialState.PRUNED}
+        search.kill()
+    search.check_books()
+    trials = search.read_trials()
+    assert len(trials) == 5, "nothing was run again"
     assert [trial.user_attrs.get("baseline") for trial in trials[:3]] == ["baseline recipe", "defaults", None]

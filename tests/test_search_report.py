@@ -1,6 +1,7 @@
 """What a search reports: winner and baseline recipe on test, edges of ranges, what pruning saved, figures."""
 
 import shlex
+import warnings
 from datetime import datetime
 from pathlib import Path
 from types import SimpleNamespace
@@ -13,16 +14,17 @@ import pandas as pd
 import pytest
 from optuna.trial import FrozenTrial, TrialState, create_trial
 
-from search import plots, report, winner
+from search import plots, report
+from search import run as story
 from search.config import SearchConfig
-from search.space import build_space
-from search.winner import BASELINE, DIFFERENCE, MAJORITY, WINNER, Retrained, choose_recipes, compare_recipes
+from search.report import DIFFERENCE, MAJORITY, WINNER, compare_recipes
+from search.run import choose_recipes, register, write_command
+from search.space import BASELINE, build_space, suggest
 from skin_resnet.cli import parse_options
 from skin_resnet.config import TrainConfig
 from skin_resnet.evaluation.metrics import (
     HEADLINES,
     Predictions,
-    compare_models,
     compute_intervals,
     compute_metrics,
 )
@@ -40,15 +42,14 @@ def predict(skill: float, seed: int) -> Predictions:
     )
 
 
-def test_of_one_seed_the_scores_are_those_of_compare() -> None:
+def test_of_one_seed_the_scores_are_those_of_an_evaluation() -> None:
     models = {BASELINE: predict(0.2, 1), WINNER: predict(0.4, 2)}
     scores = compare_recipes({name: [each] for name, each in models.items()}, LESIONS)
-    for each in compare_models(models, LESIONS).itertuples():
-        assert tuple(scores.loc[(DIFFERENCE, each.metric)]) == (each.value, each.low, each.high)
     for name, each in models.items():
         intervals = compute_intervals(each, LESIONS)
         for key in HEADLINES:
             assert tuple(scores.loc[(name, key)]) == (getattr(compute_metrics(each), key), *intervals[key])
+    assert scores.value[DIFFERENCE].equals(scores.value[WINNER] - scores.value[BASELINE])
 
 
 def test_of_several_seeds_the_scores_are_means_with_narrower_intervals() -> None:
@@ -68,14 +69,14 @@ def test_the_majority_class_is_a_column_of_the_table() -> None:
     assert scores.value[MAJORITY, "accuracy"] == np.bincount(targets).max() / len(targets)
     assert scores.value[MAJORITY, "balanced_accuracy"] == 1 / 4
     assert scores.value[MAJORITY, "macro_auc"] == 0.5
-    page = report.describe_winner([retrain(BASELINE, 0.4)], scores, make_trial(0))
+    page = report.describe_winner(retrain(baseline_recipe=0.4), scores, make_trial(0))
     assert [cell.strip() for cell in page.splitlines()[2].split("|")[2:-1]] == [MAJORITY, BASELINE]
 
 
-def retrain(recipe: str, val: float) -> Retrained:
-    return Retrained(
-        recipe=recipe, config=TrainConfig().model_dump_json(), run_id="r", model_uri="m", val=val, gap=0.1
-    )
+def retrain(**vals: float) -> pd.DataFrame:
+    config = TrainConfig().model_dump_json()
+    rows = {"recipe": [name.replace("_", " ") for name in vals], "val": [*vals.values()], "gap": 0.1}
+    return pd.DataFrame({**rows, "config": config, "run_id": "r", "model_uri": "m"})
 
 
 @pytest.mark.parametrize(("test", "is_registered"), [(0.25, False), (0.2, False), (0.26, True), (None, True)])
@@ -88,12 +89,12 @@ def test_a_winner_no_better_than_the_majority_class_is_not_registered(
     )
     monkeypatch.setattr(mlflow, "MlflowClient", MagicMock())
     data = SimpleNamespace(classes=("a", "b", "c", "d"), split=SimpleNamespace(hash="h"))
-    monkeypatch.setattr(winner, "prepare_data", lambda config: data)
+    monkeypatch.setattr(story, "prepare_data", lambda config: data)
     scores = None
     if test is not None:
         scores = compare_recipes({BASELINE: [predict(0.2, 1)], WINNER: [predict(0.3, 1)]}, LESIONS)
         scores.loc[(WINNER, "balanced_accuracy"), "value"] = test
-    text = winner.register(CONFIG, [retrain(BASELINE, 0.5), retrain(WINNER, 0.6)], scores)
+    text = register(CONFIG, retrain(baseline_recipe=0.5, winner=0.6), scores)
     assert bool(registered) == is_registered
     assert ("0.250" in text) != is_registered
 
@@ -101,7 +102,7 @@ def test_a_winner_no_better_than_the_majority_class_is_not_registered(
 def make_trial(number: int, state: TrialState = TrialState.COMPLETE, **attrs: object) -> FrozenTrial:
     study = optuna.create_study(sampler=optuna.samplers.RandomSampler(seed=number))
     asked = study.ask()
-    options = build_space(CONFIG).suggest(asked)
+    options = suggest(build_space(CONFIG), asked)
     value = 0.4 + number / 100
     user_attrs = {
         "config": CONFIG.training.with_changes(**options).model_dump_json(), "gap": 0.2, "best_epoch": 3,
@@ -124,14 +125,14 @@ def make_trial(number: int, state: TrialState = TrialState.COMPLETE, **attrs: ob
     ("skills", "told"), [((0.1, 0.9), "is better"), ((0.3, 0.3), "not clearly"), ((0.9, 0.1), "is worse")]
 )
 def test_the_page_says_whether_the_winner_holds_on_test(skills: tuple[float, float], told: str) -> None:
-    retrained = [retrain(BASELINE, 0.5), retrain(WINNER, 0.6)]
+    retrained = retrain(baseline_recipe=0.5, winner=0.6)
     scores = compare_recipes({BASELINE: [predict(skills[0], 1)], WINNER: [predict(skills[1], 2)]}, LESIONS)
     assert told in report.describe_winner(retrained, scores, make_trial(20))
 
 
 @pytest.mark.parametrize(("retrained_val", "is_lucky"), [(0.55, True), (0.6, False), (0.7, False)])
 def test_luck_is_only_mentioned_where_the_winner_falls(retrained_val: float, is_lucky: bool) -> None:
-    retrained = [retrain(BASELINE, 0.5), retrain(WINNER, retrained_val)]
+    retrained = retrain(baseline_recipe=0.5, winner=retrained_val)
     page = report.describe_winner(retrained, None, make_trial(20))  # 0.6 in the study
     assert f"{retrained_val:.3f}" in page
     assert ("lucky" in page) == is_lucky
@@ -141,10 +142,10 @@ def test_luck_is_only_mentioned_where_the_winner_falls(retrained_val: float, is_
 def test_a_baseline_recipe_that_won_is_retrained_once_and_named_as_the_winner() -> None:
     baseline = CONFIG.training.model_dump_json()
     trials = [make_trial(0, config=baseline, baseline=BASELINE), make_trial(1)]
-    assert list(choose_recipes(CONFIG, trials, trials[0])) == [BASELINE]
-    assert list(choose_recipes(CONFIG, trials, trials[1])) == [BASELINE, WINNER]
+    assert list(choose_recipes(CONFIG, trials[0], trials[0])) == [BASELINE]
+    assert list(choose_recipes(CONFIG, trials[0], trials[1])) == [BASELINE, WINNER]
     scores = compare_recipes({BASELINE: [predict(0.3, 1)]}, LESIONS)
-    assert "No recipe was better" in report.describe_winner([retrain(BASELINE, 0.4)], scores, trials[0])
+    assert "No recipe was better" in report.describe_winner(retrain(baseline_recipe=0.4), scores, trials[0])
 
 
 def make_study(states: list[TrialState], config: SearchConfig = CONFIG, **attrs: object) -> optuna.Study:
@@ -180,7 +181,7 @@ def test_a_winner_on_the_edge_of_a_range_is_warned_of_unless_nothing_lies_beyond
 
 def test_the_command_trains_with_the_very_same_config() -> None:
     config = TrainConfig(lr=1e-5, data="a folder/x", epochs=3, mixup=0.2, image_size=64)
-    command = shlex.split(winner.write_command(config))
+    command = shlex.split(write_command(config))
     assert parse_options("train", command[command.index("train") + 1 :]) == config
 
 
@@ -193,11 +194,14 @@ def test_what_the_best_trials_share_is_the_most_important(objective: str, decide
     )
     for _ in range(60):
         trial = study.ask()
-        options = build_space(CONFIG).suggest(trial)
+        options = suggest(build_space(CONFIG), trial)
         study.tell(trial, options["dropout"] if options["dropout"] > 0.35 else -options["cutmix"])
-    importances = plots.compute_importances(config, study)
+    target = plots.build_target(config)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # Optuna, of a target that is not maximized
+        importances = optuna.importance.get_param_importances(study, target=target)
     assert max(importances, key=lambda name: importances[name]) == decides
-    assert set(importances) == set(build_space(CONFIG).hyperparameters)
+    assert set(importances) == set(build_space(CONFIG))
 
 
 @pytest.mark.parametrize("finished", [0, 1, 2, 9])

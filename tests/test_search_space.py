@@ -4,7 +4,8 @@ import optuna
 import pytest
 
 from search.config import SearchConfig
-from search.space import BASELINES, TYPICAL, build_space
+from search.space import BASELINES, TYPICAL, build_space, locate, to_options
+from search.space import suggest as suggest_options
 from skin_resnet.config import TrainConfig
 from skin_resnet.errors import UserError
 from skin_resnet.options import format_value
@@ -12,7 +13,7 @@ from skin_resnet.options import format_value
 
 def suggest(config: SearchConfig, count: int = 30) -> list[dict[str, object]]:
     study = optuna.create_study(sampler=optuna.samplers.RandomSampler(seed=0))
-    return [build_space(config).suggest(study.ask()) for _ in range(count)]
+    return [suggest_options(build_space(config), study.ask()) for _ in range(count)]
 
 
 @pytest.mark.parametrize("epochs", [1, 2, 16, 100])
@@ -70,12 +71,12 @@ def test_a_fix_that_cannot_be_is_refused_in_one_line(fix: str, told: str) -> Non
 def test_a_baseline_has_a_place_in_every_space(fix: str, baseline: str) -> None:
     config = SearchConfig(fix=fix)
     space = build_space(config)
-    place = space.locate(config.training.with_changes(**BASELINES[baseline]))
-    assert set(place) == set(space.hyperparameters)
+    place = locate(space, config.training.with_changes(**BASELINES[baseline]))
+    assert set(place) == set(space)
     study = optuna.create_study()
     study.enqueue_trial(place)
-    space.suggest(study.ask())  # Optuna warns, here an error, of a value outside
-    for name, each in space.hyperparameters.items():
+    suggest_options(space, study.ask())  # Optuna warns, here an error, of a value outside
+    for name, each in space.items():
         assert each._contains(each.to_internal_repr(place[name])), name
 
 
@@ -84,7 +85,7 @@ def test_the_whole_space_holds_both_baselines_exactly() -> None:
     for changes in BASELINES.values():
         wanted = config.training.with_changes(**changes)
         space = build_space(config)
-        options = space.to_options(space.locate(wanted))
+        options = to_options(locate(space, wanted))
         assert config.training.with_changes(**{**changes, **options}) == wanted
 
 

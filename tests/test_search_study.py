@@ -13,14 +13,12 @@ from types import SimpleNamespace
 import mlflow
 import optuna
 import pytest
-import torch
 from mlflow.entities import Run
 from optuna.trial import FrozenTrial, TrialState
 
-from search import outages
+from search import objective
 from search.config import SearchConfig
-from search.objective import Objective
-from search.outages import NotTrackedError
+from search.objective import Objective, wait_for_server
 from search.run import search
 from search.space import BASELINE_RECIPE, BASELINES
 from search.study import (
@@ -86,7 +84,10 @@ def run(config: SearchConfig, parent: str, train: Train = train_well) -> list[Fr
         return SimpleNamespace(best=result)
 
     study = open_study(config)
-    work(config, Objective(config, get_study_id(study), parent, train=train_epochs))
+    work(
+        config,
+        Objective(config=config, study_id=get_study_id(study), parent_run_id=parent, train=train_epochs),
+    )
     return study.get_trials()
 
 
@@ -170,28 +171,6 @@ def test_a_failed_trial_ends_failed_with_its_reason_and_counts(tmp_path: Path, p
         assert "must stay finite" in child.data.tags["failure"]
 
 
-@pytest.mark.parametrize("error", [torch.OutOfMemoryError("CUDA out of memory"), MemoryError()])
-def test_out_of_memory_is_tried_once_more_with_half_the_batch(
-    tmp_path: Path, parent: str, error: Exception
-) -> None:
-    def need_less_than(limit: int) -> Train:
-        def train(config: TrainConfig) -> Iterator[EpochResult]:
-            yield make_epoch(1, 0.3)
-            if config.batch_size >= limit:
-                raise error
-            yield from train_well(config)
-
-        return train
-
-    trials = run(make_config(tmp_path, n_trials=2, batch_size=32), parent, need_less_than(32))
-    assert [trial.state for trial in trials] == [State.COMPLETE] * 2
-    assert TrainConfig.model_validate_json(trials[0].user_attrs["config"]).batch_size == 16
-    children = read_children(parent)["0"]
-    assert [child.info.status for child in children] == ["FAILED", "FINISHED"]
-    trials = run(make_config(tmp_path, study_name="b", n_trials=2), parent, need_less_than(16))
-    assert [trial.state for trial in trials] == [State.FAIL] * 2
-
-
 def test_an_interrupted_trial_is_run_again_and_counted_once(tmp_path: Path, parent: str) -> None:
     calls = itertools.count()
 
@@ -268,15 +247,6 @@ def test_runs_that_nobody_works_on_are_closed_and_others_are_not(tmp_path: Path,
         client.get_run(run_id).info.status for run_id in (dead, dead_trial, alive, alive_trial, other)
     ]
     assert statuses == ["KILLED", "KILLED", "RUNNING", "RUNNING", "RUNNING"]
-
-
-def test_a_lock_is_held_by_one_and_free_afterwards(tmp_path: Path) -> None:
-    url = f"sqlite:///{tmp_path}/study.db"
-    with lock(url, "a"):
-        with lock(url, "a", wait=False) as got, lock(url, "b", wait=False) as got_other:
-            assert (got, got_other) == (False, True)
-    with lock(url, "a", wait=False) as got:
-        assert got
 
 
 def test_a_gap_beyond_the_limit_is_no_winner(tmp_path: Path, parent: str) -> None:
@@ -382,7 +352,7 @@ def take_away_server(monkeypatch: pytest.MonkeyPatch, place: object, name: str, 
         return method(*args, **kwargs)
 
     monkeypatch.setattr(place, name, call)
-    monkeypatch.setattr(outages, "_RETRY_S", 0)
+    monkeypatch.setattr(objective, "_RETRY_S", 0)
     return left
 
 
@@ -401,7 +371,7 @@ def test_a_trial_without_a_run_does_not_count_and_is_run_again(
 ) -> None:
     config = make_config(tmp_path)
     for _ in range(MAX_RETRIES + 2):
-        with pytest.raises(NotTrackedError):
+        with pytest.raises(UserError):
             run(config, 32 * "0")  # there is no such parent
         assert count_done(open_study(config).trials) == 0
     trials = run(config, parent)
@@ -414,7 +384,8 @@ def test_progress_and_closing_of_runs_wait_for_the_tracking_server(
     config = make_config(tmp_path)
     study = open_study(config)
     take_away_server(monkeypatch, mlflow.MlflowClient, "log_batch", 1)
-    assert [log_progress(config, study, TrackedRun(parent)) for _ in range(2)] == [False, True]
+    wait_for_server(lambda: log_progress(config, study, TrackedRun(parent)))
+    assert mlflow.get_run(parent).data.metrics["search/trials_done"] == 0
     take_away_server(monkeypatch, mlflow, "search_runs", 1)
     assert close_killed_runs(config, study) == []
 

@@ -5,13 +5,17 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import mlflow
+import optuna
 import pytest
 from mlflow.entities import Run
 from test_search_study import make_epoch, run
 
 from search.config import SearchConfig
+from search.objective import Objective
 from search.run import search
 from search.space import BASELINE_RECIPE
+from search.study import get_study_id, open_study
+from search.workers import work
 from skin_resnet.config import TrainConfig
 from skin_resnet.data.prepare import prepare_data
 from skin_resnet.training.engine import EpochResult
@@ -100,6 +104,19 @@ def test_page_figures_and_command_are_on_the_run(parent: Run) -> None:
 
 
 def test_weights_are_kept_once_with_the_logged_model(parent: Run, config: SearchConfig) -> None:
+    assert not [path for path in Path(config.checkpoint_dir).rglob("*") if path.is_file()]
+
+
+def test_pruned_and_losing_trials_leave_no_weights(
+    config: SearchConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = config.with_changes(study_name="real", epochs=2)
+    monkeypatch.setattr(optuna.Trial, "should_prune", lambda trial: True)
+    with mlflow.start_run() as parent:
+        study = open_study(config)
+        study_id = get_study_id(study)
+        work(config, Objective(config=config, study_id=study_id, parent_run_id=parent.info.run_id))
+    assert [trial.state.name for trial in study.trials] == ["COMPLETE", "COMPLETE", "PRUNED"]
     assert not [path for path in Path(config.checkpoint_dir).rglob("*") if path.is_file()]
 
 

@@ -1,10 +1,9 @@
-"""Workers end when they are told to, whatever Python was doing at that moment, and progress is told."""
+"""Workers end when they are told to, whatever Python was doing at that moment, and each has its GPU."""
 
+import multiprocessing
 import os
 import signal
-from collections.abc import Callable, Iterator
-from multiprocessing.context import SpawnProcess
-from multiprocessing.process import BaseProcess
+from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -14,8 +13,8 @@ import pytest
 
 from search import workers
 from search.config import SearchConfig
-from search.study import open_study
 from skin_resnet.errors import UserError
+from skin_resnet.training import interrupts
 
 
 class Dying:
@@ -26,96 +25,91 @@ class Dying:
 
 
 @pytest.fixture
-def config(tmp_path: Path) -> Iterator[SearchConfig]:
-    """For a worker in this very process."""
+def config(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[SearchConfig]:
+    """For a worker in this very process, whose search is gone."""
     uri = mlflow.get_tracking_uri()
+    monkeypatch.setattr(workers, "_end_with_search", lambda: None)
     yield SearchConfig(storage=f"sqlite:///{tmp_path}/study.db")
     mlflow.set_tracking_uri(uri)
 
 
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
-def test_a_signal_that_python_dropped_ends_a_worker_at_its_next_trial(
+def test_a_signal_that_python_dropped_ends_a_worker_at_its_next_check(
     config: SearchConfig, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def work(config: SearchConfig, objective: object, check_alive: Callable[[], None]) -> None:
-        check_alive()
+    def work(config: SearchConfig, objective: object) -> None:
+        interrupts.check()
         Dying()
-        check_alive()
+        interrupts.check()
         pytest.fail("the worker went on")
 
     monkeypatch.setattr(workers, "work", work)
     with pytest.raises(SystemExit) as ended:
-        workers._work(config, "study", "run", os.getppid())
+        workers._work(config, "study", "run", {})
     assert ended.value.code == 128 + signal.SIGTERM
 
 
-def test_a_worker_ends_when_its_search_is_gone(config: SearchConfig, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(workers, "work", lambda config, objective, check_alive: check_alive())
-    workers._work(config, "study", "run", os.getppid())
-    with pytest.raises(SystemExit):
-        workers._work(config, "study", "run", os.getppid() + 1)
+def test_a_worker_ends_when_its_search_is_gone(monkeypatch: pytest.MonkeyPatch) -> None:
+    killed: list[tuple[int, int]] = []
+    monkeypatch.setattr(multiprocessing, "parent_process", lambda: SimpleNamespace(join=lambda: None))
+    monkeypatch.setattr(os, "kill", lambda *arguments: killed.append(arguments))
+    workers._end_with_search()
+    assert killed == [(os.getpid(), signal.SIGTERM)]
 
 
 class StubProcess:
-    """A worker that was killed, or that is at work until the study is over."""
+    """A worker that is killed after a moment, or is at work until it is ended."""
 
-    def __init__(self, exitcode: int | None) -> None:
-        self.exitcode = exitcode
+    def __init__(self, *, is_killed: bool) -> None:
+        self.exitcode: int | None = None
+        self.is_killed = is_killed
         self.ended = False
 
     def is_alive(self) -> bool:
-        return self.exitcode is None
+        was_alive = self.exitcode is None
+        if self.is_killed:
+            self.exitcode = -signal.SIGKILL
+        return was_alive
 
     def terminate(self) -> None:
-        self.exitcode = self.exitcode or -signal.SIGTERM
-
-    def kill(self) -> None:
         self.ended = True
 
-    def join(self, timeout: float | None = None) -> None:
-        pass
+    kill = join = lambda self, timeout=None: None
 
 
 @pytest.fixture
 def started(monkeypatch: pytest.MonkeyPatch) -> list[StubProcess]:
-    started: list[StubProcess] = []
     monkeypatch.setattr(workers, "_POLL_S", 0)
-    return started
+    monkeypatch.setattr(workers, "log_progress", lambda *arguments: None)
+    return []
 
 
-def test_an_interrupt_while_workers_are_started_leaves_none_behind(
+def test_an_interrupt_leaves_no_worker_behind(
     started: list[StubProcess], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def start(
-        config: object, study: object, run: str, processes: dict[int, StubProcess], number: int
-    ) -> None:
-        if started:
-            raise KeyboardInterrupt
-        started.append(StubProcess(None))
-        processes[number] = started[0]
+    def start(*arguments: object) -> StubProcess:
+        started.append(StubProcess(is_killed=False))
+        if len(started) == 2:
+            signal.raise_signal(signal.SIGTERM)
+        return started[-1]
 
     monkeypatch.setattr(workers, "_start", start)
-    with pytest.raises(KeyboardInterrupt):
+    with interrupts.handled(), pytest.raises(KeyboardInterrupt):
         workers.run_workers(SearchConfig(workers=2), optuna.create_study(), SimpleNamespace(run_id="run"))
-    assert started[0].ended
+    assert [each.ended for each in started] == [True, True]
 
 
 def test_workers_that_are_killed_again_and_again_are_replaced_only_so_often(
     started: list[StubProcess], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def start(
-        config: object, study: object, run: str, processes: dict[int, StubProcess], number: int
-    ) -> None:
-        started.append(StubProcess(-signal.SIGKILL))
-        processes[number] = started[-1]
+    def start(*arguments: object) -> StubProcess:
+        started.append(StubProcess(is_killed=True))
+        return started[-1]
 
     monkeypatch.setattr(workers, "_start", start)
-    paces: list[float | None] = []
-    monkeypatch.setattr(workers, "log_progress", lambda *arguments: paces.append(arguments[-1]) or True)
     with pytest.raises(UserError, match="30 trials left"):
         workers.run_workers(SearchConfig(), optuna.create_study(), SimpleNamespace(run_id="run"))
     assert len(started) == 1 + workers.MAX_RETRIES + 1
-    assert paces == [None], "nothing is known yet"
 
 
 @pytest.mark.parametrize(
@@ -136,22 +130,20 @@ def test_each_worker_sees_a_gpu_of_its_own(visible: str | None, count: int, want
 
 
 @pytest.mark.parametrize(("device", "wanted"), [("auto", ["3", "5", "3"]), ("cpu", [None] * 3)])
-def test_a_worker_is_started_with_its_gpu_and_the_search_keeps_its_own(
+def test_a_worker_is_started_with_its_gpu(
     monkeypatch: pytest.MonkeyPatch, config: SearchConfig, device: str, wanted: list[str | None]
 ) -> None:
-    seen: list[str | None] = []
-    if device == "auto":
-        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "3,5")
-    else:
-        monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
-    before = dict(os.environ)
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "3,5")
     monkeypatch.setattr(workers.torch.cuda, "device_count", lambda: 2)
-    monkeypatch.setattr(
-        SpawnProcess, "start", lambda process: seen.append(os.environ.get("CUDA_VISIBLE_DEVICES"))
-    )
-    processes: dict[int, BaseProcess] = {}
-    study = open_study(config.with_changes(device=device))
-    for number in range(3):
-        workers._start(config.with_changes(device=device), study, "run", processes, number)
-    assert seen == wanted
-    assert dict(os.environ) == before
+    monkeypatch.setattr(workers, "get_study_id", lambda study: "study")
+    monkeypatch.setattr("multiprocessing.context.SpawnProcess.start", lambda process: None)
+    for number, expected in enumerate(wanted):
+        process = workers._start(config.with_changes(device=device), None, "run", number)
+        assert process._args[-1].get("CUDA_VISIBLE_DEVICES") == expected
+
+
+def test_a_workers_gpu_is_in_its_environment(config: SearchConfig, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0,1")
+    monkeypatch.setattr(workers, "work", lambda *arguments: None)
+    workers._work(config, "study", "run", {"CUDA_VISIBLE_DEVICES": "1"})
+    assert os.environ["CUDA_VISIBLE_DEVICES"] == "1"

@@ -13,8 +13,6 @@ from skin_resnet.evaluation.metrics import (
     HEADLINES,
     Predictions,
     compare_models,
-    compute_intervals,
-    compute_metrics,
 )
 from skin_resnet.evaluation.page import LEAK_BANNER, format_score, format_table, spell_metric
 from skin_resnet.evaluation.plots.assessment import plot_intervals
@@ -76,14 +74,15 @@ def _compare(
     runs: dict[str, FinishedRun], predictions: dict[str, Predictions], lesions: NDArray[np.str_], split: str
 ) -> tuple[str, dict[str, Any]]:
     """Return the page, and all files by artifact path."""
-    differences = describe_differences(compare_models(predictions, lesions))
+    scores, differences = compare_models({name: [each] for name, each in predictions.items()}, lesions)
+    differences = describe_differences(differences)
     images = f"{len(lesions)} images of {len(set(lesions))} lesions"
     split_hash = next(iter(runs.values())).split_hash
     page = "\n".join(
         [
             f"### {split.capitalize()}: {images}, split {split_hash[:8]}",
             "",
-            _tabulate(runs, predictions, lesions),
+            _tabulate(runs, scores),
             "",
             *(
                 "- "
@@ -115,17 +114,15 @@ def describe_differences(differences: pd.DataFrame) -> pd.DataFrame:
     return differences.assign(label=differences["first"] + " minus " + differences.second, remark=remarks)
 
 
-def _tabulate(
-    runs: dict[str, FinishedRun], predictions: dict[str, Predictions], lesions: NDArray[np.str_]
-) -> str:
+def _tabulate(runs: dict[str, FinishedRun], scores: pd.DataFrame) -> str:
     header = ["", *map(spell_metric, HEADLINES), "gap", "epochs", "minutes", "img/s"]
     rows = []
     for name, run in runs.items():
-        metrics, intervals = compute_metrics(predictions[name]), compute_intervals(predictions[name], lesions)
+        cells = [scores.loc[(name, metric)] for metric in HEADLINES]
         rows.append(
             [
                 name,
-                *(format_score(getattr(metrics, each), intervals[each]) for each in HEADLINES),
+                *(format_score(each.value, (each.low, each.high)) for each in cells),
                 f"{run.metrics['best/gap']:+.3f}",
                 str(len(run.history)),
                 f"{run.history['speed/epoch_s'].sum() / 60:.1f}",

@@ -1,6 +1,6 @@
 """Metrics of predictions, and their confidence intervals by bootstrap over lesions."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from itertools import combinations
 from typing import Any
@@ -208,35 +208,51 @@ def _compute_weighted_auc(positive: NDArray[np.bool_], scores: Floats, weights: 
     return result
 
 
-def compare_models(models: Mapping[str, Predictions], lesions: NDArray[np.str_]) -> pd.DataFrame:
-    """Compute the difference of each two models, for each headline metric.
+def compare_models(
+    models: Mapping[str, Sequence[Predictions]], lesions: NDArray[np.str_]
+) -> tuple[pd.DataFrame, pd.DataFrame]:
+    """Compute the headline metrics of each model, and the difference of each two models.
 
-    Both metrics of a difference are computed on the same bootstrap draws: what is hard for both cancels out.
+    All are computed on the same bootstrap draws: what is hard for two models cancels out in their difference.
+    Of a model with several trainings, the metrics are means: the intervals say what other lesions would have
+    changed, not what other seeds would have.
 
     Args:
-        models: Predictions by model name, all of the same N images in the same order.
+        models: By model name, the predictions of each of its trainings, all of the same N images in order.
         lesions: Which lesion each image shows, (N,).
 
     Returns:
-        A row per metric and pair: metric, first, second, value (first minus second), low and high (95 %
-        interval by bootstrap over lesions).
+        The metrics, by model and metric: value, low and high (95 % interval by bootstrap over lesions); and a
+        row per metric and pair: metric, first, second, value (first minus second), low, high.
 
     Raises:
         UserError: The models were evaluated on different images.
     """
-    reference, *others = models
-    for name in others:
-        same_targets = np.array_equal(models[name].targets, models[reference].targets)
-        if models[name].image_ids != models[reference].image_ids or not same_targets:
-            raise UserError(
-                f"{name} and {reference} were evaluated on different images; give runs of one split."
-            )
+    names, (reference, *_) = list(models), next(iter(models.values()))
     weights = draw_lesions(lesions)
-    points = {name: asdict(compute_metrics(predictions)) for name, predictions in models.items()}
-    draws = {name: compute_weighted(predictions, weights) for name, predictions in models.items()}
+    points, draws = {}, {}
+    for name, trainings in models.items():
+        for each in trainings:
+            same_targets = np.array_equal(each.targets, reference.targets)
+            if each.image_ids != reference.image_ids or not same_targets:
+                raise UserError(
+                    f"{name} and {names[0]} were evaluated on different images; give runs of one split."
+                )
+        metrics = [compute_metrics(each) for each in trainings]
+        weighted = [compute_weighted(each, weights) for each in trainings]
+        for metric in HEADLINES:
+            points[name, metric] = float(np.mean([getattr(each, metric) for each in metrics]))
+            draws[name, metric] = np.mean([each[metric] for each in weighted], axis=0)
+    scores = pd.DataFrame(
+        [(value, *compute_percentiles(draws[key])) for key, value in points.items()],
+        index=pd.MultiIndex.from_tuples(points, names=["model", "metric"]),
+        columns=["value", "low", "high"],
+    )
     rows = []
     for metric in HEADLINES:
         for second, first in combinations(models, 2):
-            interval = compute_percentiles(draws[first][metric] - draws[second][metric])
-            rows.append((metric, first, second, points[first][metric] - points[second][metric], *interval))
-    return pd.DataFrame(rows, columns=["metric", "first", "second", "value", "low", "high"])
+            value = points[first, metric] - points[second, metric]
+            interval = compute_percentiles(draws[first, metric] - draws[second, metric])
+            rows.append((metric, first, second, value, *interval))
+    differences = pd.DataFrame(rows, columns=["metric", "first", "second", "value", "low", "high"])
+    return scores, differences
