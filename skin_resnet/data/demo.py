@@ -14,7 +14,7 @@ import numpy.typing as npt
 import pandas as pd
 from PIL import Image
 
-from skin_resnet.data.cache import build_folder
+from skin_resnet.data.store import build_folder
 from skin_resnet.errors import UserError
 
 # To be increased whenever the images change, so that no cache has old ones under the new name.

@@ -5,10 +5,11 @@ import hashlib
 import json
 import logging
 import os
+import shutil
 import time
 import warnings
 import zlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -17,10 +18,10 @@ from typing import Any, BinaryIO, Literal
 import numpy as np
 import numpy.typing as npt
 import pandas as pd
+from filelock import FileLock
 from PIL import Image
 
 from skin_resnet.config import OnBadImage
-from skin_resnet.data.cache import build_folder
 from skin_resnet.data.decode import BadImageError, decode_image, open_image
 from skin_resnet.errors import UserError, expand
 
@@ -110,6 +111,32 @@ def open_store(
     raise UserError(
         f"cannot keep decoded images in cache_dir: {problem}; make room or choose another cache_dir."
     )
+
+
+def build_folder(folder: Path, is_whole: Callable[[Path], object], write: Callable[[Path], None]) -> None:
+    """Let one process at a time build a folder, unless it is whole by then.
+
+    `write` fills `<folder>.tmp`, which then takes the place of `folder`: what a killed process left there is
+    overwritten, and the operating system releases its lock.
+
+    Raises:
+        OSError: The folder cannot be written.
+    """
+    if is_whole(folder):
+        return
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with FileLock(f"{folder}.lock"):
+        if is_whole(folder):  # built by another process meanwhile
+            return
+        unfinished = folder.with_name(f"{folder.name}.tmp")
+        shutil.rmtree(unfinished, ignore_errors=True)
+        unfinished.mkdir()
+        try:
+            write(unfinished)
+            shutil.rmtree(folder, ignore_errors=True)
+            unfinished.rename(folder)
+        finally:
+            shutil.rmtree(unfinished, ignore_errors=True)
 
 
 def fingerprint_images(table: pd.DataFrame, store: ImageStore) -> str:
