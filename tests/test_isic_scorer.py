@@ -1,5 +1,7 @@
 """Figures against the official scorer of the ISIC challenges."""
 
+from dataclasses import replace
+
 import numpy as np
 import pandas as pd
 import pytest
@@ -17,38 +19,22 @@ def score(predictions: Predictions) -> tuple[float, list[float], list[float]]:
     said = pd.DataFrame(predictions.probabilities, columns=columns, index=index)
     weights = pd.Series(1.0, index=index)
     known = [name for name in columns if 0 < truth[name].sum() < len(truth)]
-    return (
-        isic.balanced_multiclass_accuracy(truth, said, weights),
-        [isic.auc(truth[name], said[name], weights) if name in known else np.nan for name in columns],
-        [
-            isic.average_precision(truth[name], said[name], weights) if name in known else np.nan
-            for name in columns
-        ],
+    aucs, precisions = (
+        [metric(truth[name], said[name], weights) if name in known else np.nan for name in columns]
+        for metric in (isic.auc, isic.average_precision)
     )
+    return isic.balanced_multiclass_accuracy(truth, said, weights), aucs, precisions
 
 
-def keep(predictions: Predictions, targets: list[int]) -> Predictions:
-    some = np.isin(predictions.targets, targets)
-    return Predictions(
-        probabilities=predictions.probabilities[some],
-        targets=predictions.targets[some],
-        image_ids=tuple(np.array(predictions.image_ids)[some]),
-    )
-
-
-def be_undecided() -> Predictions:
-    predictions = predict_randomly()
-    uniform = np.full_like(predictions.probabilities, 1 / 7)
-    return Predictions(probabilities=uniform, targets=predictions.targets, image_ids=predictions.image_ids)
-
-
+ALL = predict_randomly()
+UNDECIDED = replace(ALL, probabilities=np.full_like(ALL.probabilities, 1 / 7))
 CASES = {
     **{f"random {seed}": predict_randomly(seed=seed) for seed in range(3)},
     **{f"tied {seed}": predict_randomly(seed=seed, ties=True) for seed in range(3)},
-    "a class absent": keep(predict_randomly(), [0, 2, 3, 4, 5, 6]),
-    "two classes only": keep(predict_randomly(), [4, 5]),
-    "one class only": keep(predict_randomly(), [5]),
-    "undecided everywhere": be_undecided(),
+    "a class absent": ALL.select(ALL.targets != 1),
+    "two classes only": ALL.select(np.isin(ALL.targets, [4, 5])),
+    "one class only": ALL.select(ALL.targets == 5),
+    "undecided everywhere": UNDECIDED,
 }
 
 
@@ -65,4 +51,4 @@ def test_figures_are_those_of_the_official_scorer(name: str) -> None:
 
 
 def test_a_network_that_says_the_same_of_everything_scores_nothing() -> None:
-    assert compute_metrics(be_undecided()).balanced_accuracy == 0
+    assert compute_metrics(UNDECIDED).balanced_accuracy == 0

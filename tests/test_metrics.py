@@ -45,10 +45,7 @@ def test_figures_are_those_of_scikit_learn(seed: int, ties: bool) -> None:
 
 def test_absent_classes_are_left_out_of_the_means() -> None:
     predictions = predict_randomly()
-    some = predictions.targets < 3
-    part = Predictions(
-        probabilities=predictions.probabilities[some], targets=predictions.targets[some], image_ids=()
-    )
+    part = predictions.select(predictions.targets < 3)
     recalls = sk.recall_score(part.targets, part.predicted, labels=[0, 1, 2], average=None)
     aucs = [sk.roc_auc_score(part.targets == k, part.probabilities[:, k]) for k in range(3)]
     assert compute_metrics(part).balanced_accuracy == pytest.approx(np.mean(recalls))
@@ -57,11 +54,7 @@ def test_absent_classes_are_left_out_of_the_means() -> None:
 
 def test_one_class_only_has_no_auc() -> None:
     predictions = predict_randomly()
-    some = predictions.targets == 6
-    part = Predictions(
-        probabilities=predictions.probabilities[some], targets=predictions.targets[some], image_ids=()
-    )
-    metrics = compute_metrics(part)
+    metrics = compute_metrics(predictions.select(predictions.targets == 6))
     assert metrics.accuracy == metrics.balanced_accuracy
     assert np.isnan(metrics.macro_auc)
     assert "val/macro_auc" not in metrics.to_dict("val")
@@ -74,13 +67,7 @@ def test_weighted_figures_equal_scikit_learns_on_repeated_images(ties: bool) -> 
     figures = compute_weighted(predictions, weights.astype(float))
     for row, counts in enumerate(weights):
         repeated = np.repeat(np.arange(80), counts)
-        expected = compute_metrics(
-            Predictions(
-                probabilities=predictions.probabilities[repeated],
-                targets=predictions.targets[repeated],
-                image_ids=(),
-            )
-        )
+        expected = compute_metrics(predictions.select(repeated))
         is_whole = len(set(predictions.targets[repeated])) == len(set(predictions.targets))
         for name in ("accuracy", "balanced_accuracy", "macro_auc"):
             if is_whole or name == "accuracy":
@@ -93,9 +80,7 @@ def test_intervals_hold_the_figure_and_widen_when_photos_share_lesions() -> None
     predictions = predict_randomly(300)
     # Three copies of each image, as three photos of one lesion, are no more evidence than one.
     copies = np.tile(np.arange(300), 3)
-    tripled = Predictions(
-        probabilities=predictions.probabilities[copies], targets=predictions.targets[copies], image_ids=()
-    )
+    tripled = predictions.select(copies)
     lesions = np.array([f"L{i}" for i in range(300)])
     single = compute_intervals(predictions, lesions)
     by_lesion = compute_intervals(tripled, lesions[copies])

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from sklearn import metrics as sk
 
-from skin_resnet.evaluation.metrics import Predictions, compute_metrics
+from skin_resnet.evaluation.metrics import Predictions
 from skin_resnet.evaluation.operating import (
     apply_threshold,
     choose_threshold,
@@ -77,13 +77,8 @@ def test_referral_is_what_dropping_the_least_certain_images_gives() -> None:
     order = np.argsort(predictions.probabilities.max(axis=1))
     for dropped in range(120):
         rest = predictions.select(order[dropped:])
-        expected = compute_metrics(rest)
         assert referral.referred_fraction[dropped] == dropped / 120
-        assert referral.accuracy[dropped] == pytest.approx(expected.accuracy)
-        if len(np.unique(rest.targets)) == 7:
-            assert referral.balanced_accuracy[dropped] == pytest.approx(expected.balanced_accuracy)
-        else:
-            assert np.isnan(referral.balanced_accuracy[dropped])
+        assert referral.accuracy[dropped] == pytest.approx((rest.predicted == rest.targets).mean())
 
 
 def test_the_order_of_equally_certain_images_does_not_matter() -> None:

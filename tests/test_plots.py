@@ -18,7 +18,6 @@ from skin_resnet.evaluation.plots.assessment import (
     plot_confusion,
     plot_reliability,
     plot_roc,
-    plot_subgroups,
 )
 from skin_resnet.evaluation.plots.curves import plot_curves
 from skin_resnet.labels import HAM10000_CLASSES
@@ -89,13 +88,6 @@ def test_no_text_of_the_curves_lies_on_another_or_leaves_the_page(length: int, b
     assert_texts_are_apart(plot_curves(make_history(length), best_epoch))
 
 
-def test_curves_show_the_values_of_every_epoch_of_both_splits() -> None:
-    history = make_history(8)
-    drawn = [tuple(line.get_ydata()) for axes in plot_curves(history, 3).axes for line in axes.lines]
-    for name in history:
-        assert tuple(history[name]) in drawn
-
-
 def test_the_best_epoch_is_marked_with_its_val_values() -> None:
     history = make_history(60)
     figure = plot_curves(history, 23)
@@ -113,15 +105,6 @@ def test_the_best_epoch_is_marked_with_its_val_values() -> None:
         assert text in title
 
 
-@pytest.mark.parametrize("length", [1, 2, 8, 60, 100])
-def test_epoch_ticks_are_whole_epochs_that_exist(length: int) -> None:
-    axes = plot_curves(make_history(length), 1).axes[-1]
-    low, high = axes.get_xlim()
-    ticks = [tick for tick in axes.get_xticks() if low <= tick <= high]
-    assert ticks
-    assert all(tick == round(tick) and 1 <= tick <= length for tick in ticks)
-
-
 def test_one_wild_loss_is_named_instead_of_flattening_the_curve() -> None:
     history = make_history(12)
     assert not plot_curves(history, 9).axes[0].get_title(loc="right")
@@ -129,16 +112,6 @@ def test_one_wild_loss_is_named_instead_of_flattening_the_curve() -> None:
     loss = plot_curves(history, 9).axes[0]
     assert loss.get_ylim()[1] < 4
     assert loss.get_title(loc="right").endswith("val loss 38.2 in epoch 1")
-
-
-def test_a_learning_rate_that_steps_down_by_decades_gets_a_log_axis_and_a_cosine_does_not() -> None:
-    def scale_of(lrs: Sequence[float]) -> str:
-        return plot_curves(make_history(len(lrs), lr=lrs), 1).axes[-1].get_yscale()
-
-    assert scale_of([1e-3] * 5 + [1e-4] * 5 + [1e-5] * 5 + [1e-6] * 5) == "log"
-    assert scale_of([*(5e-4 * (1 + np.cos(np.linspace(0, np.pi, 40))))]) == "linear"
-    assert scale_of([3e-4] * 5) == "linear"
-    assert scale_of([0.0]) == "linear"
 
 
 # Confusion
@@ -169,12 +142,6 @@ def test_each_cell_says_how_many_images_and_which_share_of_the_row() -> None:
     assert [label.get_text() for label in axes.get_yticklabels()] == ["a (4)", "b (1,000)", "c (0)"]
     assert "no images" in texts_of(axes)
     assert "Val: 1,004 images, balanced accuracy 0.874" in axes.get_title(loc="left")
-
-
-def test_every_class_without_images_is_said_to_have_none() -> None:
-    axes = plot_confusion(make_predictions(7, absent=(3, 6)), SEVEN, "Val").axes[0]
-    rows = [text.get_position()[1] for text in axes.texts if text.get_text() == "no images"]
-    assert rows == [3, 6]
 
 
 # The other figures of an evaluation
@@ -217,23 +184,6 @@ def test_a_roc_without_images_of_both_kinds_says_so() -> None:
     table = table[table.dx == "mel"].reset_index(drop=True)
     axes = plot_roc(evaluate(table), "Test").axes[0]
     assert texts_of(axes) == ["no images of both kinds"]
-
-
-def test_the_subgroups_show_each_value_and_say_where_there_is_none(assessment: Assessment) -> None:
-    page = plot_subgroups(assessment, "Test")
-    assert_texts_are_apart(page)
-    overall = assessment.get("balanced_accuracy").value
-    assert f"{overall:.3f}" in page._suptitle.get_text()
-    rows = assessment.subgroups[assessment.subgroups.metric == "balanced_accuracy"].set_index("by")
-    assert len(page.axes) == 4
-    for axes, by in zip(page.axes, ("sex", "age", "localization"), strict=False):
-        shown = rows.loc[[by]]
-        line, dots = axes.lines
-        assert set(line.get_xdata()) == {overall}
-        np.testing.assert_array_equal(dots.get_xdata(), shown.value)
-        remarks = texts_of(axes)
-        assert [text.startswith("too small") for text in remarks] == shown.value.isna().tolist()
-        assert all(str(row.images) in text for row, text in zip(shown.itertuples(), remarks, strict=True))
 
 
 def test_plotting_needs_no_pyplot_and_changes_no_setting(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -122,7 +122,7 @@ def test_figures_tables_report_and_note_are_on_the_run(run: Run) -> None:
     assert list_artifacts(run, "figures") == {"figures/curves.png"}
     tables = {"per_class.csv", "predictions.csv", "subgroups.csv", "metrics.csv"}
     tables |= {"referral.csv", "evaluation.md", "retest.csv", "reliability.csv"}
-    names = tables | {"confusion.png", "reliability.png", "subgroups.png"}
+    names = tables | {"confusion.png", "reliability.png"}
     assert list_artifacts(run, "val") == {f"val/{name}" for name in names}
     assert list_artifacts(run, "test") == {f"test/{name}" for name in names | {"gradcam.png"}}
     note = run.data.tags["mlflow.note.content"]

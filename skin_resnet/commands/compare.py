@@ -15,7 +15,6 @@ from skin_resnet.evaluation.metrics import (
     compare_models,
 )
 from skin_resnet.evaluation.page import LEAK_BANNER, format_score, format_table, spell_metric
-from skin_resnet.evaluation.plots.assessment import plot_intervals
 from skin_resnet.evaluation.plots.curves import plot_curves_of_models
 from skin_resnet.tracking import history as finished_runs
 from skin_resnet.tracking.history import FinishedRun
@@ -75,43 +74,31 @@ def _compare(
 ) -> tuple[str, dict[str, Any]]:
     """Return the page, and all files by artifact path."""
     scores, differences = compare_models({name: [each] for name, each in predictions.items()}, lesions)
-    differences = describe_differences(differences)
-    images = f"{len(lesions)} images of {len(set(lesions))} lesions"
     split_hash = next(iter(runs.values())).split_hash
     page = "\n".join(
         [
-            f"### {split.capitalize()}: {images}, split {split_hash[:8]}",
+            f"### {split.capitalize()}: {len(lesions)} images of {len(set(lesions))} lesions, "
+            f"split {split_hash[:8]}",
             "",
             _tabulate(runs, scores),
             "",
-            *(
-                "- "
-                + differences.label
-                + ": "
-                + differences.remark
-                + " "
-                + differences.metric.map(spell_metric)
-            ),
+            *(f"- {format_difference(row)}" for row in differences.itertuples()),
             *(f"\n{name}: {LEAK_BANNER}" for name, run in runs.items() if run.leaks),
         ]
     )
-    panels = {spell_metric(metric): differences[differences.metric == metric] for metric in HEADLINES}
     return page, {
         "comparison.md": page,
         "differences.csv": differences,
         "figures/curves.png": plot_curves_of_models({name: run.history for name, run in runs.items()}),
-        "figures/differences.png": plot_intervals(panels, f"Differences on the same {images}", 0),
     }
 
 
-def describe_differences(differences: pd.DataFrame) -> pd.DataFrame:
-    """Add a label, `resnet152 minus resnet50`, and a remark, `+0.8 points [-0.9, +2.4], not significant`."""
-    remarks = [
-        f"{100 * row.value:+.1f} points [{100 * row.low:+.1f}, {100 * row.high:+.1f}]"
-        + ("" if row.low > 0 or row.high < 0 else ", not significant")
-        for row in differences.itertuples()
-    ]
-    return differences.assign(label=differences["first"] + " minus " + differences.second, remark=remarks)
+def format_difference(row: Any) -> str:
+    """Write a row of `compare_models`: `resnet152 minus resnet50: +0.8 points [-0.9, +2.4] macro AUC`."""
+    value, low, high = (100 * number for number in (row.value, row.low, row.high))
+    verdict = "" if low > 0 or high < 0 else ", not significant"
+    points = f"{value:+.1f} points [{low:+.1f}, {high:+.1f}]"
+    return f"{row.first} minus {row.second}: {points} {spell_metric(row.metric)}{verdict}"
 
 
 def _tabulate(runs: dict[str, FinishedRun], scores: pd.DataFrame) -> str:

@@ -157,14 +157,10 @@ def predict_checkpoint(
     )
     network = build_network(checkpoint).to(fabric.device)
     return Predictions(
-        probabilities=predict(network, loader, fabric, _get_views(config)),
+        probabilities=predict(network, loader, fabric, getattr(config, "tta", 1)),
         targets=table.target.to_numpy(),
         image_ids=tuple(table.image_id),
     )
-
-
-def _get_views(config: TrainConfig | EvaluateConfig) -> int:
-    return config.tta if isinstance(config, EvaluateConfig) else 1
 
 
 def build_network(checkpoint: dict[str, Any]) -> ResNet:
@@ -192,7 +188,7 @@ def assess_and_log(
     classes, calibration = tuple(checkpoint["classes"]), checkpoint["calibration"]
     assessment = assess(raw, table, classes, checkpoint["baseline_class"], calibration)
     title = f"Test, {checkpoint['arch']} epoch {checkpoint['epoch']}"
-    views = _get_views(config)
+    views = getattr(config, "tta", 1)
     notes = [
         warning,
         LEAK_BANNER if checkpoint["leaks"] else "",

@@ -43,7 +43,6 @@ def list_artifacts(
         "predictions.csv": assessment.tabulate_predictions(),
         "confusion.png": plots.plot_confusion(assessment.predictions, assessment.classes, title),
         "reliability.png": plots.plot_reliability(assessment, title),
-        "subgroups.png": plots.plot_subgroups(assessment, title),
     }
     if find_positives(assessment.classes):
         files["roc.png"] = plots.plot_roc(assessment, title)

@@ -22,11 +22,6 @@ def choose_examples(predictions: Predictions, per_class: int = 2, seed: int = 0)
     and two models are shown on the same images where both are right. Of more than `MAX_CLASSES` classes,
     those with most images are shown.
 
-    Args:
-        predictions: Of N images.
-        per_class: Images of a class; of an odd number, the larger half is right.
-        seed: Which of the possible choices.
-
     Returns:
         Rows of `predictions`, int64 (M,), by class, the right ones first.
     """
@@ -48,13 +43,12 @@ def choose_examples(predictions: Predictions, per_class: int = 2, seed: int = 0)
 def compute_gradcam(network: ResNet, images: Tensor, classes: Tensor) -> NDArray[np.float32]:
     """Compute which regions of each image support a class.
 
-    The map is as coarse as the last stage's features, 7 x 7 at 224 pixels. The network is left as it was: no
-    gradients, no hooks, and each module in the mode it was in.
+    The map is as coarse as the last stage's features, 7 x 7 at 224 pixels.
 
     Source: Selvaraju et al., "Grad-CAM", ICCV 2017, section 3.
 
     Args:
-        network: On the images' device.
+        network: Ready to predict, on the images' device.
         images: Normalised, float (N, 3, S, S).
         classes: The class to explain, int64 (N,).
 
@@ -64,17 +58,11 @@ def compute_gradcam(network: ResNet, images: Tensor, classes: Tensor) -> NDArray
     # Imported here because it takes a second, and loads pyplot.
     from captum.attr import LayerGradCam
 
-    modes = {module: module.training for module in network.modules()}
-    network.eval()
-    try:
-        gradcam = LayerGradCam(network, network.layer4)
-        heats = [
-            gradcam.attribute(batch, asked, relu_attributions=True).detach()
-            for batch, asked in zip(torch.split(images, _BATCH), torch.split(classes, _BATCH), strict=True)
-        ]
-    finally:
-        for module, mode in modes.items():
-            module.training = mode
+    gradcam = LayerGradCam(network, network.layer4)
+    heats = [
+        gradcam.attribute(batch, asked, relu_attributions=True).detach()
+        for batch, asked in zip(torch.split(images, _BATCH), torch.split(classes, _BATCH), strict=True)
+    ]
     size = (images.shape[2], images.shape[3])
     heat = F.interpolate(torch.cat(heats).float(), size, mode="bilinear", align_corners=False)[:, 0]
     highest = heat.amax(dim=(1, 2), keepdim=True)

@@ -74,36 +74,17 @@ def apply_threshold(
 def compute_referral(predictions: Predictions) -> pd.DataFrame:
     """Compute the accuracy on the rest when the images with the lowest confidence are referred.
 
-    Equally confident images share hits and misses evenly, so their order does not matter. The mean of
-    `accuracy` is 1 minus the AURC of Geifman, Uziel, El-Yaniv (ICLR 2019).
+    The mean of `accuracy` is 1 minus the AURC of Geifman, Uziel, El-Yaniv (ICLR 2019).
 
     Returns:
-        A row per number of images kept, N first, 1 last: referred_fraction, accuracy and balanced_accuracy
-        of the images kept. Balanced accuracy is NaN once all images of a class are referred: without its
-        hardest classes, it would rise for nothing.
+        A row per number of images kept, N first, 1 last: referred_fraction, accuracy of the images kept.
     """
-    images = len(predictions.targets)
-    doubts = -predictions.probabilities.max(axis=1)
-    _, level, ties = np.unique(doubts, return_inverse=True, return_counts=True)
-    truth = (predictions.targets[:, None] == np.unique(predictions.targets)).astype(np.float64)
-    right = truth * (predictions.predicted == predictions.targets)[:, None]
-
-    def accumulate(values: Floats) -> Floats:
-        """Sum values (N, classes) from the surest image on; each tied image counts as the mean of its tie."""
-        sums = np.zeros((len(ties), values.shape[1]))
-        np.add.at(sums, level, values)
-        total: Floats = np.repeat(sums / ties[:, None], ties, axis=0).cumsum(axis=0)
-        return total[::-1]
-
-    kept, hits = accumulate(truth), accumulate(right)
-    shares = np.divide(hits, kept, out=np.full_like(hits, np.nan), where=kept > 0)
-    return pd.DataFrame(
-        {
-            "referred_fraction": np.arange(images) / images,
-            "accuracy": hits.sum(axis=1) / np.arange(images, 0, -1),
-            "balanced_accuracy": shares.mean(axis=1),
-        }
-    )
+    images = np.arange(len(predictions.targets))
+    confidences = predictions.probabilities.max(axis=1)
+    # Equally confident images share hits and misses evenly: their order does not matter.
+    hits = pd.Series(predictions.predicted == predictions.targets).groupby(confidences).transform("mean")
+    kept = hits.iloc[np.argsort(-confidences)].expanding().mean()
+    return pd.DataFrame({"referred_fraction": images / len(images), "accuracy": kept.to_numpy()[::-1]})
 
 
 def tabulate_missed(
@@ -113,7 +94,7 @@ def tabulate_missed(
 
     Returns:
         A row per image: image_id, dx, prediction, confidence (its probability), and score (the summed
-        probability of the positive classes), in ascending order of score.
+        probability of the positive classes).
     """
     scores = score_positives(predictions, positives)
     missed = is_positive(predictions, positives) & ~np.isin(predictions.predicted, sorted(positives))

@@ -26,8 +26,8 @@ def compute_subgroups(
 ) -> pd.DataFrame:
     """Compute the headline metrics by sex, age band and localization, and the sensitivity by diagnosis.
 
-    A subgroup's balanced accuracy and macro AUC average over the classes that occur in it: where `classes`
-    differs, so does the task, and two subgroups compare only roughly.
+    Balanced accuracy and macro AUC average over the classes that occur in a subgroup: where these differ,
+    so does the task, and two subgroups compare only roughly.
 
     Args:
         predictions: Of N images.
@@ -36,8 +36,8 @@ def compute_subgroups(
 
     Returns:
         A row per subgroup and metric: by ("sex", "age", "localization" or "dx"), subgroup, images, lesions,
-        classes (how many occur), metric, value, low and high (a 95 % interval). The three numbers are NaN
-        where the subgroup is too small: under `MIN_IMAGES` or `MIN_LESIONS`, or with one class if not by dx.
+        classes (how many occur), metric, value, low and high (95 % interval). The last three are NaN under
+        `MIN_IMAGES` or `MIN_LESIONS`, or with one class if not by dx.
     """
     rows = table.set_index("image_id").loc[list(predictions.image_ids)]
     records = [
@@ -91,11 +91,6 @@ def compute_retest(
     Metrics are `agreement` (share of pairs of photos with the same prediction), `unanimous` (share of lesions
     whose photos all have the same prediction), `distance` (total variation of the probabilities) and, where
     there is a class mel, `mel_difference` (absolute difference of its probability).
-
-    Args:
-        predictions: Of N images.
-        lesions: Which lesion each image shows, (N,).
-        classes: The class order.
 
     Returns:
         A row per class ("all" first) and metric: dx, lesions and images (of the lesions with several photos),

@@ -1,6 +1,6 @@
-"""The figures of an evaluation: confusion, reliability, ROC, intervals, Grad-CAM and missed melanomas."""
+"""The figures of an evaluation: confusion, reliability, ROC, Grad-CAM and missed melanomas."""
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Sequence
 from typing import Any
 
 import numpy as np
@@ -30,14 +30,7 @@ from skin_resnet.evaluation.plots import (
 
 _FEW = 10  # images in a reliability bin: the accuracy of fewer means little
 _MOST_NUMBERS = 25  # classes of a confusion matrix whose cells still have room for numbers
-_MOST_ROWS = 20  # subgroups of one attribute: those with most images
 _COLUMNS = 6  # of the gallery
-_SUBGROUPS = {
-    "sex": "Sex: balanced accuracy",
-    "age": "Age in years: balanced accuracy",
-    "localization": "Localization: balanced accuracy",
-    "dx": "Sensitivity by diagnosis",
-}
 
 
 def plot_confusion(predictions: Predictions, classes: tuple[str, ...], title: str) -> Figure:
@@ -169,53 +162,6 @@ def _draw_roc(axes: Axes, assessment: Assessment, positives: Collection[int], na
         axes.legend(loc="lower right", fontsize=FONT - 1, frameon=False)
 
 
-def plot_subgroups(assessment: Assessment, title: str) -> Figure:
-    """Plot balanced accuracy by subgroup, and sensitivity by diagnosis, with intervals."""
-    rows = assessment.subgroups[assessment.subgroups.metric.isin(["balanced_accuracy", "sensitivity"])]
-    counts = [f"{row.images:,} images ({row.lesions:,} lesions)" for row in rows.itertuples()]
-    rows = rows.assign(
-        label=rows.subgroup,
-        remark=np.where(rows.value.isna(), "too small", "") + pd.Series(counts, rows.index),
-    )
-    panels = {
-        heading: rows.loc[rows.images[rows["by"] == by].nlargest(_MOST_ROWS).index.sort_values()]
-        for by, heading in _SUBGROUPS.items()
-        if (rows["by"] == by).any()
-    }
-    overall = assessment.get("balanced_accuracy").value
-    return plot_intervals(panels, f"{title}: balanced accuracy {overall:.3f} (line)", overall)
-
-
-def plot_intervals(panels: Mapping[str, pd.DataFrame], title: str, line: float, unit: str = "") -> Figure:
-    """Plot values with their intervals, a row each, the first on top.
-
-    Args:
-        panels: By heading: label, value, low, high and remark (written on the right).
-        title: Of the figure.
-        line: The value to compare with.
-        unit: Of the values.
-    """
-    heights = [len(rows) + 1.2 for rows in panels.values()]
-    figure = build_figure(0.27 * sum(heights) + 1.1, title)
-    if not panels:
-        return figure
-    grid = figure.subplots(len(panels), 1, sharex=True, height_ratios=heights, squeeze=False)[:, 0]
-    for axes, (heading, rows) in zip(grid, panels.items(), strict=True):
-        places = range(len(rows))
-        style_axes(axes, heading)
-        axes.axvline(line, color=QUIET, linewidth=1.2, zorder=1)
-        axes.hlines(places, rows.low, rows.high, color=BLUE, linewidth=2)
-        axes.plot(rows.value, places, "o", color=BLUE, markersize=7, markeredgecolor="white")
-        axes.set_yticks(places, [literal(shorten(label, 40)) for label in rows.label])
-        axes.set_ylim(len(rows) - 0.4, -0.6)
-        axes.tick_params(axis="y", length=0)
-        style = {"transform": axes.get_yaxis_transform(), "va": "center", "fontsize": FONT - 1}
-        for place, remark in enumerate(rows.remark):
-            axes.text(1.01, place, remark, color=QUIET, **style)
-    grid[-1].set_xlabel(f"{unit}with 95 % interval by bootstrap over lesions", fontsize=FONT)
-    return figure
-
-
 def plot_gradcam(
     images: NDArray[np.uint8],
     heats: NDArray[np.float32],
@@ -223,7 +169,7 @@ def plot_gradcam(
     rows: NDArray[np.int64],
     classes: tuple[str, ...],
 ) -> Figure:
-    """Plot the examples, a row per class, right predictions on the left and wrong ones on the right.
+    """Plot examples, a row per class, the right predictions first.
 
     Args:
         images: The examples' pixels (M, S, S, 3).
@@ -232,14 +178,8 @@ def plot_gradcam(
         rows: Which of these the examples are, (M,), from `choose_examples`.
         classes: The class order.
     """
-    is_right = predictions.predicted == predictions.targets
-    targets, right = predictions.targets[rows], is_right[rows]
-    kinds = {
-        target: [np.flatnonzero((targets == target) & (right == kind)) for kind in (True, False)]
-        for target in dict.fromkeys(targets)
-    }
-    of_right, of_wrong = (max(1, *(len(kind[side]) for kind in kinds.values())) for side in (0, 1))
-    columns = of_right + of_wrong
+    shown, counts = np.unique(predictions.targets[rows], return_counts=True)
+    columns = counts.max()
     names = name_classes(classes, max(5, 46 // columns - 6))
     cells = -(-images.shape[1] // 32)  # the last stage's features, from which the map is computed
     heading = (
@@ -247,21 +187,22 @@ def plot_gradcam(
         "true → predicted, with its probability"
     )
     height = (WIDTH_INCH - 0.6) / columns / 2 + 0.3
-    figure = build_figure(height * len(kinds) + 0.8, heading)
-    grid = figure.subplots(len(kinds), columns, squeeze=False)
+    figure = build_figure(height * len(shown) + 0.8, heading)
+    grid = figure.subplots(len(shown), columns, squeeze=False)
     for axes in grid.flat:
         axes.set(xticks=[], yticks=[], facecolor=EMPTY)
         axes.set_box_aspect(0.5)
         axes.spines[:].set_visible(False)
-    for panels, (target, sides) in zip(grid, kinds.items(), strict=True):
+    is_right = predictions.predicted == predictions.targets
+    for panels, target in zip(grid, shown, strict=True):
         of_class = is_right[predictions.targets == target]
         panels[0].set_ylabel(f"{names[target]}\n{of_class.sum():,} of {len(of_class):,} right", fontsize=FONT)
-        for side, place in zip(sides, (panels, panels[of_right:]), strict=True):
-            for axes, example in zip(place, side, strict=False):
-                predicted = predictions.predicted[rows[example]]
-                p = predictions.probabilities[rows[example], predicted]
-                axes.imshow(_overlay(images[example], heats[example]))
-                axes.set_title(f"{names[target]} → {names[predicted]}, p {p:.2f}", fontsize=FONT)
+        examples = np.flatnonzero(predictions.targets[rows] == target)
+        for axes, example in zip(panels, examples, strict=False):
+            predicted = predictions.predicted[rows[example]]
+            p = predictions.probabilities[rows[example], predicted]
+            axes.imshow(_overlay(images[example], heats[example]))
+            axes.set_title(f"{names[target]} → {names[predicted]}, p {p:.2f}", fontsize=FONT)
     return figure
 
 

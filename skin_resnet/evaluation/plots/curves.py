@@ -6,7 +6,7 @@ import numpy as np
 import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.ticker import FuncFormatter, MaxNLocator, NullLocator
+from matplotlib.ticker import MaxNLocator
 
 from skin_resnet.evaluation.plots import COLOURS, FONT, HUES, QUIET, build_figure, literal, style_axes
 
@@ -48,7 +48,9 @@ def plot_curves(history: pd.DataFrame, best_epoch: int) -> Figure:
         axes.legend(frameon=False, fontsize=FONT, loc="upper left", bbox_to_anchor=(1, 1))
     for split, colour in COLOURS.items():
         score.plot(history[f"{split}/accuracy"], color=colour, linewidth=0.9)
-    _plot_lr(lr, history.lr)
+    lr.plot(history.lr, color=QUIET, linewidth=1.5, marker=marker, markersize=3)
+    lr.set_ylim(0, 1.2 * max(history.lr.max(), 1e-12))
+    lr.yaxis.set_major_locator(MaxNLocator(3))
     return figure
 
 
@@ -63,18 +65,6 @@ def _limit_loss(axes: Axes, history: pd.DataFrame) -> None:
         split = name.partition("/")[0]
         note = f"off this axis: {split} loss {values.max():.3g} in epoch {epoch}"
         axes.set_title(note, fontsize=FONT, loc="right", color=COLOURS[split])
-
-
-def _plot_lr(axes: Axes, lrs: pd.Series) -> None:
-    axes.plot(lrs, color=QUIET, linewidth=1.5, marker="o" if len(lrs) == 1 else "", markersize=3)
-    # A cosine nears 0 in its last epochs only, and keeps its shape on a linear axis; a staircase does not.
-    if lrs.min() > 0 and lrs.quantile(0.1) < lrs.max() / 100:
-        axes.set_yscale("log")
-        axes.yaxis.set_minor_locator(NullLocator())
-    else:
-        axes.set_ylim(0, 1.2 * max(lrs.max(), 1e-12))
-        axes.yaxis.set_major_locator(MaxNLocator(3))
-    axes.yaxis.set_major_formatter(FuncFormatter(lambda lr, _: f"{lr:g}"))
 
 
 def plot_curves_of_models(histories: Mapping[str, pd.DataFrame]) -> Figure:
