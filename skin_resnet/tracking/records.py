@@ -17,7 +17,7 @@ from mlflow.entities import Metric
 import skin_resnet
 from skin_resnet.data.prepare import PreparedData
 from skin_resnet.data.split import SPLITS
-from skin_resnet.evaluation.leakage_page import format_leakage
+from skin_resnet.evaluation.page import format_leakage
 from skin_resnet.tracking.store import OUTAGES, hide_password
 from skin_resnet.training.engine import EpochResult
 from skin_resnet.training.run import TrainStart
