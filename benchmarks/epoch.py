@@ -18,7 +18,7 @@ from skin_resnet.data.prepare import prepare_data
 from skin_resnet.model.preprocess import normalize, to_float
 from skin_resnet.model.resnet import build_resnet
 from skin_resnet.tracking import run as mlflow_run
-from skin_resnet.tracking.epochs import EpochLog
+from skin_resnet.tracking.records import EpochLog
 from skin_resnet.training.checkpoint import save_checkpoint
 from skin_resnet.training.device import build_fabric
 from skin_resnet.training.engine import fit, seed_step

@@ -20,7 +20,7 @@ import skin_resnet
 from skin_resnet.config import GROUPS
 from skin_resnet.errors import UserError
 from skin_resnet.options import FrozenConfig, format_value
-from skin_resnet.training import interrupts, worker
+from skin_resnet.training import ignore_foreign_ranks, interrupts
 
 _PR_SET_PDEATHSIG = 1  # linux/prctl.h
 USER_ERROR = 2  # the exit code that shells and argparse use for a wrong call
@@ -39,7 +39,7 @@ COMMANDS = {
 
 def main(arguments: Sequence[str] | None = None) -> NoReturn:
     """Run a command and exit: 0 when done, 2 after a user's mistake, 128 + n after signal n."""
-    worker.ignore_foreign_ranks()
+    ignore_foreign_ranks()
     with protect_output():
         logging.basicConfig(level=logging.WARNING, format="%(message)s")
         logging.getLogger("skin_resnet").setLevel(logging.INFO)

@@ -181,7 +181,7 @@ def test_in_a_process_of_its_own_no_library_adds_a_word(store: Path, tmp_path: P
     done = run_process(store, "train", *list_arguments(options), *list_places("train", tmp_path))
     *before, last = done.stderr.splitlines()
     assert [line.partition(" 12 images")[0] for line in before] == ["decoding", "decoded"]
-    check_refusal(done.returncode, last, ("more than tensors", "given.pt"))
+    check_refusal(done.returncode, last, ("more than the tensors", "given.pt"))
     check_nothing_is_left(tmp_path)
 
 

@@ -68,15 +68,15 @@ def test_a_folder_that_is_not_writable_is_a_problem(
         monkeypatch.setattr(os, "access", lambda path, mode: "file" not in str(path) and path != tmp_path)
     before = list_all(tmp_path)
     with pytest.raises(UserError, match=f"cache_dir={place}"):
-        check_disk({"checkpoint_dir": Path("/"), "cache_dir": place})
+        check_disk("cache_dir", place)
     assert list_all(tmp_path) == before
 
 
 def test_an_almost_full_disk_is_a_problem(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    assert "for cache_dir" in check_disk({"cache_dir": Path("~nobody-of-this-name/cache")})
+    assert "for cache_dir" in check_disk("cache_dir", tmp_path / "cache")
     monkeypatch.setattr(shutil, "disk_usage", lambda place: SimpleNamespace(free=1_900_000_000))
     with pytest.raises(UserError, match=r"1\.9 GB free for cache_dir; 2\.0 GB"):
-        check_disk({"cache_dir": tmp_path / "cache"})
+        check_disk("cache_dir", tmp_path / "cache")
 
 
 def test_a_store_that_cannot_work_is_a_problem_and_its_password_is_hidden(
@@ -116,7 +116,7 @@ def test_without_a_checkout_the_installed_metadata_says_what_is_required(
         check_packages()
 
 
-@pytest.mark.parametrize(("cuda", "fix"), [("13.0", "nvidia-smi"), (None, "with CUDA")])
+@pytest.mark.parametrize(("cuda", "fix"), [("13.0", "driver"), (None, "with CUDA")])
 def test_a_gpu_that_torch_cannot_use_is_a_problem(cuda: str | None, fix: str, monkeypatch) -> None:
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
     monkeypatch.setattr(torch.version, "cuda", cuda)

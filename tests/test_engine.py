@@ -20,8 +20,7 @@ from skin_resnet.config import TrainConfig
 from skin_resnet.data.loader import Loader
 from skin_resnet.evaluation.metrics import Metrics
 from skin_resnet.training.device import build_fabric
-from skin_resnet.training.early_stopping import BestEpoch
-from skin_resnet.training.engine import EpochResult, NonFiniteLossError, fit, predict
+from skin_resnet.training.engine import EpochResult, NonFiniteLossError, find_best, fit, predict
 from skin_resnet.training.state import TrainingState, build_state
 
 ROOT = Path(__file__).parent.parent
@@ -88,7 +87,8 @@ def test_a_seed_gives_the_same_training_again_and_another_seed_another(options: 
 def test_a_training_stopped_within_an_epoch_goes_on_to_the_bit(options: dict[str, Any]) -> None:
     whole, train, val = build(**options)
     expected = strip_times(fit(whole, train, val))
-    for stop_after in (2, 2 * len(train) + len(val) + 1):  # in train, and in the second epoch's val
+    epoch = len(train) + len(val)
+    for stop_after in (2, epoch, epoch + len(train) + 1):  # in train, between epochs, in the second's val
         stopped, train, val = build(**options)
         calls = itertools.count(1)
 
@@ -106,22 +106,6 @@ def test_a_training_stopped_within_an_epoch_goes_on_to_the_bit(options: dict[str
         assert strip_times([*results, *fit(resumed, train, val)]) == expected, stop_after
         for name, value in whole.scored_network.state_dict().items():
             assert torch.equal(value, resumed.scored_network.state_dict()[name]), name
-
-
-@pytest.mark.parametrize("options", VARIANTS)
-def test_a_training_resumed_from_its_state_is_the_unbroken_one_to_the_bit(options: dict[str, Any]) -> None:
-    whole, train, val = build(**options)
-    expected = strip_times(fit(whole, train, val))
-    stopped, train, val = build(**options)
-    epochs = fit(stopped, train, val)
-    first_half = [next(epochs), next(epochs)]
-    saved = copy.deepcopy(stopped.state_dict())
-    torch.manual_seed(12345)  # whatever the new process has drawn before
-    resumed, train, val = build(**options)
-    resumed.load_state_dict(saved)
-    assert strip_times([*first_half, *fit(resumed, train, val)]) == expected
-    for name, value in whole.scored_network.state_dict().items():
-        assert torch.equal(value, resumed.scored_network.state_dict()[name]), name
 
 
 def test_train_figures_are_those_of_all_images_once() -> None:
@@ -149,27 +133,15 @@ def test_val_does_not_change_the_network() -> None:
 
 
 def test_only_our_own_launch_decides_ranks(monkeypatch: pytest.MonkeyPatch) -> None:
-    foreign = {
-        "LOCAL_RANK": "1",
-        "RANK": "1",
-        "WORLD_SIZE": "2",
-        "SLURM_NTASKS": "4",
-        "SLURM_JOB_NAME": "job",
-    }
-    for name, value in {
-        **foreign,
-        "SLURM_JOB_NAME": "job",
-        "SLURM_PROCID": "3",
-        "TORCHELASTIC_RUN_ID": "1",
-    }.items():
-        monkeypatch.setenv(name, value)
+    for name in ("LOCAL_RANK", "RANK", "SLURM_NTASKS", "SLURM_PROCID", "TORCHELASTIC_RUN_ID", "NODE_RANK"):
+        monkeypatch.setenv(name, "3")
+    monkeypatch.setenv("SLURM_JOB_NAME", "job")
     for devices in (1, 2):
         fabric = build_fabric("cpu", "fp32", devices)
         assert (fabric.global_rank, fabric.is_global_zero, fabric.world_size) == (0, True, devices)
-    script = "from skin_resnet.training import worker; worker.ignore_foreign_ranks(); import lightning_fabric"
-    subprocess.run(
-        [sys.executable, "-c", script], env={**os.environ, "LOCAL_RANK": "abc"}, check=True, cwd=ROOT
-    )
+    script = "from skin_resnet import training; training.ignore_foreign_ranks(); import lightning_fabric"
+    variables = {**os.environ, "LOCAL_RANK": "abc"}
+    subprocess.run([sys.executable, "-c", script], env=variables, check=True, cwd=ROOT)
 
 
 @pytest.mark.parametrize("ema_decay", [0.0, 0.9])
@@ -255,28 +227,10 @@ def result(epoch: int, balanced_accuracy: float, loss: float = 1.0) -> EpochResu
     return EpochResult(epoch=epoch, lr=0.1, seconds=1, images_per_s=1, train=metrics, val=metrics)
 
 
-def test_the_best_epoch_is_the_first_of_the_highest() -> None:
-    best = BestEpoch("balanced_accuracy", patience=0)
-    improved = [
-        best.update(result(epoch, score)) for epoch, score in enumerate([0.2, 0.5, 0.5, 0.4], start=1)
-    ]
-    assert improved == [True, True, False, False]
-    assert best.epoch.epoch == 2
-    assert not best.should_stop
-
-
-def test_a_loss_is_best_when_low_and_an_unknown_score_never() -> None:
-    best = BestEpoch("loss", patience=0)
-    assert [best.update(result(1, 0.5, loss)) for loss in (2.0, 3.0, 1.0)] == [True, False, True]
-    unknown = BestEpoch("macro_auc", patience=1)
-    assert [unknown.update(result(epoch, 0.5)) for epoch in (1, 2)] == [True, False]
-    assert unknown.should_stop
-
-
-def test_patience_counts_epochs_without_a_better_one() -> None:
-    best = BestEpoch("balanced_accuracy", patience=2)
-    stops = []
-    for epoch, score in enumerate([0.2, 0.3, 0.1, 0.4, 0.4, 0.3], start=1):
-        best.update(result(epoch, score))
-        stops.append(best.should_stop)
-    assert stops == [False, False, False, False, False, True]
+@pytest.mark.parametrize(("metric", "best"), [("balanced_accuracy", 2), ("loss", 4), ("macro_auc", 1)])
+def test_the_best_epoch_is_the_first_of_the_best_and_an_unknown_score_never_better(
+    metric: str, best: int
+) -> None:
+    scores = [(0.2, 2.0), (0.5, 3.0), (0.5, float("nan")), (0.4, 1.0)]
+    history = [result(epoch, *values) for epoch, values in enumerate(scores, start=1)]
+    assert find_best(history, metric).epoch == best

@@ -131,9 +131,9 @@ def test_a_run_is_read_with_its_predictions_and_one_to_repeat_with_its_options(
     run = read_run(run_id, "test")
     assert (run.arch, run.split_hash, run.leaks) == ("resnet50", "a", False)
     assert run.predictions.iloc[0].tolist() == ["001", "NA", "NA", "nv", 0.25, 0.75]
-    training = read_training(run_id, tmp_path)
-    assert training.options == {"data": "it's  a \\ folder", "epochs": 2}
-    assert training.split.read_text().endswith("001,test\n")
+    options, split = read_training(run_id, tmp_path)
+    assert options == {"data": "it's  a \\ folder", "epochs": 2}
+    assert split.read_text().endswith("001,test\n")
 
 
 @pytest.mark.parametrize("case", ["unknown", "no training", "no predictions"])

@@ -16,8 +16,8 @@ import pytest
 
 from skin_resnet.errors import UserError
 from skin_resnet.evaluation.metrics import Metrics
-from skin_resnet.tracking import epochs
-from skin_resnet.tracking.epochs import EpochLog
+from skin_resnet.tracking import records
+from skin_resnet.tracking.records import EpochLog
 from skin_resnet.tracking.run import TrackedRun, open_run
 from skin_resnet.training.engine import EpochResult
 
@@ -77,8 +77,8 @@ def test_what_a_store_does_not_take_is_written_once_it_is_back(store: str, capsy
 
 
 def test_a_store_that_stays_away_ends_the_run_in_one_line(store: str, monkeypatch) -> None:
-    monkeypatch.setattr(epochs, "_WAIT_S", 0)
-    monkeypatch.setattr(epochs, "_RETRY_S", 0)
+    monkeypatch.setattr(records, "_WAIT_S", 0)
+    monkeypatch.setattr(records, "_RETRY_S", 0)
     away = f"http://127.0.0.1:{find_free_port()}"
 
     def go_on_while_it_goes_away() -> None:

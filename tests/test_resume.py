@@ -220,7 +220,7 @@ def stopped(config: TrainConfig, monkeypatch: pytest.MonkeyPatch) -> str:
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr("skin_resnet.tracking.run.EpochLog.write", stop)
+        patch.setattr("skin_resnet.tracking.records.EpochLog.write", stop)
         with pytest.raises(KeyboardInterrupt):
             train(config)
     return str(mlflow.search_runs(output_format="list")[0].info.run_id)

@@ -106,10 +106,13 @@ def execute(*statements: str) -> Callable[[Path], None]:
     [
         (lambda file: file.write_text("no database"), "not a database"),
         (lambda file: os.truncate(file, 5000), "malformed"),
-        (execute("DROP TABLE experiments"), "no experiments"),
-        (execute("DELETE FROM alembic_version"), "no schema version"),
+        (execute("DROP TABLE experiments"), "not a complete"),
+        (execute("DELETE FROM alembic_version"), "not a complete"),
         (execute("UPDATE alembic_version SET version_num = '451aebb31d03'"), "mlflow db upgrade"),
-        (execute("DELETE FROM experiments", "CREATE TABLE mine (x)", "DROP TABLE runs"), "no runs"),
+        (
+            execute("DELETE FROM experiments", "CREATE TABLE mine (x)", "DROP TABLE runs"),
+            "not a complete",
+        ),
     ],
 )
 def test_a_damaged_or_foreign_database_is_refused_in_one_line_and_kept(

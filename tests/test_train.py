@@ -289,6 +289,12 @@ def test_val_is_predicted_once_an_epoch(config: TrainConfig, monkeypatch: pytest
     assert compute_metrics(result.val_predictions) == result.best.val
 
 
+def test_patience_stops_a_training_that_no_longer_improves(config: TrainConfig, capsys) -> None:
+    result = run_training(config.with_changes(epochs=30, patience=1))
+    assert len(result.history) == result.best.epoch + 1 < 30
+    assert f"since epoch {result.best.epoch}" in capsys.readouterr().out
+
+
 def test_a_failed_run_ends_failed_with_the_reason(config: TrainConfig) -> None:
     with pytest.raises(UserError, match="no file"):
         train(config.with_changes(weights="/nowhere.pth"))

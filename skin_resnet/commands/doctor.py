@@ -14,7 +14,7 @@ from skin_resnet.config import DoctorConfig
 from skin_resnet.errors import UserError
 
 _SHOWN = ("torch", "torchvision", "lightning-fabric", "mlflow", "optuna")
-_MIN_FREE_BYTES = 2_000_000_000  # the decoded images and the checkpoints of one training
+_MIN_FREE_GB = 2.0  # the decoded images and the checkpoints of one training
 
 
 def doctor(config: DoctorConfig) -> int:
@@ -24,7 +24,7 @@ def doctor(config: DoctorConfig) -> int:
         "python": describe_python,
         "packages": check_packages,
         "device": check_device,
-        "disk": lambda: check_disk({"cache_dir": config.cache_dir, "checkpoint_dir": config.checkpoint_dir}),
+        "disk": lambda: ", ".join(check_disk(name, folder) for name, folder in config),
         "tracking": check_tracking,
     }
     problems = 0
@@ -44,9 +44,8 @@ def doctor(config: DoctorConfig) -> int:
 
 
 def describe_python() -> str:
-    """Return the interpreter's version and place, and the number of cores it may use."""
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    return f"{platform.python_version()} on {platform.system()}, {cores} cores, {sys.executable}"
+    """Return the interpreter's version and place."""
+    return f"{platform.python_version()} on {platform.system()}, {os.cpu_count()} cores, {sys.executable}"
 
 
 def check_packages() -> str:
@@ -57,14 +56,17 @@ def check_packages() -> str:
     for requirement in map(Requirement, read_requirements()):
         if requirement.marker and not requirement.marker.evaluate({"extra": ""}):
             continue
-        version = _find_version(requirement.name)
-        if not version or not requirement.specifier.contains(version, prereleases=True):
-            wrong.append(f"{requirement} ({version or 'not installed'})")
+        try:
+            version = importlib.metadata.version(requirement.name)
+        except importlib.metadata.PackageNotFoundError:
+            version = "not installed"
+        if version == "not installed" or not requirement.specifier.contains(version, prereleases=True):
+            wrong.append(f"{requirement} ({version})")
     if wrong:
         raise UserError(
             f"{', '.join(wrong)}; run `make setup`, or `python -m pip install -r requirements.lock`"
         )
-    return ", ".join(f"{name} {_find_version(name)}" for name in _SHOWN)
+    return ", ".join(f"{name} {importlib.metadata.version(name)}" for name in _SHOWN)
 
 
 def read_requirements() -> list[str]:
@@ -75,13 +77,6 @@ def read_requirements() -> list[str]:
     return importlib.metadata.requires("skin-resnet") or []
 
 
-def _find_version(name: str) -> str | None:
-    try:
-        return importlib.metadata.version(name)
-    except importlib.metadata.PackageNotFoundError:
-        return None
-
-
 def check_device() -> str:
     """Return what `device=auto` trains on; a GPU that torch cannot use is a UserError."""
     import torch
@@ -90,53 +85,44 @@ def check_device() -> str:
         gpus = []
         for number in range(torch.cuda.device_count()):
             torch.ones(2, device=f"cuda:{number}").sum().item()  # fails if torch was built for other GPUs
-            free, total = (format_bytes(count) for count in torch.cuda.mem_get_info(number))
+            free, total = (f"{count / 1e9:.1f} GB" for count in torch.cuda.mem_get_info(number))
             gpus.append(f"{torch.cuda.get_device_name(number)} ({free} free of {total})")
         return f"CUDA {torch.version.cuda}: {', '.join(gpus)}"
     if torch.backends.mps.is_available():
         return "Apple MPS"
     is_hidden = os.environ.get("CUDA_VISIBLE_DEVICES", "0") in {"", "-1"}
-    if not is_hidden and count_gpus():
-        cuda = torch.version.cuda
-        fix = (
-            f"run nvidia-smi, and update the driver to one for CUDA {cuda}"
-            if cuda
-            else "install it with CUDA"
-        )
+    if not is_hidden and has_nvidia_gpu():
+        fix = f"update its driver to one for CUDA {torch.version.cuda}"
         raise UserError(
-            f"torch {torch.__version__} would train on the CPU: it cannot use the NVIDIA GPU; {fix}"
+            f"torch {torch.__version__} would train on the CPU: it cannot use the NVIDIA GPU; "
+            f"{fix if torch.version.cuda else 'install torch with CUDA'}"
         )
     return f"CPU, {torch.get_num_threads()} threads{', GPUs hidden by CUDA_VISIBLE_DEVICES' * is_hidden}"
 
 
-def count_gpus() -> int:
-    """Return how many NVIDIA GPUs the driver sees, without torch."""
+def has_nvidia_gpu() -> bool:
+    """Return whether the driver sees a GPU, without torch."""
     import pynvml
 
     try:
         pynvml.nvmlInit()
-        return int(pynvml.nvmlDeviceGetCount())
+        return int(pynvml.nvmlDeviceGetCount()) > 0
     except pynvml.NVMLError:  # no driver, or a broken one
-        return int(Path("/dev/nvidia0").exists())
+        return Path("/dev/nvidia0").exists()
 
 
-def check_disk(folders: dict[str, Path]) -> str:
-    """Return the free space for each folder by its option; one that is full or read-only is a UserError."""
-    texts, problems = [], []
-    for option, folder in folders.items():
-        place = Path(os.path.expanduser(folder)).absolute()
-        while not os.path.lexists(place):
-            place = place.parent
-        if not place.is_dir() or not os.access(place, os.W_OK | os.X_OK):
-            problems.append(f"{option}={folder} is not a writable folder; choose another")
-            continue
-        free = shutil.disk_usage(place).free
-        texts.append(f"{format_bytes(free)} free for {option}")
-        if free < _MIN_FREE_BYTES:
-            problems.append(f"{texts[-1]}; {format_bytes(_MIN_FREE_BYTES)} are needed")
-    if problems:
-        raise UserError("; ".join(problems))
-    return ", ".join(texts)
+def check_disk(option: str, folder: Path) -> str:
+    """Return the free space for a folder; a UserError if it is full or cannot be written to."""
+    place = folder.expanduser().absolute()
+    while not os.path.lexists(place):
+        place = place.parent
+    if not place.is_dir() or not os.access(place, os.W_OK | os.X_OK):
+        raise UserError(f"{option}={folder} is not a writable folder; choose another")
+    free_gb = shutil.disk_usage(place).free / 1e9
+    text = f"{free_gb:.1f} GB free for {option}"
+    if free_gb < _MIN_FREE_GB:
+        raise UserError(f"{text}; {_MIN_FREE_GB} GB are needed")
+    return text
 
 
 def check_tracking() -> str:
@@ -144,8 +130,3 @@ def check_tracking() -> str:
     from skin_resnet.tracking.store import check_store
 
     return check_store()
-
-
-def format_bytes(count: float) -> str:
-    """Return a number of bytes as GB or MB."""
-    return f"{count / 1e9:.1f} GB" if count >= 1e8 else f"{count / 1e6:.1f} MB"

@@ -18,7 +18,7 @@ from skin_resnet.evaluation.metrics import Predictions
 from skin_resnet.evaluation.page import LEAK_BANNER
 from skin_resnet.model.resnet import ResNet, build_resnet
 from skin_resnet.tracking import history as finished_runs
-from skin_resnet.tracking.access_log import log_test_access
+from skin_resnet.tracking.history import log_test_access
 from skin_resnet.tracking.run import TrackedRun, describe_location, open_run
 from skin_resnet.training.checkpoint import read_checkpoint
 from skin_resnet.training.device import build_fabric

@@ -29,18 +29,19 @@ def reproduce(config: ReproduceConfig) -> int:
         return 0
     prepare_store()
     with TemporaryDirectory() as folder:
-        first = finished_runs.read_training(config.run, Path(folder))
+        recorded, split = finished_runs.read_training(config.run, Path(folder))
         # The recorded split is used, however it was made.
         options = TrainConfig.model_validate(
             {
-                **first.options, "split": str(first.split), "train_fraction": 1.0, "resume": "none",
+                **recorded, "split": str(split), "train_fraction": 1.0, "resume": "none",
                 "cache_dir": config.cache_dir, "checkpoint_dir": config.checkpoint_dir,
             }
         )  # fmt: skip
         with open_run(f"reproduction of {config.run}", parent_run_id=config.run) as run:
             result = run_training(options, tracker=run)
-            differences, compared = compare_histories(pd.DataFrame(first.history), to_frame(result.history))
-            changes = find_changes(first.tags, run.read_tags())
+            first = finished_runs.read_history(config.run)
+            differences, compared = compare_histories(first, to_frame(result.history))
+            changes = find_changes(*map(finished_runs.read_tags, (config.run, run.run_id)))
             page = describe(config.run, differences, compared, changes)
             run.set_tags({"reproduces": config.run})
             run.log_metrics({"reproduce/values": compared, "reproduce/deviations": len(differences)})

@@ -10,7 +10,7 @@ from skin_resnet.config import TrainConfig
 from skin_resnet.data.prepare import PreparedData, open_test
 from skin_resnet.evaluation.page import LEAK_BANNER
 from skin_resnet.evaluation.report import describe_training
-from skin_resnet.tracking.access_log import log_test_access
+from skin_resnet.tracking.history import log_test_access
 from skin_resnet.tracking.run import TrackedRun, close_abandoned, describe_location, is_project_run, open_run
 from skin_resnet.tracking.store import prepare_store
 from skin_resnet.training.checkpoint import RunFolder, clean_up_killed, read_checkpoint

@@ -3,6 +3,8 @@
 Source: He, Zhang, Ren, Sun, "Deep Residual Learning for Image Recognition", CVPR 2016, table 1, figure 5.
 """
 
+from itertools import islice
+
 import torch
 from torch import Tensor, nn
 from torchvision.ops import StochasticDepth
@@ -87,24 +89,19 @@ class ResNet(nn.Module):
                 stride = 2 if stage > 0 and block == 0 else 1
                 blocks.append(Bottleneck(channels, width, stride, stochastic_depth * len(blocks) / last))
                 channels = width * EXPANSION
-        ends = [sum(depths[: stage + 1]) for stage in range(4)]
-        self.layer1 = nn.Sequential(*blocks[: ends[0]])
-        self.layer2 = nn.Sequential(*blocks[ends[0] : ends[1]])
-        self.layer3 = nn.Sequential(*blocks[ends[1] : ends[2]])
-        self.layer4 = nn.Sequential(*blocks[ends[2] :])
+        stages = iter(blocks)
+        self.layer1, self.layer2, self.layer3, self.layer4 = (
+            nn.Sequential(*islice(stages, depth)) for depth in depths
+        )
         self.avgpool = nn.AdaptiveAvgPool2d(1)
         self.dropout = nn.Dropout(dropout)
         self.fc = nn.Linear(channels, num_classes)
-        self._initialise()
-
-    def _initialise(self) -> None:
         for module in self.modules():
             if isinstance(module, nn.Conv2d):
                 nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
-        # Each block starts as the identity, which makes a deep network train from the first step on.
-        # Source: Goyal et al., "Accurate, Large Minibatch SGD" (2017), section 5.1.
-        for module in self.modules():
             if isinstance(module, Bottleneck):
+                # Each block starts as the identity, which makes a deep network train from the first step on.
+                # Source: Goyal et al., "Accurate, Large Minibatch SGD" (2017), section 5.1.
                 nn.init.zeros_(module.bn3.weight)
 
     def forward(self, images: Tensor) -> Tensor:
@@ -120,13 +117,7 @@ class ResNet(nn.Module):
 def build_resnet(
     arch: str, num_classes: int = 7, *, dropout: float = 0.0, stochastic_depth: float = 0.0
 ) -> ResNet:
-    """Build a network with random weights.
-
-    Args:
-        arch: `resnet50`, `resnet101` or `resnet152`.
-        num_classes: Outputs of the head.
-        dropout: Dropout probability before the head.
-        stochastic_depth: Probability of skipping the last block.
+    """Build `resnet50`, `resnet101` or `resnet152` with random weights; the options are those of `ResNet`.
 
     Raises:
         ValueError: `arch` is none of the three.

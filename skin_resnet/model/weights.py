@@ -1,7 +1,6 @@
 """Initial weights: random, ImageNet (torchvision's), or from a file."""
 
 import os
-import pickle
 import warnings
 import zipfile
 from pathlib import Path
@@ -24,7 +23,7 @@ def load_weights(network: nn.Module, weights: str, arch: str) -> str:
     Args:
         network: A network from `build_resnet(arch, ...)`.
         weights: `none`, `imagenet`, or the path of a state dict (`.pth`, `.pt`, `.safetensors`).
-        arch: The network's name, for choosing ImageNet weights and for messages.
+        arch: The network's name.
 
     Returns:
         What the network starts from, in words.
@@ -34,11 +33,17 @@ def load_weights(network: nn.Module, weights: str, arch: str) -> str:
     """
     if weights == "none":
         return "random weights"
-    state = _download_imagenet(arch) if weights == "imagenet" else read_state_dict(Path(weights).expanduser())
+    is_file = weights != "imagenet"
+    state = _read_state_dict(Path(weights).expanduser()) if is_file else _download_imagenet(arch)
     expected = network.state_dict()
     fresh = [key for key in HEAD_KEYS if key not in state or state[key].shape != expected[key].shape]
     state = {key: value for key, value in state.items() if key not in fresh}
-    _check_values(state, expected, weights)
+    for key, value in state.items():
+        # Quantized weights are integers, and useless without their scales.
+        if key in expected and value.is_floating_point() != expected[key].is_floating_point():
+            raise UserError(f"weights={weights}: {key!r} is {value.dtype}; save the weights dequantized")
+        if not value.float().isfinite().all():
+            raise UserError(f"weights={weights}: {key!r} has NaN or infinite values; the training diverged")
     try:
         missing, unknown = network.load_state_dict(state, strict=False)
     except RuntimeError as error:  # a line for each shape that differs, below a heading
@@ -56,14 +61,10 @@ def load_weights(network: nn.Module, weights: str, arch: str) -> str:
     return f"weights from {weights}; random head ({expected['fc.bias'].numel()} classes)"
 
 
-def read_state_dict(path: Path) -> dict[str, Tensor]:
-    """Read a state dict from a file without running any code in it.
+def _read_state_dict(path: Path) -> dict[str, Tensor]:
+    """Read a state dict without running any code in its file.
 
-    The state dict may be under `network`, `model` or `state_dict`. A `module.` prefix (of DataParallel) is
-    removed.
-
-    Raises:
-        UserError: There is no such file, or it is not a state dict of tensors.
+    It may be under `network`, `model` or `state_dict`. A `module.` prefix (of DataParallel) is removed.
     """
     if not path.is_file():
         raise UserError(f"weights={path}: there is no file of this name")
@@ -71,27 +72,19 @@ def read_state_dict(path: Path) -> dict[str, Tensor]:
         if path.suffix == ".safetensors":
             import safetensors.torch  # here: a logged model reads its checkpoint without this package
 
-            return dict(safetensors.torch.load_file(path))
-        content = read_torch_file(path)
-    except pickle.UnpicklingError:
+            content: Any = safetensors.torch.load_file(path)
+        else:
+            content = read_torch_file(path)
+        for key in ("network", "model", "state_dict"):  # the first is ours
+            content = content[key] if isinstance(content.get(key), dict) else content
+        return {key.removeprefix("module."): value.detach() for key, value in content.items()}
+    except OSError as error:
+        raise UserError(f"cannot read weights={path}: {error.strerror or error}") from None
+    except Exception:  # a broken file, or one with something else, can raise any
         raise UserError(
-            f"weights={path} is damaged or holds more than tensors, which is never loaded; save "
-            "network.state_dict() instead"
-        ) from None
-    except Exception as error:  # a broken file can raise any
-        reason = (str(error).splitlines() or [type(error).__name__])[0]
-        raise UserError(f"cannot read weights={path}: {reason[:200]}") from None
-    for key in ("network", "model", "state_dict"):  # the first is ours
-        if isinstance(content, dict) and isinstance(content.get(key), dict):
-            content = content[key]
-    if not isinstance(content, dict) or not all(
-        isinstance(key, str) and isinstance(value, Tensor) for key, value in content.items()
-    ):
-        raise UserError(
-            f"weights={path} is no state dict of tensors by name, but a {type(content).__name__}; save "
+            f"weights={path} is damaged, or holds more than the tensors of a state dict; save "
             "network.state_dict()"
-        )
-    return {key.removeprefix("module."): value for key, value in content.items()}
+        ) from None
 
 
 def read_torch_file(path: Path) -> Any:
@@ -121,12 +114,3 @@ def _download_imagenet(arch: str) -> dict[str, Tensor]:
             "state dict, or weights=none"
         ) from None
     return state
-
-
-def _check_values(state: dict[str, Tensor], expected: dict[str, Tensor], weights: str) -> None:
-    for key, value in state.items():
-        # Quantized weights are integers, and useless without their scales.
-        if key in expected and value.is_floating_point() != expected[key].is_floating_point():
-            raise UserError(f"weights={weights}: {key!r} is {value.dtype}; save the weights dequantized")
-        if not value.float().isfinite().all():
-            raise UserError(f"weights={weights}: {key!r} has NaN or infinite values; the training diverged")

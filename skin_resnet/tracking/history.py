@@ -1,9 +1,10 @@
-"""What MLflow holds of earlier runs: histories, predictions, checkpoints and registered models."""
+"""What MLflow holds of earlier runs: histories, predictions, test accesses, checkpoints and models."""
 
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, fields
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -48,22 +49,6 @@ class FinishedRun:
     predictions: pd.DataFrame
 
 
-@dataclass(frozen=True, kw_only=True)
-class RecordedTraining:
-    """What it takes to repeat a finished training.
-
-    Attributes:
-        options: From `config.yaml`.
-        split: The split's CSV.
-        history: As `read_history` returns it.
-    """
-
-    options: dict[str, Any]
-    tags: dict[str, str]
-    split: Path
-    history: pd.DataFrame
-
-
 def read_run(run_id: str, split: str) -> FinishedRun:
     """Read a finished training and its predictions on val or test, without evaluating it again.
 
@@ -86,21 +71,16 @@ def read_run(run_id: str, split: str) -> FinishedRun:
         )
 
 
-def read_training(run_id: str, folder: Path) -> RecordedTraining:
-    """Read what it takes to repeat a finished training; its files are put into the folder.
+def read_training(run_id: str, folder: Path) -> tuple[dict[str, Any], Path]:
+    """Read what it takes to repeat a finished training: its options, and its split as a CSV in the folder.
 
     Raises:
         UserError: There is no such run, or it is not a finished training.
     """
     with _explain(f"run {run_id} is not a finished training"):
-        run = _get_training(run_id)
-        options = _download(run_id, "config.yaml", folder).read_text(encoding="utf-8")
-        return RecordedTraining(
-            options=yaml.safe_load(options),
-            tags=run.data.tags,
-            split=_download(run_id, "data/split.csv", folder),
-            history=read_history(run_id),
-        )
+        _get_training(run_id)
+        options = yaml.safe_load(_download(run_id, "config.yaml", folder).read_text(encoding="utf-8"))
+        return options, _download(run_id, "data/split.csv", folder)
 
 
 def read_history(run_id: str) -> pd.DataFrame:
@@ -192,14 +172,14 @@ def register_model(
 ) -> str:
     """Register a model; it becomes the champion if it beats the present one on val. Return what was done.
 
-    A model that is not better than always predicting the majority class is not registered.
+    A model whose balanced accuracy is not above `baseline`, the majority class's, is not registered.
 
     Args:
         model_uri: From `log_model`.
         name: Of the registered model.
         metrics: Its `val/balanced_accuracy`, and `test/balanced_accuracy` if it was tested; tags of the
             version.
-        baseline: The balanced accuracy of always predicting the majority class.
+        baseline: See above.
         split_hash: The split they were measured on: those of different splits cannot be compared.
     """
     split = "test" if f"test/{_SCORE}" in metrics else "val"
@@ -213,11 +193,8 @@ def register_model(
     version = mlflow.register_model(model_uri, name, tags=tags).version
     client = mlflow.MlflowClient()
     done = f"Registered as {name}, version {version}"
-    try:
+    with suppress(mlflow.MlflowException):  # the first of its name
         champion = client.get_model_version_by_alias(name, CHAMPION)
-    except mlflow.MlflowException:
-        pass  # the first of its name
-    else:
         kept = f"{done}; version {champion.version} stays {CHAMPION}"
         if champion.tags.get("split.hash") != split_hash:
             return f"{kept}: it was measured on another split."
@@ -225,6 +202,32 @@ def register_model(
             return f"{kept}, with a val balanced accuracy of {present:.3f} to {val:.3f}."
     client.set_registered_model_alias(name, CHAMPION, version)
     return f"{done}, the {CHAMPION}: models:/{name}@{CHAMPION}."
+
+
+def log_test_access(run_id: str, split_hash: str, model_run_id: str = "") -> str:
+    """Log that a run evaluates the test split of a model's run (by default its own): when, and how often.
+
+    Returns:
+        A warning if other runs of the experiment have evaluated on it before, else nothing.
+    """
+    client = mlflow.MlflowClient()
+    experiment_id = client.get_run(run_id).info.experiment_id
+    before = client.search_runs([experiment_id], f"tags.`test.accessed` = '{split_hash}'", max_results=1000)
+    client.set_tag(run_id, "test.accessed", split_hash)  # by which the next one finds it
+    model_run_id = model_run_id or run_id
+    with suppress(mlflow.MlflowException):  # the model's run is not in this store
+        log = client.get_run(model_run_id).data.tags.get("test.access_log", "").splitlines()
+        log.append(f"{datetime.now(UTC).isoformat(timespec='seconds')} by {run_id}")
+        client.set_tag(model_run_id, "test.access_log", "\n".join(log))
+        client.set_tag(model_run_id, "test.access_count", str(len(log)))
+    others = {each.info.run_id for each in before} - {run_id}
+    if not others:
+        return ""
+    client.set_tag(run_id, "test.accessed_before", str(len(others)))
+    return (
+        f"**This test split was evaluated before, by {len(others)} run{'s' * (len(others) > 1)} of this "
+        "experiment.** The more often it is used, the more optimistic it becomes: choose models on val."
+    )
 
 
 def _get_training(run_id: str) -> Run:

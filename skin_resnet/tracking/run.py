@@ -20,9 +20,7 @@ from skin_resnet.evaluation.assess import assess
 from skin_resnet.evaluation.page import LEAK_BANNER
 from skin_resnet.evaluation.plots.curves import plot_curves
 from skin_resnet.options import FrozenConfig
-from skin_resnet.tracking import provenance
-from skin_resnet.tracking.epochs import EpochLog, log_best
-from skin_resnet.tracking.log_model import log_model
+from skin_resnet.tracking import records, serving
 from skin_resnet.tracking.store import OUTAGES, hide_password, prepare_store
 from skin_resnet.training import interrupts
 from skin_resnet.training.engine import EpochResult, to_frame
@@ -57,7 +55,7 @@ def open_run(
     before = mlflow.active_run()
     try:
         run = TrackedRun(_start(name, run_id, parent_run_id))
-        run.set_tags({**provenance.read_versions(), **(tags or {})})
+        run.set_tags({**records.read_versions(), **(tags or {})})
     except OUTAGES as error:
         if mlflow.active_run() is not before:  # it was created, but not completely set up
             with contextlib.suppress(*OUTAGES):
@@ -123,11 +121,11 @@ def _explain_outage(error: BaseException, consequence: str = "") -> UserError:
 
 def _end_early(run: "TrackedRun", status: str, error: BaseException) -> None:
     """End a run that did not finish, as far as the tracking store can be reached."""
+    reason = type(error).__name__
     with contextlib.suppress(*OUTAGES):
-        reason = f"{type(error).__name__}: {error}"[:5000]
-        run.describe(f"failed: {error}" if status == "FAILED" else f"interrupted ({type(error).__name__})")
+        run.describe(f"failed: {error}" if status == "FAILED" else f"interrupted ({reason})")
         if status == "FAILED":
-            run.set_tags({"failure": reason})
+            run.set_tags({"failure": f"{reason}: {error}"[:5000]})
     with contextlib.suppress(*OUTAGES):
         mlflow.end_run(status)
     run.remove_checkpoints(keep_state=True)
@@ -144,7 +142,7 @@ class TrackedRun:
         self.run_id = run_id
         self._client = mlflow.MlflowClient()
         self._training: TrainStart | None = None
-        self._epochs = EpochLog(run_id)
+        self._epochs = records.EpochLog(run_id)
 
     def log_params(self, config: FrozenConfig) -> None:
         """Log every option as a param, and all of them as `config.yaml`, from which they are read back.
@@ -168,20 +166,12 @@ class TrackedRun:
         """Set tags, their values as text."""
         self._client.log_batch(self.run_id, tags=[RunTag(name, str(value)) for name, value in tags.items()])
 
-    def read_tags(self) -> dict[str, str]:
-        """Return all tags."""
-        return dict(self._client.get_run(self.run_id).data.tags)
-
     def describe(self, markdown: str) -> None:
         """Set the description, which the run's page shows first."""
         self.set_tags({"mlflow.note.content": markdown})
 
     def log_artifacts(self, files: Mapping[str, Any]) -> None:
-        """Log artifacts by path.
-
-        Args:
-            files: Each a data frame (written as CSV), a text, a dict or list (JSON or YAML, by the path's
-                ending; NaN as null), or a matplotlib figure (PNG).
+        """Log artifacts by path: a data frame as CSV, a dict or list as JSON or YAML, a figure, or a text.
 
         Raises:
             UserError: They cannot be written.
@@ -189,8 +179,8 @@ class TrackedRun:
         with _explain_full_folder():
             for path, content in files.items():
                 if isinstance(content, pd.DataFrame):
-                    self._client.log_text(self.run_id, content.to_csv(index=False), path)
-                elif isinstance(content, str):
+                    content = content.to_csv(index=False)
+                if isinstance(content, str):
                     self._client.log_text(self.run_id, content, path)
                 elif isinstance(content, dict | list):
                     self._client.log_dict(self.run_id, _to_plain(content), path)
@@ -200,16 +190,16 @@ class TrackedRun:
     def log_model(self, checkpoint: Path, classes: tuple[str, ...]) -> str:
         """Log the model that serves a checkpoint, which travels in it, and return the model's URI."""
         with _explain_full_folder():
-            return log_model(checkpoint, classes)
+            return serving.log_model(checkpoint, classes)
 
     def on_start(self, start: TrainStart) -> None:
         """Log options, hardware, data and split of a training that begins or is resumed."""
         self._training = start
-        self._epochs = EpochLog(self.run_id, start.history)
-        self.log_params(start.config)
-        self.set_tags(provenance.describe_start(start))
-        self.log_artifacts(provenance.list_data_files(start.data))
-        for split, dataset in provenance.build_datasets(start.data, start.config.data):
+        self._epochs = records.EpochLog(self.run_id, start.point.history)
+        self.log_params(start.point.config)
+        self.set_tags(records.describe_start(start))
+        self.log_artifacts(records.list_data_files(start.data))
+        for split, dataset in records.build_datasets(start.data, start.point.config.data):
             mlflow.log_input(dataset, context=split)
 
     def on_epoch(self, result: EpochResult) -> None:
@@ -219,7 +209,7 @@ class TrackedRun:
     def on_end(self, result: TrainResult) -> None:
         """Log the best epoch, the curves and the evaluation on val."""
         self._epochs.finish()
-        log_best(self.run_id, result.best)
+        records.log_best(self.run_id, result.best)
         self.set_tags({"best.sha256": result.weights_sha256})
         best, val = result.best.epoch, result.data.select(result.data.split.val)
         assessment = assess(
@@ -235,8 +225,8 @@ class TrackedRun:
 
     def remove_checkpoints(self, *, keep_state: bool = False) -> None:
         """Remove a training's checkpoints; with `keep_state` only if it cannot be resumed from them."""
-        if self._training and not (keep_state and self._training.folder.last.exists()):
-            self._training.folder.remove()
+        if self._training and not (keep_state and self._training.point.folder.last.exists()):
+            self._training.point.folder.remove()
 
 
 @contextmanager

@@ -4,7 +4,9 @@ MLflow runs this file as the model's code ("models from code"): nothing is pickl
 is logged with it (`code_paths`), so that the model loads where the package is not installed.
 """
 
+import importlib.metadata
 import io
+import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +18,7 @@ from mlflow.pyfunc.model import PythonModel
 from mlflow.types import ColSpec, DataType, Schema
 from PIL import Image
 
+import skin_resnet
 from skin_resnet.data.decode import BadImageError, decode_image
 from skin_resnet.model.preprocess import normalize, to_float
 from skin_resnet.model.resnet import build_resnet
@@ -26,21 +29,37 @@ REQUIREMENTS = ("torch", "torchvision", "numpy", "pandas", "pillow")
 BATCH_SIZE = 64
 
 
-def build_signature(classes: tuple[str, ...]) -> ModelSignature:
-    """Return the signature: an image file's bytes in, the diagnosis and each class's probability out."""
-    return ModelSignature(
-        inputs=Schema([ColSpec(DataType.binary, "image")]),
-        outputs=Schema(
-            [ColSpec(DataType.string, "prediction"), *(ColSpec(DataType.double, name) for name in classes)]
-        ),
-    )
+def log_model(checkpoint: Path, classes: tuple[str, ...]) -> str:
+    """Log a checkpoint and the code that serves it as a model of the active run, and return its URI."""
+    inputs = Schema([ColSpec(DataType.binary, "image")])
+    columns = {"prediction": DataType.string, **dict.fromkeys(classes, DataType.double)}
+    outputs = Schema([ColSpec(kind, name) for name, kind in columns.items()])
+    example = io.BytesIO()
+    Image.new("RGB", (64, 48), (222, 178, 154)).save(example, "PNG")
+    with tempfile.TemporaryDirectory() as folder:
+        info = mlflow.pyfunc.log_model(
+            name="model",
+            python_model=__file__,
+            code_paths=[str(_copy_package(Path(folder)))],
+            artifacts={"checkpoint": str(checkpoint)},
+            signature=ModelSignature(inputs, outputs),
+            input_example=pd.DataFrame({"image": [example.getvalue()]}),
+            pip_requirements=[
+                f"{name}=={importlib.metadata.version(name).split('+')[0]}" for name in REQUIREMENTS
+            ],
+        )
+    return str(info.model_uri)
 
 
-def draw_example() -> pd.DataFrame:
-    """Return a valid input, to try a served model with: one plain skin-coloured image."""
-    file = io.BytesIO()
-    Image.new("RGB", (64, 48), (222, 178, 154)).save(file, "PNG")
-    return pd.DataFrame({"image": [file.getvalue()]})
+def _copy_package(folder: Path) -> Path:
+    # Without caches: MLflow takes along whatever lies in the folder.
+    package = Path(skin_resnet.__file__).parent
+    for file in package.rglob("*"):
+        if file.suffix in {".py", ".csv"}:
+            copy = folder / file.relative_to(package.parent)
+            copy.parent.mkdir(parents=True, exist_ok=True)
+            copy.write_bytes(file.read_bytes())
+    return folder / package.name
 
 
 class LesionClassifier(PythonModel):
@@ -60,15 +79,7 @@ class LesionClassifier(PythonModel):
     def predict(
         self, context: Any, model_input: pd.DataFrame, params: dict[str, Any] | None = None
     ) -> pd.DataFrame:
-        """Classify images.
-
-        Args:
-            context: From MLflow; unused.
-            model_input: The column `image` holds the bytes of image files.
-            params: Unused.
-
-        Returns:
-            A row per image: `prediction`, the most probable class, and each class's probability.
+        """Return a row per image file in the column `image`: the most probable class, and all probabilities.
 
         Raises:
             BadImageError: An image cannot be decoded; the message names its row.

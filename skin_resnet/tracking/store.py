@@ -47,40 +47,44 @@ def prepare_store() -> None:
     _prepare(mlflow.get_tracking_uri(), Path.cwd())
 
 
-def check_store() -> str:
-    """Check the tracking store without creating anything, and return where it is.
+@cache
+def _prepare(uri: str, folder: Path) -> None:
+    """Prepare the store at a URI, which may be relative to the current folder."""
+    check_store(create=True)
+    # The experiment that the environment names: MLflow fails if two processes create it at once.
+    name = os.environ.get("MLFLOW_EXPERIMENT_NAME")
+    if name:
+        with suppress(mlflow.MlflowException):  # it exists, or the run says what is wrong
+            mlflow.MlflowClient().create_experiment(name)
+
+
+def check_store(*, create: bool = False) -> str:
+    """Check the tracking store, create its sqlite database only if told to, and return where it is.
 
     Raises:
         UserError: The store cannot be used.
     """
     uri = mlflow.get_tracking_uri()
-    is_created = _check(uri, create=False)
-    return hide_password(uri) + ("" if is_created else ", created by the first run")
-
-
-@cache
-def _prepare(uri: str, folder: Path) -> None:
-    """Prepare the store at a URI, which may be relative to the current folder."""
-    _check(uri, create=True)
-
-
-def _check(uri: str, *, create: bool) -> bool:
-    """Check a store; return whether it exists."""
+    shown = hide_password(uri)
     _quiet_mlflow()
     try:
         file = _find_sqlite_file(uri)
         if file and not _is_complete(file):
             if not create:
-                return False
+                return f"{shown}, created by the first run"
             _create_database(make_url(uri), file)
         _connect(uri)
-        if create:
-            _create_experiment()
     except UserError:
         raise
     except Exception as error:  # drivers, servers and damaged files fail in ways that nobody can list
-        raise _explain(uri, error) from None
-    return True
+        reason = " ".join(str(getattr(error, "orig", None) or error).split()) or type(error).__name__
+        if isinstance(error, requests.ConnectionError | requests.Timeout):
+            reason = "no server answers there"
+        raise UserError(
+            f"cannot track runs in {shown}: {hide_password(reason)[:240]}; check MLFLOW_TRACKING_URI, or "
+            "unset it to use ./mlflow.db"
+        ) from None
+    return shown
 
 
 def _quiet_mlflow() -> None:
@@ -92,17 +96,6 @@ def _quiet_mlflow() -> None:
     os.environ.setdefault("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false")
     # With MLflow's seven retries each epoch would wait for minutes while the server is away.
     os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "2")
-
-
-def _explain(uri: str, error: Exception) -> UserError:
-    if isinstance(error, requests.ConnectionError | requests.Timeout):
-        reason = "no server answers there"
-    else:
-        reason = " ".join(str(getattr(error, "orig", None) or error).split()) or type(error).__name__
-    return UserError(
-        f"cannot track runs in {hide_password(uri)}: {hide_password(reason)[:240]}; check "
-        "MLFLOW_TRACKING_URI, or unset it to use ./mlflow.db"
-    )
 
 
 def _find_sqlite_file(uri: str) -> Path | None:
@@ -123,10 +116,7 @@ def _is_complete(file: Path) -> bool:
         sqlite3.Error: It cannot be read.
     """
     if file.is_dir():
-        raise UserError(
-            f"the tracking database {file} is a folder; set MLFLOW_TRACKING_URI to a file in it, like "
-            f"sqlite:///{file}/mlflow.db"
-        )
+        raise UserError(f"the tracking database {file} is a folder; set MLFLOW_TRACKING_URI to a file in it")
     if not file.exists() or not file.stat().st_size:
         return False
     if not os.access(file, os.R_OK | os.W_OK):
@@ -134,20 +124,19 @@ def _is_complete(file: Path) -> bool:
     # Not read-only: what a killed writer left half done is rolled back.
     with closing(sqlite3.connect(f"{file.as_uri()}?mode=rw", uri=True, timeout=_TIMEOUT_S)) as database:
         tables = {name for (name,) in database.execute("SELECT name FROM sqlite_master WHERE type = 'table'")}
-
-        def count(table: str) -> int:
-            return table in tables and int(database.execute(f"SELECT count(*) FROM {table}").fetchone()[0])
-
-        # MLflow creates its tables in many steps, and then an experiment; without one nothing can be lost.
-        if count("experiments"):
-            if count("alembic_version") and tables >= _TABLES:
-                return True
-        elif not tables or ("experiments" in tables and (tables >= _TABLES or tables <= _TABLES)):
-            return False
-    missing = ", ".join(sorted((_TABLES | {"alembic_version"}) - tables)) or "schema version"
+        has_rows = {
+            table: table in tables and bool(database.execute(f"SELECT 1 FROM {table} LIMIT 1").fetchone())
+            for table in ("experiments", "alembic_version")
+        }
+    if all(has_rows.values()) and tables >= _TABLES:
+        return True
+    # MLflow creates its tables in many steps, and then an experiment; without one nothing can be lost.
+    is_mlflows = "experiments" in tables and (tables >= _TABLES or tables <= _TABLES)
+    if not tables or (is_mlflows and not has_rows["experiments"]):
+        return False
     raise UserError(
-        f"{file} is not a complete MLflow database (no {missing}); restore it from a backup, move it away, "
-        "or set MLFLOW_TRACKING_URI to another file"
+        f"{file} is not a complete MLflow database; restore it from a backup, move it away, or set "
+        "MLFLOW_TRACKING_URI to another file"
     )
 
 
@@ -156,7 +145,12 @@ def _create_database(url: URL, file: Path) -> None:
     file.parent.mkdir(parents=True, exist_ok=True)
     lock = Path(f"{file}.lock")
     with FileLock(lock, timeout=60):
-        if not _wait_until_complete(file):
+        # `mlflow run` and `mlflow server` create it without our lock: wait as long as something writes to it.
+        while not (is_complete := _is_complete(file)) and file.exists():
+            if time.time() - file.stat().st_mtime > _TIMEOUT_S:
+                break
+            time.sleep(0.2)
+        if not is_complete:
             partial = file.with_name(f"{file.name}.partial")
             _remove(partial)  # of a process that was killed
             partial_uri = url.set(database=str(partial)).render_as_string()
@@ -168,18 +162,6 @@ def _create_database(url: URL, file: Path) -> None:
         # Whoever still waits for this lock, or makes a new one, finds the database complete.
         with suppress(OSError):
             lock.unlink()
-
-
-def _wait_until_complete(file: Path) -> bool:
-    """Wait as long as something writes to an incomplete database; return whether it is complete then.
-
-    `mlflow run` and `mlflow server` create it without our lock.
-    """
-    while not (is_complete := _is_complete(file)):
-        if not file.exists() or time.time() - file.stat().st_mtime > _TIMEOUT_S:
-            break
-        time.sleep(0.2)
-    return is_complete
 
 
 def _remove(database: Path) -> None:
@@ -203,12 +185,3 @@ def _connect(uri: str) -> None:
             url = url.update_query_dict({"connect_timeout": str(_TIMEOUT_S)})
         sqlalchemy.create_engine(url, poolclass=NullPool).connect().close()
     mlflow.MlflowClient().search_experiments(max_results=1)
-
-
-def _create_experiment() -> None:
-    """Create the experiment that the environment names: MLflow fails if two processes do so at once."""
-    name = os.environ.get("MLFLOW_EXPERIMENT_NAME")
-    client = mlflow.MlflowClient()
-    if name and not client.get_experiment_by_name(name):
-        with suppress(mlflow.MlflowException):  # another process was faster, or the run says what is wrong
-            client.create_experiment(name)

@@ -31,7 +31,6 @@ def save_checkpoint(path: Path, content: dict[str, Any]) -> None:
             file.flush()
             os.fsync(file.fileno())
         temporary.replace(path)
-        _sync_folder(path.parent)
     except (OSError, RuntimeError) as error:
         # torch reports a full disk as a RuntimeError about positions in the file, caused by an OSError.
         cause = error if isinstance(error, OSError) else error.__context__
@@ -46,16 +45,6 @@ def save_checkpoint(path: Path, content: dict[str, Any]) -> None:
             temporary.unlink()
 
 
-def _sync_folder(folder: Path) -> None:
-    # A rename is on the disk only after its folder is; where that cannot be had, the file is whole.
-    with contextlib.suppress(OSError):
-        descriptor = os.open(folder, os.O_RDONLY)
-        try:
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)
-
-
 def read_checkpoint(path: Path) -> dict[str, Any]:
     """Read what `save_checkpoint` wrote, onto the CPU.
 
@@ -65,16 +54,16 @@ def read_checkpoint(path: Path) -> dict[str, Any]:
     if not path.is_file():
         raise UserError(f"there is no checkpoint {path}")
     try:
-        content = read_torch_file(path)
+        content = dict(read_torch_file(path))
+        found = content["format"]
     except Exception:  # a broken file can raise any
         raise UserError(f"{path} is not a checkpoint, or it is damaged") from None
-    found = content.get("format") if isinstance(content, dict) else None
     if found != FORMAT:
         raise UserError(
             f"{path} is not a checkpoint of this version (its format is {found}, not {FORMAT}); train again, "
             "or use the version that wrote it"
         )
-    return dict(content)
+    return content
 
 
 def hash_network(network: dict[str, Tensor]) -> str:
@@ -126,9 +115,7 @@ class RunFolder:
 
     def remove(self) -> None:
         """Remove the checkpoints and release the folder."""
-        for path in (self.last, self.best):
-            path.unlink(missing_ok=True)
-        for path in self.path.glob(".*.tmp"):
+        for path in (self.last, self.best, *self.path.glob(".*.tmp")):
             path.unlink(missing_ok=True)
         self.release()
 
@@ -143,10 +130,7 @@ class RunFolder:
                 f"cannot resume run {self.path.name}: {self.path} has no {self.last.name}. It has finished, "
                 "never started training, or has another checkpoint_dir"
             )
-        state = read_checkpoint(self.last)
-        if "history" not in state:
-            raise UserError(f"cannot resume from {self.last}: it holds a network, but no training state")
-        return state
+        return read_checkpoint(self.last)
 
 
 def list_interrupted(checkpoint_dir: Path) -> list[RunFolder]:
@@ -155,7 +139,7 @@ def list_interrupted(checkpoint_dir: Path) -> list[RunFolder]:
     for path in checkpoint_dir.glob("*/last.pt"):
         with contextlib.suppress(OSError):  # its run has finished meanwhile
             ages[path] = path.stat().st_mtime
-    return [RunFolder(path.parent) for path in sorted(ages, key=lambda path: ages[path], reverse=True)]
+    return [RunFolder(path.parent) for path in sorted(ages, key=ages.__getitem__, reverse=True)]
 
 
 def clean_up_killed(checkpoint_dir: Path, end_run: Callable[[str], str]) -> None:

@@ -1,6 +1,4 @@
-"""Devices, precision and processes: what a training runs on, and how several devices are started."""
-
-import os
+"""What a training runs on: devices and precision, and what to do when memory is full."""
 
 import torch
 from lightning_fabric import Fabric
@@ -8,46 +6,19 @@ from lightning_fabric.plugins.environments.lightning import LightningEnvironment
 
 from skin_resnet.config import TrainConfig
 from skin_resnet.errors import UserError
-from skin_resnet.training.worker import get_worker_task
-
-
-class _OwnLaunch(LightningEnvironment):
-    """Takes ranks from our own launch only, whatever a scheduler or torchrun has left in the environment."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self._is_worker = get_worker_task() is not None
-        if not self._is_worker:
-            os.environ.pop("MASTER_PORT", None)  # a free port is chosen
-
-    @property
-    def creates_processes_externally(self) -> bool:
-        return self._is_worker
-
-    @property
-    def main_address(self) -> str:
-        return "127.0.0.1"
-
-    def local_rank(self) -> int:
-        return int(os.environ["LOCAL_RANK"]) if self._is_worker else 0
-
-    def node_rank(self) -> int:
-        return 0
+from skin_resnet.training import ignore_foreign_ranks
 
 
 def build_fabric(device: str, precision: str, devices: int) -> Fabric:
-    """Choose device and precision.
+    """Choose device (`auto`, `cpu`, `cuda`, `mps`) and precision (`auto`, `fp32`, `bf16`).
 
-    Args:
-        device: `auto`, `cpu`, `cuda` or `mps`.
-        precision: `auto`, `fp32` or `bf16`.
-        devices: How many; each gets a process of its own from `fabric.launch()`.
+    With several devices, `fabric.launch()` starts a process for each further one.
 
     Raises:
         UserError: This machine does not have them.
     """
-    has = {"cpu": True, "cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
-    accelerator = next(name for name in ("cuda", "mps", "cpu") if has[name]) if device == "auto" else device
+    has = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
+    accelerator = next(name for name in has if has[name]) if device == "auto" else device
     if not has[accelerator]:
         raise UserError(f"device={device}: this machine has none; use device=auto or device=cpu")
     if accelerator == "cuda" and devices > torch.cuda.device_count():
@@ -57,12 +28,13 @@ def build_fabric(device: str, precision: str, devices: int) -> Fabric:
         precision == "auto" and accelerator == "cuda" and torch.cuda.is_bf16_supported()
     )
     torch.backends.cudnn.benchmark = accelerator == "cuda"
+    ignore_foreign_ranks()
     return Fabric(
         accelerator=accelerator,
         devices=devices,
         strategy="ddp" if devices > 1 else "auto",
         precision="bf16-mixed" if bf16 else "32-true",
-        plugins=[_OwnLaunch()],
+        plugins=[LightningEnvironment()],  # not what a scheduler's variables make Lightning choose
     )
 
 

@@ -76,12 +76,17 @@ def to_frame(history: Iterable[EpochResult]) -> pd.DataFrame:
     return pd.DataFrame([result.to_metrics() for result in history], index=index)
 
 
+def find_best(history: Sequence[EpochResult], metric: str) -> EpochResult:
+    """Return the best epoch by a val metric, the first of equals: the lowest `loss`, or else the highest."""
+    sign = -1 if metric == "loss" else 1
+    scores = np.array([sign * getattr(result.val, metric) for result in history])
+    return history[int(np.argmax(np.where(np.isnan(scores), -np.inf, scores)))]
+
+
 class NonFiniteLossError(UserError):
     """The loss became NaN or infinite: training stops, since nothing after it can be trusted.
 
-    Args:
-        message: For the user.
-        positions: Where in the training split the images of that batch stand.
+    `positions` are where the images of that batch stand in the training split.
     """
 
     def __init__(self, message: str, positions: Sequence[int] = ()) -> None:
@@ -118,9 +123,10 @@ def fit(
         if not np.isfinite(scored).all():
             # The loss was finite to the end: the last batch broke the network.
             last = next(train.shuffled(state.config.seed, state.epoch, len(train) - 1))
-            what, lr = "a prediction on val", state.config.lr
-            raise build_non_finite_error(what, "nan", state.epoch + 1, lr, last.positions)
-        train_metrics, val_metrics = _measure(trained), _measure((scored, val.targets))
+            raise build_non_finite_error(
+                "a prediction on val", "nan", state.epoch + 1, state.config.lr, last.positions
+            )
+        train_metrics, val_metrics = _measure(*trained), _measure(scored, val.targets)
         state.val_probabilities = scored
         state.end_epoch(val_metrics.loss)
         yield EpochResult(
@@ -156,9 +162,8 @@ def _train_epoch(
         loss = compute_loss(logits, targets, state.class_weights, config.label_smoothing)
         fabric.backward(loss)
         if config.grad_clip > 0:
-            fabric.clip_gradients(
-                state.model, state.optimizer, max_norm=config.grad_clip, error_if_nonfinite=False
-            )
+            norm = config.grad_clip
+            fabric.clip_gradients(state.model, state.optimizer, max_norm=norm, error_if_nonfinite=False)
         state.optimizer.step()
         state.optimizer.zero_grad()
         state.update_ema(state.epoch * len(train) + step)
@@ -169,8 +174,10 @@ def _train_epoch(
         on_batch()
     if fabric.world_size > 1:
         seen = _sum_over_ranks(seen, fabric)
+        # BatchNorm's statistics: each rank has seen its own images only.
         for network in {state.network, state.scored_network}:
-            _average_buffers(network, fabric)
+            for buffer in filter(Tensor.is_floating_point, network.buffers()):
+                buffer.copy_(fabric.all_reduce(buffer, reduce_op="mean"))  # type: ignore[arg-type]
     return _to_probabilities(seen[:, 1:]), seen[:, 0].long().cpu()
 
 
@@ -246,19 +253,11 @@ def _sum_over_ranks(values: Tensor, fabric: Fabric) -> Tensor:
     return fabric.all_reduce(values, reduce_op="sum")  # type: ignore[return-value]
 
 
-def _average_buffers(network: nn.Module, fabric: Fabric) -> None:
-    """Average BatchNorm's statistics over the ranks, each of which has seen its own images only."""
-    for buffer in network.buffers():
-        if buffer.is_floating_point():
-            buffer.copy_(fabric.all_reduce(buffer, reduce_op="mean"))  # type: ignore[arg-type]
-
-
 def _to_probabilities(values: Tensor) -> NDArray[np.float64]:
     probabilities = values.cpu().numpy().astype(np.float64)
     normalised: NDArray[np.float64] = probabilities / probabilities.sum(axis=1, keepdims=True)
     return normalised
 
 
-def _measure(predicted: tuple[NDArray[np.float64], Tensor]) -> Metrics:
-    probabilities, targets = predicted
+def _measure(probabilities: NDArray[np.float64], targets: Tensor) -> Metrics:
     return compute_metrics(Predictions(probabilities=probabilities, targets=targets.numpy(), image_ids=()))

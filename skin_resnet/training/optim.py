@@ -1,7 +1,6 @@
 """Loss, optimizer and learning-rate schedule."""
 
 import math
-from typing import Any
 
 import numpy as np
 import torch
@@ -32,11 +31,7 @@ def build_optimizer(network: nn.Module, config: TrainConfig) -> torch.optim.Opti
 def compute_lr_factor(schedule: str, step: int, warmup_steps: int, total_steps: int) -> float:
     """Return the share of the peak learning rate at a step, counted from 0.
 
-    Args:
-        schedule: `constant`, `cosine` or `plateau` (after a linear warm-up), or `onecycle`.
-        step: The next step.
-        warmup_steps: Steps of the linear rise; the first step is already above 0.
-        total_steps: Steps of the whole training.
+    `constant`, `cosine` and `plateau` begin with a linear warm-up, whose first step is already above 0.
     """
     if schedule == "onecycle":
         return _one_cycle(step, total_steps)
@@ -61,13 +56,7 @@ def _one_cycle(step: int, total_steps: int) -> float:
 
 
 class Schedule:
-    """Sets the learning rate of every step, and lowers it when val stops improving (`plateau`).
-
-    Args:
-        optimizer: Whose parameter groups are set.
-        config: Peak, schedule, warm-up and epochs.
-        steps_per_epoch: Optimizer steps in an epoch.
-    """
+    """Sets the learning rate of every step, and lowers it when val stops improving (`plateau`)."""
 
     PLATEAU_PATIENCE = 3  # epochs without a lower val loss before the rate falls
     PLATEAU_FACTOR = 0.3
@@ -77,14 +66,13 @@ class Schedule:
         self._config = config
         self._warmup_steps = round(config.warmup_epochs * steps_per_epoch)
         self._total_steps = config.epochs * steps_per_epoch
-        self._reduction = 1.0
-        self._lowest_loss = math.inf
-        self._epochs_without = 0
+        # What `end_epoch` gathers; all else follows from the step.
+        self._plateau = {"reduction": 1.0, "lowest_loss": math.inf, "epochs_without": 0}
 
     def set_lr(self, step: int) -> float:
         """Set the learning rate for a step, counted from 0 over the whole training, and return it."""
         factor = compute_lr_factor(self._config.lr_schedule, step, self._warmup_steps, self._total_steps)
-        lr = self._config.lr * factor * self._reduction
+        lr = self._config.lr * factor * self._plateau["reduction"]
         for group in self._optimizer.param_groups:
             group["lr"] = lr
         return lr
@@ -93,27 +81,21 @@ class Schedule:
         """Add the val loss of an epoch."""
         if self._config.lr_schedule != "plateau":
             return
-        if val_loss < self._lowest_loss:
-            self._lowest_loss, self._epochs_without = val_loss, 0
+        if val_loss < self._plateau["lowest_loss"]:
+            self._plateau.update(lowest_loss=val_loss, epochs_without=0)
             return
-        self._epochs_without += 1
-        if self._epochs_without > self.PLATEAU_PATIENCE:
-            self._reduction *= self.PLATEAU_FACTOR
-            self._epochs_without = 0
+        self._plateau["epochs_without"] += 1
+        if self._plateau["epochs_without"] > self.PLATEAU_PATIENCE:
+            self._plateau["reduction"] *= self.PLATEAU_FACTOR
+            self._plateau["epochs_without"] = 0
 
-    def state_dict(self) -> dict[str, Any]:
-        """Return what `end_epoch` has gathered; all else follows from the step."""
-        return {
-            "reduction": self._reduction,
-            "lowest_loss": self._lowest_loss,
-            "epochs_without": self._epochs_without,
-        }
+    def state_dict(self) -> dict[str, float]:
+        """Return all of its state."""
+        return dict(self._plateau)
 
-    def load_state_dict(self, state: dict[str, Any]) -> None:
+    def load_state_dict(self, state: dict[str, float]) -> None:
         """Restore what `state_dict` returned."""
-        self._reduction = state["reduction"]
-        self._lowest_loss = state["lowest_loss"]
-        self._epochs_without = state["epochs_without"]
+        self._plateau = dict(state)
 
 
 def compute_class_weights(counts: NDArray[np.int64], weighting: str) -> Tensor:

@@ -2,17 +2,13 @@
 
 import contextlib
 import dataclasses
-import time
-from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 from skin_resnet.config import TrainConfig
 from skin_resnet.errors import UserError
 from skin_resnet.options import format_value
-from skin_resnet.training import interrupts
-from skin_resnet.training.checkpoint import RunFolder, list_interrupted, read_checkpoint, save_checkpoint
+from skin_resnet.training.checkpoint import RunFolder, list_interrupted, read_checkpoint
 from skin_resnet.training.engine import EpochResult, build_non_finite_error
 from skin_resnet.training.state import TrainingState
 
@@ -63,21 +59,20 @@ def find_resume_point(config: TrainConfig) -> ResumePoint | None:
 def _hold_and_read(folder: RunFolder, config: TrainConfig, *, takes_defaults: bool = True) -> ResumePoint:
     """Hold a run's folder, read its state, and merge the options that may change into its own.
 
-    Args:
-        folder: The run's.
-        config: The given options.
-        takes_defaults: Whether an option that is given at its default is the run's own: `mlflow run` passes
-            every option, so it was probably not asked for.
+    With `takes_defaults`, an option given at its default is the run's own: `mlflow run` passes every option,
+    so it was probably not asked for.
     """
     folder.acquire()
     try:
         saved = folder.read_state()
-        own, defaults = TrainConfig.model_validate(saved["config"]), TrainConfig.model_validate({})
+        if saved["history"]:
+            read_checkpoint(folder.best)  # damaged, the best epoch so far would be lost
+        own, default = TrainConfig.model_validate(saved["config"]), TrainConfig.model_validate({})
         changes = {"resume": config.resume}
         for name in TrainConfig.model_fields:
             value, before = getattr(config, name), getattr(own, name)
-            is_given = value != before and not (takes_defaults and value == getattr(defaults, name))
-            if not is_given or name == "resume":
+            is_own = value == before or (takes_defaults and value == getattr(default, name))
+            if is_own or name == "resume":
                 continue
             if name not in _MAY_CHANGE or (name == "data" and not takes_defaults):
                 raise UserError(
@@ -85,27 +80,17 @@ def _hold_and_read(folder: RunFolder, config: TrainConfig, *, takes_defaults: bo
                     f"resumed with {name}={format_value(value)}; leave the option out, or start a new run"
                 )
             changes[name] = value
-        if saved["history"]:
-            read_checkpoint(folder.best)  # damaged, the best epoch so far would be lost
         return ResumePoint(folder=folder, config=own.with_changes(**changes), saved=saved)
     except BaseException:
         folder.release()
         raise
 
 
-def describe_state(
-    state: TrainingState, fingerprint: str, history: list[EpochResult], run_id: str
-) -> dict[str, Any]:
+def describe_state(state: TrainingState, fingerprint: str, history: list[EpochResult]) -> dict[str, Any]:
     """Return all that another process needs to continue exactly here.
 
     Early stopping and the best epoch follow from the history; order, augmentation and dropout from seed,
     epoch and step.
-
-    Args:
-        state: What training changes.
-        fingerprint: Of the data that it is trained on.
-        history: The epochs that have finished.
-        run_id: The run's.
 
     Raises:
         NonFiniteLossError: The network is broken. A GPU's losses are checked less often than states are
@@ -116,7 +101,6 @@ def describe_state(
         raise build_non_finite_error("the loss", "nan", state.epoch + 1, state.config.lr, positions)
     return {
         "config": state.config.model_dump(mode="json"),
-        "run_id": run_id,
         "data_fingerprint": fingerprint,
         "state": state.state_dict(),
         "history": [dataclasses.asdict(result) for result in history],
@@ -138,37 +122,3 @@ def restore(point: ResumePoint, state: TrainingState, fingerprint: str) -> None:
             f"was interrupted ({fingerprint} instead of {before}); restore the data, or start a new run"
         )
     state.load_state_dict(point.saved["state"])
-
-
-class StateSaver:
-    """Saves a training's whole state: on request, every few minutes, and when the process is asked to end.
-
-    Args:
-        path: Where.
-        describe: Returns what to save.
-        minutes: Between two savings within an epoch; 0: save at the end of epochs only.
-    """
-
-    def __init__(self, path: Path, describe: Callable[[], dict[str, Any]], minutes: float) -> None:
-        self._path, self._describe, self._pause_s = path, describe, 60 * minutes
-        self._saved_at_s = time.monotonic()  # a clock that nobody sets back
-
-    def save(self) -> None:
-        """Save the state as it is.
-
-        Raises:
-            UserError: It cannot be written; the one before is still there.
-        """
-        save_checkpoint(self._path, self._describe())
-        self._saved_at_s = time.monotonic()
-
-    def on_batch(self) -> None:
-        """Save if it is time to, and check for signals.
-
-        Raises:
-            KeyboardInterrupt: The process was asked to end; everything up to here is saved.
-        """
-        is_due = time.monotonic() - self._saved_at_s >= self._pause_s or interrupts.is_asked()
-        if self._pause_s > 0 and is_due:
-            self.save()
-        interrupts.check()

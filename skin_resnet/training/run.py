@@ -1,6 +1,7 @@
 """A training from its data to its best network: what `train`, `reproduce` and a search's trials all run."""
 
 import os
+import time
 from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import dataclass
@@ -18,15 +19,13 @@ from skin_resnet.evaluation.calibration import Calibration, fit_calibration
 from skin_resnet.evaluation.metrics import Predictions
 from skin_resnet.model.resnet import build_resnet
 from skin_resnet.model.weights import load_weights
-from skin_resnet.training import interrupts
+from skin_resnet.training import get_worker_task, interrupts, start_workers_with
 from skin_resnet.training.checkpoint import RunFolder, hash_network, read_checkpoint, save_checkpoint
 from skin_resnet.training.device import build_fabric
-from skin_resnet.training.early_stopping import BestEpoch
-from skin_resnet.training.engine import EpochResult, NonFiniteLossError, fit
+from skin_resnet.training.engine import EpochResult, NonFiniteLossError, find_best, fit
 from skin_resnet.training.progress import describe_epoch, describe_start, show_progress
-from skin_resnet.training.resume import ResumePoint, StateSaver, describe_state, restore
+from skin_resnet.training.resume import ResumePoint, describe_state, restore
 from skin_resnet.training.state import TrainingState, build_state
-from skin_resnet.training.worker import get_worker_task, start_workers_with
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -34,21 +33,14 @@ class TrainStart:
     """A training that is about to begin, or to be resumed.
 
     Attributes:
-        fingerprint: Of the split and every pixel.
         weights: What the network starts from, in words.
-        precision: Fabric's name of it.
-        history: The epochs that a resumed run had finished.
-        folder: Where its checkpoints are until the run ends.
+        point: Its options, the epochs that a resumed run had finished, and where its checkpoints are.
     """
 
-    config: TrainConfig
     data: PreparedData
-    fingerprint: str
+    fabric: Fabric
     weights: str
-    device: torch.device
-    precision: str
-    history: tuple[EpochResult, ...]
-    folder: RunFolder
+    point: ResumePoint
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -167,39 +159,28 @@ class _Training:
         self._tracker, self._point = tracker, point
         self._train, self._val = data.build_loaders(fabric, self._config.batch_size)
         self._state, weights = _build_state(self._config, data, fabric, self._train)
-        self._fingerprint = data.fingerprint
-        restore(point, self._state, self._fingerprint)
+        restore(point, self._state, data.fingerprint)
         self._history = point.history
-        self._best = BestEpoch(self._config.best_by, self._config.patience)
-        for result in self._history:
-            self._best.update(result)
-        self._saver = self._build_saver() if saves_state and fabric.is_global_zero else None
+        self._saves_state = saves_state and fabric.is_global_zero
+        self._saved_at_s = time.monotonic()  # a clock that nobody sets back
         self._say(describe_start(self._config, data, fabric, weights))
         if point.saved:
             self._say(f"resumed   after epoch {self._state.epoch}, batch {self._state.step}")
         if tracker:
-            start = TrainStart(
-                config=self._config, data=data, fingerprint=self._fingerprint, weights=weights,
-                device=fabric.device, precision=str(fabric.strategy.precision.precision),
-                history=tuple(self._history), folder=point.folder,
-            )  # fmt: skip
-            tracker.on_start(start)
+            tracker.on_start(TrainStart(data=data, fabric=fabric, weights=weights, point=point))
 
     def run(self, on_epoch: Callable[[EpochResult], None] | None) -> None:
         """Train, epoch by epoch; what is tracked has always been saved."""
         with interrupts.deferred():
-            if self._saver:
-                self._saver.save()
-            on_batch = self._saver.on_batch if self._saver else interrupts.check
+            self._save_state()
             progress = show_progress(self._state, self._train)
-            epochs = fit(self._state, self._train, self._val, progress, on_batch)
+            epochs = fit(self._state, self._train, self._val, progress, self._on_batch)
             while not self._stops_early() and (result := next(epochs, None)):
                 self._history.append(result)
-                is_best = self._best.update(result)
+                is_best = find_best(self._history, self._config.best_by) is result
                 if is_best and self._fabric.is_global_zero:
                     save_checkpoint(self._point.folder.best, self._describe_checkpoint(result))
-                if self._saver:
-                    self._saver.save()
+                self._save_state()
                 self._say(describe_epoch(result, self._config, is_best=is_best))
                 if self._tracker:
                     self._tracker.on_epoch(result)
@@ -223,7 +204,7 @@ class _Training:
             save_checkpoint(path, {**checkpoint, "calibration": calibration})
         result = TrainResult(
             config=self._config,
-            best=self._best.epoch,
+            best=find_best(self._history, self._config.best_by),
             history=tuple(self._history),
             checkpoint_path=path,
             data=self._data,
@@ -235,24 +216,29 @@ class _Training:
             self._tracker.on_end(result)
         return result
 
-    def _build_saver(self) -> StateSaver:
+    def _save_state(self) -> None:
+        if self._saves_state:
+            state = describe_state(self._state, self._data.fingerprint, self._history)
+            save_checkpoint(self._point.folder.last, state)
+            self._saved_at_s = time.monotonic()
+
+    def _on_batch(self) -> None:
+        """Save if it is time to, or the process was asked to end, which it then does."""
+        pause_s = 60 * self._config.checkpoint_minutes
+        is_due = time.monotonic() - self._saved_at_s >= pause_s or interrupts.is_asked()
         # Within an epoch, several processes have BatchNorm statistics of their own: only its end is whole.
-        minutes = self._config.checkpoint_minutes if self._fabric.world_size == 1 else 0.0
-        run_id = self._point.folder.path.name
-        return StateSaver(
-            self._point.folder.last,
-            lambda: describe_state(self._state, self._fingerprint, self._history, run_id),
-            minutes,
-        )
+        if is_due and pause_s > 0 and self._fabric.world_size == 1:
+            self._save_state()
+        interrupts.check()
 
     def _stops_early(self) -> bool:
-        if self._history and self._best.should_stop:
-            self._say(
-                f"stopped early: no improvement in {self._config.patience} epochs since epoch "
-                f"{self._best.epoch.epoch}"
-            )
-            return True
-        return False
+        if not self._history or not self._config.patience:
+            return False
+        best = find_best(self._history, self._config.best_by).epoch
+        if self._history[-1].epoch - best < self._config.patience:
+            return False
+        self._say(f"stopped early: no improvement in {self._config.patience} epochs since epoch {best}")
+        return True
 
     def _say(self, text: str) -> None:
         if self._fabric.is_global_zero:
@@ -272,7 +258,7 @@ class _Training:
             "val_probabilities": torch.from_numpy(probabilities),
             "config": self._config.model_dump(mode="json"),
             "split": {name: list(getattr(split, name)) for name in SPLITS},
-            "data_fingerprint": self._fingerprint,
+            "data_fingerprint": data.fingerprint,
             "split_fingerprints": dict(data.split_fingerprints),
             "baseline_class": data.baseline_class,
             "leaks": data.leakage.leaks,

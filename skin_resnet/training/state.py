@@ -20,11 +20,9 @@ class TrainingState:
     """All that training changes, and what it needs to continue.
 
     Attributes:
-        network: The plain network; its parameters are those of `model`.
         model: The network as Fabric wraps it for precision and several devices: used for training steps.
         ema: The network with the EMA of the weights, or None.
-        epoch: Epochs finished.
-        step: Steps done in the current epoch.
+        epoch: Epochs finished; `step`: steps done in the current one.
         seen: Target and predicted probabilities of the training images in the current epoch, float32
             (N, 1 + K); None between epochs.
         epoch_s: Seconds that the current epoch had taken when the state was saved.
