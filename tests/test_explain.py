@@ -4,7 +4,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from skin_resnet.evaluation.explain import MAX_CLASSES, choose_examples, compute_gradcam
+from skin_resnet.evaluation.artifacts import MAX_CLASSES, choose_examples, compute_gradcam
 from skin_resnet.evaluation.plots.assessment import plot_gradcam
 from skin_resnet.labels import HAM10000_CLASSES
 from skin_resnet.model.resnet import ResNet

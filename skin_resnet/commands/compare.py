@@ -9,11 +9,7 @@ from numpy.typing import NDArray
 from skin_resnet.config import CompareConfig
 from skin_resnet.data.split import join_lesions
 from skin_resnet.errors import UserError
-from skin_resnet.evaluation.metrics import (
-    HEADLINES,
-    Predictions,
-    compare_models,
-)
+from skin_resnet.evaluation.metrics import HEADLINES, Predictions, compare_models
 from skin_resnet.evaluation.page import LEAK_BANNER, format_score, format_table, spell_metric
 from skin_resnet.evaluation.plots.curves import plot_curves_of_models
 from skin_resnet.tracking import history as finished_runs

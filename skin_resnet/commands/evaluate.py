@@ -83,11 +83,7 @@ def _read_images(checkpoint: dict[str, Any], config: EvaluateConfig) -> tuple[pd
 
 
 def _check_unchanged(checkpoint: dict[str, Any], test: pd.DataFrame, store: ImageStore) -> None:
-    """Refuse test images that are not those which the training set aside.
-
-    Raises:
-        UserError: One is missing, or its pixels or its diagnosis have changed.
-    """
+    """Refuse test images whose ids, pixels or diagnoses are not those of the training."""
     if fingerprint_images(test, store) == checkpoint["split_fingerprints"]["test"]:
         return
     missing = sorted(set(checkpoint["split"]["test"]) - set(test.image_id))
@@ -137,14 +133,9 @@ def _match_classes(table: pd.DataFrame, classes: tuple[str, ...]) -> pd.DataFram
     return table.assign(dx=dx, target=dx.codes.astype("int64"))
 
 
-def predict_checkpoint(
-    checkpoint: dict[str, Any], table: pd.DataFrame, store: ImageStore, config: TrainConfig | EvaluateConfig
+def _predict(
+    network: ResNet, table: pd.DataFrame, store: ImageStore, config: TrainConfig | EvaluateConfig
 ) -> Predictions:
-    """Predict the images of a table with a checkpoint's network, before temperature scaling.
-
-    Raises:
-        UserError: There is no image.
-    """
     if table.empty:
         raise UserError("there are no images the model was not trained on; give other data.")
     fabric = build_fabric(config.device, config.precision, devices=1)
@@ -155,9 +146,8 @@ def predict_checkpoint(
         targets=torch.tensor(table.target.to_numpy()),
         batch_size=config.batch_size,
     )
-    network = build_network(checkpoint).to(fabric.device)
     return Predictions(
-        probabilities=predict(network, loader, fabric, getattr(config, "tta", 1)),
+        probabilities=predict(network.to(fabric.device), loader, fabric, getattr(config, "tta", 1)),
         targets=table.target.to_numpy(),
         image_ids=tuple(table.image_id),
     )
@@ -184,7 +174,8 @@ def assess_and_log(
     Raises:
         UserError: There is no image, or the network's output is not finite.
     """
-    raw = predict_checkpoint(checkpoint, table, store, config)
+    network = build_network(checkpoint)
+    raw = _predict(network, table, store, config)
     classes, calibration = tuple(checkpoint["classes"]), checkpoint["calibration"]
     assessment = assess(raw, table, classes, checkpoint["baseline_class"], calibration)
     title = f"Test, {checkpoint['arch']} epoch {checkpoint['epoch']}"
@@ -196,5 +187,5 @@ def assess_and_log(
     ]
     run.log_metrics(assessment.metrics("test"), step=checkpoint["epoch"])
     files = list_artifacts(assessment, "test", title, notes)
-    run.log_artifacts(files | show_images(assessment, "test", title, build_network(checkpoint), store))
+    run.log_artifacts(files | show_images(assessment, "test", title, network.cpu(), store))
     return str(files["test/evaluation.md"])

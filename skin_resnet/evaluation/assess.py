@@ -45,14 +45,10 @@ class Assessment:
         table: A row per metric over all images: name, value, low and high (95 % interval by bootstrap over
             lesions, NaN where there is none), n (images measured).
         per_class: From `compute_class_table`, and the empirical coverage of each class.
-        subgroups: From `compute_subgroups`.
-        retest: From `compute_retest`.
         reliability: From `compute_reliability`, with a column `temperature`: before (1) and after.
-        referral: From `compute_referral`.
         predictions: After temperature scaling.
         lesions: Which lesion each image shows, (N,).
         knows_lesions: Whether the source names lesions; without, intervals are by image.
-        classes: The class order.
         baseline_class: The class with most training images.
         calibration: Fitted on val.
     """

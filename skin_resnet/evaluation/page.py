@@ -59,13 +59,7 @@ def _format_cell(value: object) -> str:
 
 
 def format_assessment(assessment: Assessment, split: str, notes: Sequence[str] = ()) -> str:
-    """Write an evaluation as Markdown.
-
-    Args:
-        assessment: Of any split.
-        split: Its name.
-        notes: Paragraphs to begin with: what the reader must know to trust the metrics.
-    """
+    """Write the evaluation of a split as Markdown; notes are paragraphs to begin with."""
     parts = [
         *filter(None, notes),
         *_format_headlines(assessment, split),

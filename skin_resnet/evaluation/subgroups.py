@@ -52,12 +52,11 @@ def compute_subgroups(
 def _list_partitions(rows: pd.DataFrame) -> Iterator[tuple[str, pd.Categorical]]:
     """Yield each image's subgroup by attribute; attributes that are unknown for all images are left out."""
     ages = pd.cut(rows.age, [*_AGE_BANDS.values(), np.inf], right=False, labels=list(_AGE_BANDS))
-    counts = rows.localization.value_counts()
-    sites = sorted(counts.index, key=lambda site: (site == _UNKNOWN, -counts[site], site))
+    sites = rows.localization.value_counts().index.drop(_UNKNOWN, errors="ignore")
     for by, names in (
         ("sex", pd.Categorical(rows.sex)),
         ("age", pd.Categorical(ages.cat.add_categories(_UNKNOWN).fillna(_UNKNOWN))),
-        ("localization", pd.Categorical(rows.localization, categories=sites)),
+        ("localization", pd.Categorical(rows.localization, categories=[*sites, _UNKNOWN])),
         ("dx", pd.Categorical(rows.dx)),
     ):
         if (names != _UNKNOWN).any():

@@ -28,7 +28,6 @@ from skin_resnet.evaluation.plots import (
     style_axes,
 )
 
-_FEW = 10  # images in a reliability bin: the accuracy of fewer means little
 _MOST_NUMBERS = 25  # classes of a confusion matrix whose cells still have room for numbers
 _COLUMNS = 6  # of the gallery
 
@@ -88,8 +87,7 @@ def _name_cells(axes: Axes, classes: tuple[str, ...], images: NDArray[np.int64])
 
 def plot_reliability(assessment: Assessment, title: str) -> Figure:
     """Plot accuracy over confidence, before and after temperature, above the number of images in each bin."""
-    images = f"{len(assessment.lesions):,} images"
-    figure = build_figure(6, f"{title}: {images} (pale: fewer than {_FEW} in a bin)")
+    figure = build_figure(6, f"{title}: {len(assessment.lesions):,} images")
     panels = figure.subplots(2, 2, sharex=True, sharey="row", height_ratios=[3, 1])
     half = len(assessment.reliability) // 2
     parts = assessment.reliability.iloc[:half], assessment.reliability.iloc[half:]
@@ -108,12 +106,10 @@ def _draw_bins(upper: Axes, lower: Axes, bins: pd.DataFrame) -> None:
     width = 1 / len(bins)
     filled = bins[bins.images > 0]
     upper.plot([0, 1], [0, 1], color=QUIET, linewidth=1, linestyle="--", zorder=1)
-    for is_few, rows in filled.groupby(filled.images < _FEW):
-        shade = 0.3 if is_few else 1
-        upper.bar(rows.low, rows.accuracy, width, align="edge", color=BLUE, edgecolor="white", alpha=shade)
-        # The gap is drawn where the images are, which is rarely the middle of a bin.
-        upper.vlines(rows.confidence, rows.accuracy, rows.confidence, color=ORANGE, linewidth=2, alpha=shade)
-        upper.plot(rows.confidence, rows.confidence, "o", color=ORANGE, markersize=5, alpha=shade)
+    upper.bar(filled.low, filled.accuracy, width, align="edge", color=BLUE, edgecolor="white")
+    # The gap is drawn where the images are, which is rarely the middle of a bin.
+    upper.vlines(filled.confidence, filled.accuracy, filled.confidence, color=ORANGE, linewidth=2)
+    upper.plot(filled.confidence, filled.confidence, "o", color=ORANGE, markersize=5)
     upper.set(xlim=(0, 1), ylim=(0, 1.02))
     bars = lower.bar(filled.low, filled.images, width, align="edge", color=QUIET, edgecolor="white")
     lower.bar_label(bars, fontsize=FONT - 4, padding=2)
@@ -126,10 +122,8 @@ def plot_roc(assessment: Assessment, title: str) -> Figure:
     figure = build_figure(4.8, f"{title}: {len(assessment.lesions):,} images")
     groups = find_positives(assessment.classes)
     for axes, (name, positives) in zip(figure.subplots(1, 2), groups.items(), strict=True):
-        axes.set(xlim=(-0.02, 1.02), ylim=(-0.02, 1.02))
-        axes.set_xlabel("1 - specificity", fontsize=FONT)
-        axes.set_ylabel("Sensitivity", fontsize=FONT)
         _draw_roc(axes, assessment, positives, name)
+        axes.set(xlim=(-0.02, 1.02), ylim=(-0.02, 1.02), xlabel="1 - specificity", ylabel="Sensitivity")
     return figure
 
 
