@@ -183,8 +183,3 @@ def test_in_a_process_of_its_own_no_library_adds_a_word(store: Path, tmp_path: P
     assert [line.partition(" 12 images")[0] for line in before] == ["decoding", "decoded"]
     check_refusal(done.returncode, last, ("more than the tensors", "given.pt"))
     check_nothing_is_left(tmp_path)
-
-
-def test_in_a_process_of_its_own_a_misspelt_option_is_one_line(store: Path) -> None:
-    done = run_process(store, "evaluate", "--modle", "x")
-    check_refusal(done.returncode, done.stderr, ("--modle", "did you mean --model?"))

@@ -91,5 +91,5 @@ def test_a_killed_build_is_never_taken_for_whole_and_two_at_once_share_one(
 
 def test_a_cache_that_cannot_be_written_is_named(tmp_path: Path) -> None:
     (tmp_path / "cache").write_text("a file, not a folder")
-    with pytest.raises(UserError, match=r"cache_dir=.*cache"):
+    with pytest.raises(UserError, match=r"cache_dir: .*cache"):
         open_demo(tmp_path / "cache")

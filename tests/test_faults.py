@@ -159,7 +159,7 @@ def test_what_a_killed_save_left_is_overwritten_by_the_next(
 def test_the_demo_on_a_full_disk_is_refused_leaves_nothing_and_is_drawn_once_there_is_room(
     disk: Path,
 ) -> None:
-    with pytest.raises(UserError, match=r"cache_dir=.*: No space left on device"):
+    with pytest.raises(UserError, match=r"cache_dir: No space left on device"):
         open_demo(disk)
     assert list(disk.glob("demo*[!k]")) == []
     mount(disk, "remount,size=64m")
@@ -167,7 +167,7 @@ def test_the_demo_on_a_full_disk_is_refused_leaves_nothing_and_is_drawn_once_the
     assert len(list(demo.rglob("*.jpg"))) == (demo / "HAM10000_metadata.csv").read_text().count("\n") - 1
     mount(disk, "remount,ro")
     assert open_demo(disk) == demo
-    with pytest.raises(UserError, match=r"cache_dir=.*: Read-only file system"):
+    with pytest.raises(UserError, match=r"cache_dir: Read-only file system"):
         open_demo(disk / "other")
 
 

@@ -219,14 +219,6 @@ def test_csv_paths_count_from_its_folder(tmp_path: Path) -> None:
     ]
 
 
-def test_csv_images_of_one_stem_are_named_by_their_path(tmp_path: Path) -> None:
-    touch(tmp_path, "a/1.jpg", "b/1.jpg")
-
-    table = read(write_lines(tmp_path / "list.csv", "path,dx", "a/1.jpg,nv", "b/1.jpg,mel"))
-
-    assert table["image_id"].tolist() == ["a/1", "b/1"]
-
-
 @pytest.mark.parametrize(
     "path",
     ["no_folder/1.jpg", ".", "pipe.jpg", "~nosuchuser/1.jpg", 300 * "n", 2500 * "n/"],

@@ -15,7 +15,6 @@ import pandas as pd
 from PIL import Image
 
 from skin_resnet.data.store import build_folder
-from skin_resnet.errors import UserError
 
 # To be increased whenever the images change, so that no cache has old ones under the new name.
 _VERSION = 3
@@ -88,15 +87,9 @@ def open_demo(cache_dir: Path) -> Path:
     Raises:
         UserError: The cache folder cannot be written.
     """
-    folder = cache_dir / f"demo-{_VERSION}"
-    try:
-        build_folder(folder, Path.is_dir, write_demo)
-    except OSError as error:
-        raise UserError(
-            f"cannot keep the demo data in cache_dir={cache_dir}: {error.strerror or error}; "
-            "make room or choose another cache_dir."
-        ) from error
-    return folder
+    return build_folder(
+        cache_dir / f"demo-{_VERSION}", lambda folder: folder if folder.is_dir() else None, write_demo
+    )
 
 
 def write_demo(folder: Path, seed: int = 0) -> None:

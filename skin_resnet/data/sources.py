@@ -131,21 +131,16 @@ def _read_isic(folder: Path) -> pd.DataFrame:
     table["dx"] = one_hot.idxmax(axis=1).str.lower()
     groupings = _find_beside(folder, f"{part}_LesionGroupings.csv")
     if groupings is not None:
-        table["lesion_id"] = _read_lesion_ids(table["image_id"], groupings)
+        lesions = read_table(groupings, required=("image", "lesion_id")).set_index("image")
+        table["lesion_id"] = table["image_id"].map(lesions["lesion_id"])
+        missing = table["image_id"][table["lesion_id"].isna()]
+        reject(missing, f"{groupings.name} lacks the image", "use the whole file, or remove it")
     return table.assign(path=_find_images(table["image_id"], folder, truth))
 
 
 def _find_beside(folder: Path, name: str) -> Path | None:
     places = (folder.parent, folder.parent / folder.name.replace("_Input", "_GroundTruth"))
     return next((place / name for place in places if (place / name).is_file()), None)
-
-
-def _read_lesion_ids(image_ids: "pd.Series[str]", groupings: Path) -> "pd.Series[str]":
-    table = read_table(groupings, required=("image", "lesion_id"))
-    lesion_ids = image_ids.map(table.set_index("image")["lesion_id"])
-    missing = image_ids[lesion_ids.isna()]
-    reject(missing, f"{groupings.name} lacks the image", "use the whole file, or remove it to do without")
-    return lesion_ids
 
 
 def _read_class_folders(top: _Folder) -> pd.DataFrame:
@@ -230,8 +225,8 @@ def _walk(folder: Path) -> Iterator[_Folder]:
             "a path is not UTF-8",
             "rename it",
         )
-        others = [name for name in names if name not in images and os.path.isfile(os.path.join(parent, name))]
-        yield _Folder(parent, list(folders), images, others)
+        others = {name for name in set(names) - set(images) if os.path.isfile(os.path.join(parent, name))}
+        yield _Folder(parent, list(folders), images, sorted(others))
 
 
 def _raise(error: OSError) -> NoReturn:

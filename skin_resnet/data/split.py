@@ -125,20 +125,12 @@ def join_lesions(table: pd.DataFrame) -> "pd.Series[str]":
     Source: Abhishek, Jain, Hamarneh, Scientific Data 12:196 (2025).
     """
     pairs = pd.read_csv(str(resources.files("skin_resnet.data") / "same_lesion_pairs.csv"))
-    lesion_of = dict(zip(table.image_id, table.lesion_id, strict=True))
-    first_name: dict[str, str] = {}
-
-    def find(lesion: str) -> str:
-        while lesion in first_name:
-            lesion = first_name[lesion]
-        return lesion
-
-    for image_1, image_2 in zip(pairs.image_id_1, pairs.image_id_2, strict=True):
-        if image_1 in lesion_of and image_2 in lesion_of:
-            one, other = sorted((find(lesion_of[image_1]), find(lesion_of[image_2])))
-            if one != other:
-                first_name[other] = one
-    return table.lesion_id.map(find)
+    lesions = table.set_index("image_id").lesion_id
+    for first, second in zip(pairs.image_id_1, pairs.image_id_2, strict=True):
+        if first in lesions and second in lesions:
+            kept, other = sorted((lesions[first], lesions[second]))
+            lesions = lesions.where(lesions != other, kept)
+    return lesions.set_axis(table.index)
 
 
 def drop_seen(table: pd.DataFrame, split: Split) -> pd.DataFrame:

@@ -13,7 +13,7 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, BinaryIO, Literal
+from typing import Any, BinaryIO, Literal, TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -32,6 +32,7 @@ _DECODED_AT_ONCE = 256  # bounds the memory: 40 MB at 224 px, 800 MB at 1024
 
 ImageSize = int | Literal["auto"]
 Pixels = npt.NDArray[np.uint8]
+_Content = TypeVar("_Content")
 
 _logger = logging.getLogger(__name__)
 
@@ -101,42 +102,42 @@ def open_store(
         build_s = time.perf_counter() - started
         _logger.info("decoded %d images in %.1f s", len(table), build_s)
 
-    try:
-        build_folder(folder, _read_store, build)
-        if store := _read_store(folder):
-            return replace(store, build_s=build_s)
-        problem = f"{folder} is damaged right after it was written"
-    except OSError as error:
-        problem = f"{error.strerror or error} at {error.filename or folder}"
-    raise UserError(
-        f"cannot keep decoded images in cache_dir: {problem}; make room or choose another cache_dir."
-    )
+    return replace(build_folder(folder, _read_store, build), build_s=build_s)
 
 
-def build_folder(folder: Path, is_whole: Callable[[Path], object], write: Callable[[Path], None]) -> None:
-    """Let one process at a time build a folder, unless it is whole by then.
+def build_folder(
+    folder: Path, read: Callable[[Path], _Content | None], write: Callable[[Path], None]
+) -> _Content:
+    """Return what `read` finds in a folder of the cache; one process at a time builds it if that is None.
 
     `write` fills `<folder>.tmp`, which then takes the place of `folder`: what a killed process left there is
     overwritten, and the operating system releases its lock.
 
     Raises:
-        OSError: The folder cannot be written.
+        UserError: The folder cannot be written.
     """
-    if is_whole(folder):
-        return
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    with FileLock(f"{folder}.lock"):
-        if is_whole(folder):  # built by another process meanwhile
-            return
-        unfinished = folder.with_name(f"{folder.name}.tmp")
-        shutil.rmtree(unfinished, ignore_errors=True)
-        unfinished.mkdir()
-        try:
-            write(unfinished)
-            shutil.rmtree(folder, ignore_errors=True)
-            unfinished.rename(folder)
-        finally:
+    try:
+        if (found := read(folder)) is not None:
+            return found
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        with FileLock(f"{folder}.lock"):
+            if (found := read(folder)) is not None:  # built by another process meanwhile
+                return found
+            unfinished = folder.with_name(f"{folder.name}.tmp")
             shutil.rmtree(unfinished, ignore_errors=True)
+            unfinished.mkdir()
+            try:
+                write(unfinished)
+                shutil.rmtree(folder, ignore_errors=True)
+                unfinished.rename(folder)
+            finally:
+                shutil.rmtree(unfinished, ignore_errors=True)
+            if (found := read(folder)) is not None:
+                return found
+        raise OSError("damaged right after it was written")
+    except OSError as error:
+        reason = f"{error.strerror or error} at {error.filename or folder}"
+        raise UserError(f"cannot use cache_dir: {reason}; make room or choose another cache_dir.") from error
 
 
 def fingerprint_images(table: pd.DataFrame, store: ImageStore) -> str:
