@@ -55,8 +55,8 @@ def search(config: SearchConfig) -> None:
 def _run_trials(config: SearchConfig, study: Study, run: TrackedRun) -> None:
     closed = close_killed_runs(config, study)
     done = count_done(study.get_trials(deepcopy=False))
-    print(f"study {config.study_name}: {done} of {config.n_trials} trials done", end="")
-    print(f"; closed {len(closed)} runs of killed processes" if closed else "", flush=True)
+    more = f"; closed {len(closed)} runs of killed processes" if closed else ""
+    print(f"study {config.study_name}: {done} of {config.n_trials} trials done{more}", flush=True)
     prepare_data(config.training)  # before there are workers, which would all decode the same images
     run_workers(config, study, run)
     close_killed_runs(config, study)
