@@ -61,21 +61,18 @@ def _format_values(config: SearchConfig, trial: FrozenTrial) -> str:
 
 
 def find_edges(space: Space, trial: FrozenTrial) -> list[str]:
-    """Return a warning for each range at whose edge a trial lies; a lower edge of 0 has nothing beyond."""
-    warnings: list[str] = []
-    if "baseline" in trial.user_attrs:
-        return warnings  # no sampler chose its values
+    """Return a warning for each range at whose edge a sampled trial lies; a lower edge of 0 is none."""
+    warnings = []
     for name, each in space.items():
-        if not isinstance(each, FloatDistribution) or name not in trial.params:
-            continue
-        scale = math.log if each.log else float
-        value, low, high = (scale(number) for number in (trial.params[name], each.low, each.high))
-        place = (value - low) / (high - low)
-        if place >= 1 - _EDGE or (place <= _EDGE and each.low > 0):
-            warnings.append(
-                f"{name} = {trial.params[name]:.3g} is at the edge of {each.low:g} to {each.high:g}; "
-                "better values may lie beyond it."
-            )
+        if isinstance(each, FloatDistribution) and "baseline" not in trial.user_attrs:
+            scale = math.log if each.log else float
+            value, low, high = (scale(number) for number in (trial.params[name], each.low, each.high))
+            place = (value - low) / (high - low)
+            if place >= 1 - _EDGE or (place <= _EDGE and each.low > 0):
+                warnings.append(
+                    f"{name} = {trial.params[name]:.3g} is at the edge of {each.low:g} to {each.high:g}; "
+                    "better values may lie beyond it."
+                )
     return warnings
 
 

@@ -55,8 +55,8 @@ def search(config: SearchConfig) -> None:
 def _run_trials(config: SearchConfig, study: Study, run: TrackedRun) -> None:
     closed = close_killed_runs(config, study)
     done = count_done(study.get_trials(deepcopy=False))
-    print(f"study {config.study_name}: {done} of {config.n_trials} trials done", end="")
-    print(f"; closed {len(closed)} runs of killed processes" if closed else "", flush=True)
+    more = f"; closed {len(closed)} runs of killed processes" if closed else ""
+    print(f"study {config.study_name}: {done} of {config.n_trials} trials done{more}", flush=True)
     prepare_data(config.training)  # before there are workers, which would all decode the same images
     run_workers(config, study, run)
     close_killed_runs(config, study)
@@ -68,8 +68,7 @@ def _conclude(config: SearchConfig, study: Study, run: TrackedRun) -> str:
     best = choose_best(config, study)
     if best is None:
         raise UserError("no trial has finished; their runs say why")
-    baseline = find_baseline(study)
-    recipes = choose_recipes(config, baseline, best)
+    recipes = choose_recipes(config, best)
     command = write_command(list(recipes.values())[-1])
     figures = {f"figures/{name}.png": each for name, each in plots.plot_trials(config, study).items()}
     wait_for_server(lambda: run.log_artifacts({**figures, "retrain.sh": f"{command}\n"}))
@@ -77,8 +76,10 @@ def _conclude(config: SearchConfig, study: Study, run: TrackedRun) -> str:
         verdict = _retrain_and_test(config, study, run, recipes, best)
     else:
         verdict = ""
-        runs = {BASELINE: baseline, WINNER: best} if baseline else {WINNER: best}
-        _log_curves(run, {name: trial.user_attrs["run_id"] for name, trial in runs.items()})
+        finished = study.get_trials(deepcopy=False, states=(TrialState.COMPLETE,))
+        run_ids = {trial.user_attrs.get("baseline"): trial.user_attrs["run_id"] for trial in finished}
+        shown = {BASELINE: run_ids.get(BASELINE), WINNER: best.user_attrs["run_id"]}
+        _log_curves(run, {name: run_id for name, run_id in shown.items() if run_id})
     pages = [
         f"### Search {config.study_name}: {config.arch} on {config.data}",
         report.describe_trials(config, study, best),
@@ -88,25 +89,13 @@ def _conclude(config: SearchConfig, study: Study, run: TrackedRun) -> str:
     return "\n\n".join(filter(None, pages))
 
 
-def find_baseline(study: Study) -> FrozenTrial | None:
-    """Return the finished trial of the baseline recipe."""
-    finished = study.get_trials(deepcopy=False, states=(TrialState.COMPLETE,))
-    return next((trial for trial in finished if trial.user_attrs.get("baseline") == BASELINE), None)
-
-
-def choose_recipes(
-    config: SearchConfig, baseline: FrozenTrial | None, best: FrozenTrial
-) -> dict[str, TrainConfig]:
+def choose_recipes(config: SearchConfig, best: FrozenTrial) -> dict[str, TrainConfig]:
     """Return baseline recipe and winner; the baseline recipe alone if it won."""
-    recipes = {
-        BASELINE: config.training.with_changes(**BASELINE_RECIPE),
-        **{
-            name: TrainConfig.model_validate_json(trial.user_attrs["config"])
-            for name, trial in ((BASELINE, baseline), (WINNER, best))
-            if trial
-        },
-    }
-    return recipes if recipes[WINNER] != recipes[BASELINE] else {BASELINE: recipes[BASELINE]}
+    baseline = config.training.with_changes(**BASELINE_RECIPE)
+    winner = TrainConfig.model_validate_json(best.user_attrs["config"])
+    if winner == baseline or best.user_attrs.get("baseline") == BASELINE:
+        return {BASELINE: baseline}
+    return {BASELINE: baseline, WINNER: winner}
 
 
 def write_command(config: TrainConfig) -> str:

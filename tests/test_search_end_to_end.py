@@ -36,7 +36,9 @@ class Search:
             "n_trials": N_TRIALS, "seeds": 0, "cache_dir": folder / "cache", "checkpoint_dir": folder / "cp",
             **options,
         }  # fmt: skip
-        self.command = [sys.executable, "-m", "search"] + [f"--{k}={v}" for k, v in options.items()]
+        self.command = [sys.executable, "-m", "skin_resnet", "search"] + [
+            f"--{k}={v}" for k, v in options.items()
+        ]
         self.folder = folder
         self.log = folder / "log.txt"
         self.started: list[subprocess.Popen[bytes]] = []

@@ -125,9 +125,8 @@ def make_trial(number: int, state: TrialState = TrialState.COMPLETE, **attrs: ob
     ("skills", "told"), [((0.1, 0.9), "is better"), ((0.3, 0.3), "not clearly"), ((0.9, 0.1), "is worse")]
 )
 def test_the_page_says_whether_the_winner_holds_on_test(skills: tuple[float, float], told: str) -> None:
-    retrained = retrain(baseline_recipe=0.5, winner=0.6)
     scores = compare_recipes({BASELINE: [predict(skills[0], 1)], WINNER: [predict(skills[1], 2)]}, LESIONS)
-    assert told in report.describe_winner(retrained, scores, make_trial(20))
+    assert told in report.describe_winner(retrain(baseline_recipe=0.5, winner=0.6), scores, make_trial(20))
 
 
 @pytest.mark.parametrize(("retrained_val", "is_lucky"), [(0.55, True), (0.6, False), (0.7, False)])
@@ -136,14 +135,13 @@ def test_luck_is_only_mentioned_where_the_winner_falls(retrained_val: float, is_
     page = report.describe_winner(retrained, None, make_trial(20))  # 0.6 in the study
     assert f"{retrained_val:.3f}" in page
     assert ("lucky" in page) == is_lucky
-    assert "optimism" not in page
 
 
 def test_a_baseline_recipe_that_won_is_retrained_once_and_named_as_the_winner() -> None:
     baseline = CONFIG.training.model_dump_json()
     trials = [make_trial(0, config=baseline, baseline=BASELINE), make_trial(1)]
-    assert list(choose_recipes(CONFIG, trials[0], trials[0])) == [BASELINE]
-    assert list(choose_recipes(CONFIG, trials[0], trials[1])) == [BASELINE, WINNER]
+    assert list(choose_recipes(CONFIG, trials[0])) == [BASELINE]
+    assert list(choose_recipes(CONFIG, trials[1])) == [BASELINE, WINNER]
     scores = compare_recipes({BASELINE: [predict(0.3, 1)]}, LESIONS)
     assert "No recipe was better" in report.describe_winner(retrain(baseline_recipe=0.4), scores, trials[0])
 

@@ -1,9 +1,12 @@
-"""Workers end when they are told to, whatever Python was doing at that moment, and each has its GPU."""
+"""Workers end when they are told to, whatever Python was doing, and each has its GPU.
 
-import multiprocessing
+That they end with their search, and by Ctrl-C, is in test_search_end_to_end.py.
+"""
+
 import os
 import signal
 from collections.abc import Iterator
+from multiprocessing.context import SpawnProcess
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -49,64 +52,25 @@ def test_a_signal_that_python_dropped_ends_a_worker_at_its_next_check(
     assert ended.value.code == 128 + signal.SIGTERM
 
 
-def test_a_worker_ends_when_its_search_is_gone(monkeypatch: pytest.MonkeyPatch) -> None:
-    killed: list[tuple[int, int]] = []
-    monkeypatch.setattr(multiprocessing, "parent_process", lambda: SimpleNamespace(join=lambda: None))
-    monkeypatch.setattr(os, "kill", lambda *arguments: killed.append(arguments))
-    workers._end_with_search()
-    assert killed == [(os.getpid(), signal.SIGTERM)]
-
-
 class StubProcess:
-    """A worker that is killed after a moment, or is at work until it is ended."""
+    """A worker that is killed after a moment."""
 
-    def __init__(self, *, is_killed: bool) -> None:
-        self.exitcode: int | None = None
-        self.is_killed = is_killed
-        self.ended = False
+    exitcode: int | None = None
 
     def is_alive(self) -> bool:
-        was_alive = self.exitcode is None
-        if self.is_killed:
-            self.exitcode = -signal.SIGKILL
+        was_alive, self.exitcode = self.exitcode is None, -signal.SIGKILL
         return was_alive
 
-    def terminate(self) -> None:
-        self.ended = True
-
-    kill = join = lambda self, timeout=None: None
-
-
-@pytest.fixture
-def started(monkeypatch: pytest.MonkeyPatch) -> list[StubProcess]:
-    monkeypatch.setattr(workers, "_POLL_S", 0)
-    monkeypatch.setattr(workers, "log_progress", lambda *arguments: None)
-    return []
-
-
-def test_an_interrupt_leaves_no_worker_behind(
-    started: list[StubProcess], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    def start(*arguments: object) -> StubProcess:
-        started.append(StubProcess(is_killed=False))
-        if len(started) == 2:
-            signal.raise_signal(signal.SIGTERM)
-        return started[-1]
-
-    monkeypatch.setattr(workers, "_start", start)
-    with interrupts.handled(), pytest.raises(KeyboardInterrupt):
-        workers.run_workers(SearchConfig(workers=2), optuna.create_study(), SimpleNamespace(run_id="run"))
-    assert [each.ended for each in started] == [True, True]
+    terminate = kill = join = lambda self, timeout=None: None
 
 
 def test_workers_that_are_killed_again_and_again_are_replaced_only_so_often(
-    started: list[StubProcess], monkeypatch: pytest.MonkeyPatch
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    def start(*arguments: object) -> StubProcess:
-        started.append(StubProcess(is_killed=True))
-        return started[-1]
-
-    monkeypatch.setattr(workers, "_start", start)
+    started: list[StubProcess] = []
+    monkeypatch.setattr(workers, "_start", lambda *arguments: started.append(StubProcess()) or started[-1])
+    monkeypatch.setattr(workers, "_POLL_S", 0)
+    monkeypatch.setattr(workers, "log_progress", lambda *arguments: None)
     with pytest.raises(UserError, match="30 trials left"):
         workers.run_workers(SearchConfig(), optuna.create_study(), SimpleNamespace(run_id="run"))
     assert len(started) == 1 + workers.MAX_RETRIES + 1
@@ -129,21 +93,16 @@ def test_each_worker_sees_a_gpu_of_its_own(visible: str | None, count: int, want
     assert [each.get("CUDA_VISIBLE_DEVICES") for each in found] == wanted
 
 
-@pytest.mark.parametrize(("device", "wanted"), [("auto", ["3", "5", "3"]), ("cpu", [None] * 3)])
+@pytest.mark.parametrize(("device", "wanted"), [("auto", ["3", "5", "3"]), ("cpu", ["3,5"] * 3)])
 def test_a_worker_is_started_with_its_gpu(
-    monkeypatch: pytest.MonkeyPatch, config: SearchConfig, device: str, wanted: list[str | None]
+    monkeypatch: pytest.MonkeyPatch, config: SearchConfig, device: str, wanted: list[str]
 ) -> None:
-    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "3,5")
+    seen: list[str] = []
+    monkeypatch.setattr(workers, "work", lambda *arguments: seen.append(os.environ["CUDA_VISIBLE_DEVICES"]))
     monkeypatch.setattr(workers.torch.cuda, "device_count", lambda: 2)
     monkeypatch.setattr(workers, "get_study_id", lambda study: "study")
-    monkeypatch.setattr("multiprocessing.context.SpawnProcess.start", lambda process: None)
-    for number, expected in enumerate(wanted):
-        process = workers._start(config.with_changes(device=device), None, "run", number)
-        assert process._args[-1].get("CUDA_VISIBLE_DEVICES") == expected
-
-
-def test_a_workers_gpu_is_in_its_environment(config: SearchConfig, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0,1")
-    monkeypatch.setattr(workers, "work", lambda *arguments: None)
-    workers._work(config, "study", "run", {"CUDA_VISIBLE_DEVICES": "1"})
-    assert os.environ["CUDA_VISIBLE_DEVICES"] == "1"
+    monkeypatch.setattr(SpawnProcess, "start", lambda process: process._target(*process._args))
+    for number in range(3):
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "3,5")
+        workers._start(config.with_changes(device=device), None, "run", number)
+    assert seen == wanted
