@@ -42,16 +42,6 @@ def test_a_known_temperature_is_found_and_undone(temperature: float) -> None:
     np.testing.assert_allclose(undone, calibrated.probabilities, rtol=1e-9)
 
 
-def test_no_other_temperature_has_a_lower_log_loss() -> None:
-    predictions = simulate(400, temperature=2)
-    best = fit_temperature(predictions)
-    losses = [
-        sk.log_loss(predictions.targets, apply_temperature(predictions, best * factor).probabilities)
-        for factor in (1, *np.linspace(0.2, 5, 50))
-    ]
-    assert min(losses) == losses[0]
-
-
 @pytest.mark.parametrize("temperature", [0.05, 0.9, 3, 20])
 def test_no_temperature_changes_a_prediction(temperature: float) -> None:
     predictions = simulate(2000)

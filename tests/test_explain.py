@@ -49,24 +49,6 @@ def test_the_heat_is_that_of_a_direct_computation() -> None:
     assert not np.allclose(heat, other)
 
 
-def test_a_network_that_looks_at_one_corner_is_hot_there_only() -> None:
-    class Corner(nn.Module):
-        def forward(self, images: Tensor) -> Tensor:
-            features = F.avg_pool2d(images, 8)
-            mask = torch.zeros_like(features)
-            mask[:, :, :2, :2] = 1
-            return features * mask
-
-    network = nn.Sequential()
-    network.layer4 = Corner()
-    network.pool, network.flatten, network.fc = nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(3, 2)
-    nn.init.constant_(network.fc.weight, 1)
-    heat = compute_gradcam(network, draw_images(4).abs(), torch.tensor([0, 1, 0, 1]))
-    assert (heat[:, :12, :12] > 0).all()
-    assert (heat[:, 20:] == 0).all()
-    assert (heat[:, :, 20:] == 0).all()
-
-
 def test_of_each_class_right_and_wrong_examples_are_chosen() -> None:
     predictions = predict_randomly(400)
     rows = choose_examples(predictions, per_class=5)
@@ -87,13 +69,12 @@ def test_of_many_classes_those_with_most_images_are_shown() -> None:
     assert counts[shown].min() >= np.delete(counts, shown).max()
 
 
-def test_the_choice_depends_on_seed_and_ids_but_not_on_the_order_of_images() -> None:
+def test_the_choice_depends_on_ids_but_not_on_the_order_of_images() -> None:
     predictions = predict_randomly(400)
     shuffle = np.random.default_rng(0).permutation(400)
     shuffled = predictions.select(shuffle)
     rows = choose_examples(predictions)
     assert (shuffle[choose_examples(shuffled)] == rows).all()
-    assert set(choose_examples(predictions, seed=1)) != set(rows)
 
 
 @pytest.mark.parametrize("per_class", [2, 4])

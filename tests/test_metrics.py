@@ -100,13 +100,6 @@ def test_rare_classes_do_not_lift_the_interval_of_one_answer_for_all() -> None:
     assert intervals["macro_auc"] == (0.5, 0.5)
 
 
-def test_the_interval_of_accuracy_is_that_of_the_binomial() -> None:
-    predictions = predict_randomly(2000)
-    low, high = compute_intervals(predictions, np.arange(2000).astype(str), replicates=4000)["accuracy"]
-    p = compute_metrics(predictions).accuracy
-    assert high - low == pytest.approx(2 * 1.96 * np.sqrt(p * (1 - p) / 2000), rel=0.06)
-
-
 def test_the_class_table_is_that_of_scikit_learn() -> None:
     predictions = predict_randomly()
     table = compute_class_table(predictions, tuple("abcdefg"))

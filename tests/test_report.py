@@ -111,13 +111,6 @@ def test_curves_that_only_waver_are_rarely_taken_for_a_trend(length: int, noise:
     assert [judge(history) for history in histories].count("levelled_off") >= 85
 
 
-def test_one_wild_epoch_at_the_end_is_not_overfitting() -> None:
-    def spike_at_the_end(epoch: int) -> float:
-        return 3.0 if epoch == 20 else max(0.8, falling(epoch))
-
-    assert find_overfitting_epoch(make_history(20, val_loss=spike_at_the_end)) is None
-
-
 def test_the_metric_that_chooses_the_best_epoch_decides_whether_it_still_improves() -> None:
     history = make_history(20)
     by_loss = TrainConfig(epochs=20, best_by="loss")

@@ -82,10 +82,10 @@ def show_images(
     return files
 
 
-def choose_examples(predictions: Predictions, per_class: int = 2, seed: int = 0) -> NDArray[np.int64]:
+def choose_examples(predictions: Predictions, per_class: int = 2) -> NDArray[np.int64]:
     """Choose images of each class: half of them predicted right, half wrong, where there are as many.
 
-    Images are ordered by a hash of `seed` and their id, not by the predictions: none is picked for its looks,
+    Images are ordered by a hash of their id, not by the predictions: none is picked for its looks,
     and two models are shown on the same images where both are right. Of more than `MAX_CLASSES` classes,
     those with most images are shown.
 
@@ -93,9 +93,7 @@ def choose_examples(predictions: Predictions, per_class: int = 2, seed: int = 0)
         Rows of `predictions`, int64 (M,), by class, the right ones first.
     """
     ids = predictions.image_ids
-    order = np.array(
-        sorted(range(len(ids)), key=lambda row: hashlib.sha256(f"{seed}:{ids[row]}".encode()).digest())
-    )
+    order = np.array(sorted(range(len(ids)), key=lambda row: hashlib.sha256(ids[row].encode()).digest()))
     targets, is_right = predictions.targets[order], (predictions.predicted == predictions.targets)[order]
     occurring, counts = np.unique(targets, return_counts=True)
     largest = np.sort(occurring[np.argsort(-counts, kind="stable")[:MAX_CLASSES]])

@@ -123,16 +123,14 @@ def predict_always(target: int, like: Predictions) -> Predictions:
     return replace(like, probabilities=np.tile(certain, (len(like.targets), 1)))
 
 
-def compute_intervals(
-    predictions: Predictions, lesions: NDArray[np.str_], *, replicates: int = 1000
-) -> dict[str, tuple[float, float]]:
+def compute_intervals(predictions: Predictions, lesions: NDArray[Any]) -> dict[str, tuple[float, float]]:
     """Compute a 95 % interval of each headline metric by drawing lesions, (N,), with replacement."""
-    draws = compute_weighted(predictions, draw_lesions(lesions, replicates=replicates))
+    draws = compute_weighted(predictions, draw_lesions(lesions))
     return {name: compute_percentiles(draws[name]) for name in HEADLINES}
 
 
-def draw_lesions(lesions: NDArray[Any], *, replicates: int = 1000, seed: int = 0) -> Floats:
-    """Draw lesions with replacement; return how often each draw has each image, float64 (replicates, N).
+def draw_lesions(lesions: NDArray[Any]) -> Floats:
+    """Draw lesions with replacement; return how often each draw has each image, float64 (1000, N).
 
     The photos of one lesion are not independent, so lesions are drawn, not images. The same lesions give the
     same draws: two models' metrics can be subtracted draw by draw.
@@ -140,7 +138,7 @@ def draw_lesions(lesions: NDArray[Any], *, replicates: int = 1000, seed: int = 0
     """
     names, lesion_of = np.unique(lesions, return_inverse=True)
     shares = np.full(len(names), 1 / len(names))
-    draws = np.random.default_rng(seed).multinomial(len(names), shares, size=replicates)
+    draws = np.random.default_rng(0).multinomial(len(names), shares, size=1000)
     weights: Floats = draws[:, lesion_of].astype(np.float64)
     return weights
 

@@ -96,15 +96,15 @@ def tabulate_missed(
         A row per image: image_id, dx, prediction, confidence (its probability), and score (the summed
         probability of the positive classes).
     """
-    scores = score_positives(predictions, positives)
+    names = np.array(classes)
     missed = is_positive(predictions, positives) & ~np.isin(predictions.predicted, sorted(positives))
-    rows = np.flatnonzero(missed)[np.argsort(scores[missed], kind="stable")]
-    return pd.DataFrame(
+    images = pd.DataFrame(
         {
-            "image_id": [predictions.image_ids[row] for row in rows],
-            "dx": np.array(classes)[predictions.targets[rows]],
-            "prediction": np.array(classes)[predictions.predicted[rows]],
-            "confidence": predictions.probabilities[rows].max(axis=1),
-            "score": scores[rows],
+            "image_id": predictions.image_ids,
+            "dx": names[predictions.targets],
+            "prediction": names[predictions.predicted],
+            "confidence": predictions.probabilities.max(axis=1),
+            "score": score_positives(predictions, positives),
         }
     )
+    return images[missed].sort_values("score", kind="stable", ignore_index=True)
