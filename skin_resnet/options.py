@@ -66,12 +66,12 @@ class FrozenConfig(BaseModel):
             UserError: A path does not exist.
         """
         for name, field in type(self).model_fields.items():
-            for rule in field.metadata:
-                value = getattr(self, name)
-                if isinstance(rule, MustExist) and value not in rule.unless:
-                    if not os.path.exists(os.path.expanduser(value)):
-                        words = ", ".join(rule.unless)
-                        raise UserError(f"{name} should be {words} or an existing path, not {_quote(value)}")
+            value = getattr(self, name)
+            words = next((rule.unless for rule in field.metadata if isinstance(rule, MustExist)), (value,))
+            if value not in words and not os.path.exists(os.path.expanduser(value)):
+                raise UserError(
+                    f"{name} should be {', '.join(words)} or an existing path, not {_quote(value)}"
+                )
 
     def with_changes(self, **changes: Any) -> Self:
         """Return a validated copy with some fields changed."""

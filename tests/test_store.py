@@ -76,12 +76,6 @@ def test_rows_follow_the_table(table: pd.DataFrame, cache: Path) -> None:
         store.pixels[0] = 0
 
 
-def test_the_tables_order_does_not_change_a_image(table: pd.DataFrame, cache: Path) -> None:
-    store, shuffled = (open_store(rows, 32, cache, "stop") for rows in (table, table.iloc[[3, 0, 4, 2, 1]]))
-    assert shuffled.image_ids[0] == "image_003"
-    np.testing.assert_array_equal(shuffled.pixels[shuffled.find_rows(store.image_ids)], store.pixels)
-
-
 def test_rows_are_found_by_image_id(table: pd.DataFrame, cache: Path) -> None:
     store = open_store(table, 32, cache, "stop")
     assert store.find_rows(["image_004", "image_000", "image_004"]).tolist() == [4, 0, 4]

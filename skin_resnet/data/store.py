@@ -27,7 +27,7 @@ from skin_resnet.errors import UserError, expand
 
 AUTO_IMAGE_SIZE = 224
 THUMBNAIL_SIDE = 16
-_STORE_VERSION = 2
+_STORE_VERSION = 3
 _DECODED_AT_ONCE = 256  # bounds the memory: 40 MB at 224 px, 800 MB at 1024
 
 ImageSize = int | Literal["auto"]
