@@ -114,6 +114,24 @@ def test_what_is_wrong_with_a_checkpoints_content_is_not_blamed_on_the_disk(tmp_
     assert list_files(tmp_path) == []
 
 
+def test_what_is_saved_is_read_back(tmp_path: Path) -> None:
+    content = {"network": {"w": torch.arange(3.0)}, "classes": ["a", "b"], "epoch": 3}
+    save_checkpoint(tmp_path / "runs" / "best.pt", content)
+    back = read_checkpoint(tmp_path / "runs" / "best.pt")
+    assert torch.equal(back["network"]["w"], content["network"]["w"])
+    assert (back["classes"], back["epoch"]) == (["a", "b"], 3)
+    assert [file.name for file in (tmp_path / "runs").iterdir()] == ["best.pt"]
+
+
+def test_a_write_that_fails_leaves_the_old_checkpoint_and_no_litter(tmp_path: Path) -> None:
+    path = tmp_path / "best.pt"
+    save_checkpoint(path, {"epoch": 1})
+    with pytest.raises(AttributeError):
+        save_checkpoint(path, {"epoch": 2, "bad": lambda: None})  # cannot be written: fails half-way
+    assert read_checkpoint(path)["epoch"] == 1
+    assert [file.name for file in tmp_path.iterdir()] == ["best.pt"]
+
+
 def save_slowly(path: Path, reached: Event) -> None:
     class Slow:
         def __reduce__(self) -> None:

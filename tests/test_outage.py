@@ -102,23 +102,8 @@ def test_a_run_whose_store_goes_away_while_it_is_opened_does_not_stay_active(sto
     assert [run.info.status for run in mlflow.search_runs(output_format="list")] == ["FAILED"]
 
 
-def test_a_server_that_is_down_at_the_start_is_one_line_and_exit_code_2(
-    class_folders: Path, tmp_path
-) -> None:
-    done = subprocess.run(
-        [sys.executable, "-m", "skin_resnet", "train", "--data", str(class_folders),
-         "--checkpoint_dir", str(tmp_path / "checkpoints"), "--cache_dir", str(tmp_path / "cache")],
-        env={**os.environ, "PYTHONPATH": str(ROOT), "MLFLOW_TRACKING_URI": f"http://127.0.0.1:{find_free_port()}"},
-        capture_output=True, text=True, timeout=120, check=False, cwd=tmp_path,
-    )  # fmt: skip
-    assert done.returncode == 2
-    (line,) = done.stderr.strip().splitlines()
-    assert "http://127.0.0.1:" in line
-    assert list(tmp_path.iterdir()) == []
-
-
 @pytest.mark.parametrize("command", [["train", "--epochs=1"], ["reproduce", "0" * 32]])
-def test_it_is_one_line_too_where_mlflow_is_asked_before_a_run_is_opened(
+def test_a_server_that_is_down_at_the_start_is_one_line_and_exit_code_2(
     command: list[str], tmp_path: Path
 ) -> None:
     killed = tmp_path / "checkpoints" / ("0" * 32)
@@ -130,7 +115,8 @@ def test_it_is_one_line_too_where_mlflow_is_asked_before_a_run_is_opened(
         capture_output=True, text=True, timeout=100, check=False, cwd=tmp_path,
     )  # fmt: skip
     assert done.returncode == 2
-    assert len(done.stderr.strip().splitlines()) == 1, done.stderr  # and not one for each time it was asked
+    (line,) = done.stderr.strip().splitlines()  # and not one for each time it was asked
+    assert "http://127.0.0.1:" in line
 
 
 class Server:

@@ -109,10 +109,7 @@ def execute(*statements: str) -> Callable[[Path], None]:
         (execute("DROP TABLE experiments"), "not a complete"),
         (execute("DELETE FROM alembic_version"), "not a complete"),
         (execute("UPDATE alembic_version SET version_num = '451aebb31d03'"), "mlflow db upgrade"),
-        (
-            execute("DELETE FROM experiments", "CREATE TABLE mine (x)", "DROP TABLE runs"),
-            "not a complete",
-        ),
+        (execute("DELETE FROM experiments", "CREATE TABLE mine (x)", "DROP TABLE runs"), "not a complete"),
     ],
 )
 def test_a_damaged_or_foreign_database_is_refused_in_one_line_and_kept(

@@ -55,11 +55,6 @@ def test_safetensors_and_a_head_of_the_same_size_are_loaded_whole(tmp_path) -> N
     assert torch.equal(network.fc.weight, source.fc.weight)
 
 
-def test_a_missing_file_is_told() -> None:
-    with pytest.raises(UserError, match=r"weights=nowhere\.pth: there is no file"):
-        load_weights(build_resnet("resnet50"), "nowhere.pth", "resnet50")
-
-
 def test_imagenet_without_a_network_says_what_else_one_can_do(tmp_path, monkeypatch) -> None:
     monkeypatch.setenv("TORCH_HOME", str(tmp_path))
     monkeypatch.setenv(

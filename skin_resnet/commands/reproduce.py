@@ -53,11 +53,7 @@ def reproduce(config: ReproduceConfig) -> int:
 
 
 def compare_histories(first: pd.DataFrame, again: pd.DataFrame) -> tuple[pd.DataFrame, int]:
-    """Compare two trainings epoch by epoch; a value that only one of them has counts as a difference.
-
-    Args:
-        first: A row an epoch, a column a metric.
-        again: The same of the repetition.
+    """Compare two histories; a value that only one of them has counts as a difference.
 
     Returns:
         The values that differ, earliest epoch first (columns epoch, metric, first, again), and how many

@@ -21,11 +21,7 @@ class Bottleneck(nn.Module):
     The stride sits in the 3x3 convolution, not in the first 1x1 as the paper has it: "ResNet v1.5", which is
     what torchvision's weights were trained with (about half a point better on ImageNet).
 
-    Args:
-        in_channels: Channels that come in.
-        width: Channels of the 3x3 convolution; `4 * width` go out.
-        stride: 2 in the first block of stages 2 to 4, which halves its size.
-        drop_probability: Chance in training that an image skips the block's residual branch.
+    In training, each image skips the residual branch with `drop_probability`.
     """
 
     def __init__(self, in_channels: int, width: int, stride: int, drop_probability: float) -> None:
@@ -60,12 +56,8 @@ class Bottleneck(nn.Module):
 class ResNet(nn.Module):
     """A bottleneck ResNet: stem, four stages, average pooling, linear head.
 
-    Args:
-        depths: Blocks in each of the four stages.
-        num_classes: Outputs of the head.
-        dropout: Dropout probability before the head.
-        stochastic_depth: Probability of skipping the last block; it rises linearly from 0 at the first.
-            Source: Huang et al., "Deep Networks with Stochastic Depth", ECCV 2016, section 3.
+    `stochastic_depth` is the probability of skipping the last block; it rises linearly from 0 at the first.
+    Source: Huang et al., "Deep Networks with Stochastic Depth", ECCV 2016, section 3.
     """
 
     def __init__(

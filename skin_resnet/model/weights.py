@@ -21,9 +21,9 @@ def load_weights(network: nn.Module, weights: str, arch: str) -> str:
     A head of another size stays random; every other key must match in name and shape.
 
     Args:
-        network: A network from `build_resnet(arch, ...)`.
+        network: From `build_resnet(arch, ...)`.
         weights: `none`, `imagenet`, or the path of a state dict (`.pth`, `.pt`, `.safetensors`).
-        arch: The network's name.
+        arch: As given to `build_resnet`.
 
     Returns:
         What the network starts from, in words.

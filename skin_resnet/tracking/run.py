@@ -132,11 +132,7 @@ def _end_early(run: "TrackedRun", status: str, error: BaseException) -> None:
 
 
 class TrackedRun:
-    """An open MLflow run, and the tracker of the training in it.
-
-    Args:
-        run_id: The run's.
-    """
+    """An open MLflow run, and the tracker of the training in it."""
 
     def __init__(self, run_id: str) -> None:
         self.run_id = run_id

@@ -102,12 +102,11 @@ def compute_class_weights(counts: NDArray[np.int64], weighting: str) -> Tensor:
     """Compute a loss weight for each class from its training images.
 
     Args:
-        counts: int64 (K,), training images of each class.
+        counts: int64 (K,), training images of each class; one without any weighs 0.
         weighting: `none`, `sqrt` (1 / sqrt(images)) or `balanced` (1 / images).
 
     Returns:
-        float32 (K,), with mean 1 over the training images, so that the learning rate keeps its meaning. A
-        class without images weighs 0.
+        float32 (K,), with mean 1 over the training images, so that the learning rate keeps its meaning.
     """
     power = {"none": 0.0, "sqrt": -0.5, "balanced": -1.0}[weighting]
     weights = np.where(counts > 0, np.maximum(counts, 1).astype(np.float64) ** power, 0.0)

@@ -89,8 +89,7 @@ def _hold_and_read(folder: RunFolder, config: TrainConfig, *, takes_defaults: bo
 def describe_state(state: TrainingState, fingerprint: str, history: list[EpochResult]) -> dict[str, Any]:
     """Return all that another process needs to continue exactly here.
 
-    Early stopping and the best epoch follow from the history; order, augmentation and dropout from seed,
-    epoch and step.
+    The best epoch follows from the history; order, augmentation and dropout from seed, epoch and step.
 
     Raises:
         NonFiniteLossError: The network is broken. A GPU's losses are checked less often than states are

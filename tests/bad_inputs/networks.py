@@ -158,26 +158,14 @@ WEIGHTS = [
         ("empty weights", with_weights(lambda _: b""), ("damaged", "given.pth")),
         ("text as weights", with_weights(lambda _: b"no weights"), ("more than the tensors", "given.pth")),
         ("weights cut off", with_weights(lambda _: cut(STATE)), ("given.pth",)),
-        (
-            "a flipped weight",
-            with_weights(lambda _: flip_a_weight(STATE)),
-            ("damaged",),
-        ),
+        ("a flipped weight", with_weights(lambda _: flip_a_weight(STATE)), ("damaged",)),
         (
             "safetensors cut off",
             with_weights(lambda _: cut(safetensors.torch.save({"w": NAN})), "given.safetensors"),
             ("damaged", "given.safetensors"),
         ),
-        (
-            "a list as weights",
-            with_weights(lambda _: save([1, 2])),
-            ("state dict", "given.pth"),
-        ),
-        (
-            "weights without names",
-            with_weights(lambda _: save({1: NAN})),
-            ("state dict", "given.pth"),
-        ),
+        ("a list as weights", with_weights(lambda _: save([1, 2])), ("state dict", "given.pth")),
+        ("weights without names", with_weights(lambda _: save({1: NAN})), ("state dict", "given.pth")),
         (
             "weights of another arch",
             with_weights(lambda _: save(build_state("resnet101"))),
@@ -215,11 +203,7 @@ MODELS = [
         ("run without an id", lambda _: {"model": "runs:/"}, ("is not a checkpoint", "runs:/")),
         ("empty checkpoint", with_model(lambda _: b""), ("damaged", "given.pt")),
         ("text as checkpoint", with_model(lambda _: b"no network"), ("damaged", "given.pt")),
-        (
-            "checkpoint cut off",
-            with_model(lambda _: cut(save(build_checkpoint()))),
-            ("damaged", "given.pt"),
-        ),
+        ("checkpoint cut off", with_model(lambda _: cut(save(build_checkpoint()))), ("damaged", "given.pt")),
         (
             "a flipped weight in a checkpoint",
             with_model(lambda _: flip_a_weight(save(build_checkpoint()))),
@@ -228,11 +212,7 @@ MODELS = [
         ("weights as checkpoint", with_model(lambda _: STATE), ("not a checkpoint", "given.pt")),
         ("list as checkpoint", with_model(lambda _: save([1])), ("not a checkpoint", "given.pt")),
         ("checkpoint of the future", with_checkpoint(format=99), ("format is 99", "given.pt")),
-        (
-            "unfinished training",
-            with_checkpoint(calibration=None),
-            ("not a finished training", "given.pt"),
-        ),
+        ("unfinished training", with_checkpoint(calibration=None), ("not a finished training", "given.pt")),
         ("checkpoint without network", with_checkpoint(network=None), ("'network'", "given.pt")),
         (
             "checkpoint of another arch",
