@@ -85,7 +85,7 @@ class FrozenConfig(BaseModel):
 def _explain(error: ValidationError, config_type: type[FrozenConfig]) -> str:
     # What was typed wrong comes before what is missing.
     first, *others = sorted(error.errors(), key=lambda each: each["type"] == "missing")
-    name = str(first["loc"][0])
+    name = str(first["loc"][0]) if first["loc"] else "options"
     if first["type"] == "missing":
         return f"option --{name} is missing: {config_type.model_fields[name].description}"
     if first["type"] == "extra_forbidden":
