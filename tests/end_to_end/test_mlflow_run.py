@@ -39,7 +39,7 @@ def start(tmp_path: Path, environment: dict[str, str]) -> Start:
             env={**environment, **more},
             capture_output=True,
             text=True,
-            timeout=400,
+            timeout=850,
             check=False,
         )
 
