@@ -48,7 +48,7 @@ def search(config: SearchConfig) -> None:
                 page = _conclude(config, study, run) if is_first else "Another search is testing the winner."
         print(f"\n{page}")
         wait_for_server(lambda: run.log_artifacts({"report.md": page}))
-        run.describe(page)
+        wait_for_server(lambda: run.describe(page))
     print(f"\n{describe_location(run.run_id)}")
 
 
@@ -172,7 +172,7 @@ def _test(run: TrackedRun, retrained: pd.DataFrame) -> tuple[pd.DataFrame, str]:
     """
     config = TrainConfig.model_validate_json(retrained.config[0])
     data = prepare_data(config)
-    table, warning = open_test_split(run, config, data)
+    table, warning = wait_for_server(lambda: open_test_split(run, config, data))
 
     def evaluate(run_id: str) -> Predictions:
         checkpoint = read_checkpoint(finished_runs.download_checkpoint(run_id))

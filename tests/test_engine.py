@@ -160,6 +160,28 @@ def test_after_an_epoch_on_several_devices_all_score_one_network(ema_decay: floa
         assert all((buffer == 3).all() for buffer in network.buffers() if buffer.is_floating_point())
 
 
+def test_all_devices_average_their_networks_in_the_same_order(monkeypatch: pytest.MonkeyPatch) -> None:
+    state, train, val = build(epochs=1, ema_decay=0.9)
+    averaged: list[torch.Tensor] = []
+
+    def all_reduce(value: torch.Tensor, reduce_op: str) -> torch.Tensor:
+        if reduce_op == "mean":
+            averaged.append(value)
+        return value
+
+    # The order of a set would follow the hash, which is another one in each process.
+    hashes = {id(state.network): 2, id(state.ema): 1}
+    monkeypatch.setattr(type(state.network), "__hash__", lambda self: hashes.get(id(self), 0))
+    single = state.fabric
+    state.fabric = Mock(
+        wraps=single, world_size=2, device=single.device, global_rank=0, all_reduce=all_reduce
+    )
+    list(fit(state, train, val))
+    networks = (state.network, state.scored_network)
+    expected = [b for network in networks for b in network.buffers() if b.is_floating_point()]
+    assert [id(buffer) for buffer in averaged] == [id(buffer) for buffer in expected]
+
+
 def test_the_moving_average_is_that_of_the_definition() -> None:
     state, train, val = build(ema_decay=0.9, epochs=1)
     shadow = {name: value.clone().double() for name, value in state.network.state_dict().items()}

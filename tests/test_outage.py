@@ -102,6 +102,26 @@ def test_a_run_whose_store_goes_away_while_it_is_opened_does_not_stay_active(sto
     assert [run.info.status for run in mlflow.search_runs(output_format="list")] == ["FAILED"]
 
 
+def fail_once_to_end_runs(monkeypatch: pytest.MonkeyPatch) -> None:
+    original, failures = mlflow.MlflowClient.set_terminated, iter([mlflow.MlflowException("away")])
+
+    def set_terminated(client: mlflow.MlflowClient, *arguments: object, **more: object) -> None:
+        for failure in failures:
+            raise failure
+        original(client, *arguments, **more)
+
+    monkeypatch.setattr(mlflow.MlflowClient, "set_terminated", set_terminated)
+
+
+def test_an_outage_at_the_end_of_a_child_run_does_not_end_its_parent(store: str, monkeypatch) -> None:
+    with open_run("parent") as parent:
+        with pytest.raises(UserError), open_run("child", parent_run_id=parent.run_id) as child:
+            fail_once_to_end_runs(monkeypatch)
+        assert mlflow.get_run(parent.run_id).info.status == "RUNNING"
+    statuses = [mlflow.get_run(run.run_id).info.status for run in (parent, child)]
+    assert statuses == ["FINISHED", "FAILED"]
+
+
 @pytest.mark.parametrize("command", [["train", "--epochs=1"], ["reproduce", "0" * 32]])
 def test_a_server_that_is_down_at_the_start_is_one_line_and_exit_code_2(
     command: list[str], tmp_path: Path

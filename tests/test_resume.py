@@ -296,6 +296,40 @@ def test_a_run_that_another_process_is_at_is_left_alone(stopped: str, config: Tr
     assert mlflow.get_run(stopped).info.status == "KILLED"
 
 
+def test_the_next_start_closes_a_run_whose_end_the_store_did_not_accept(
+    config: TrainConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*arguments: object) -> None:
+        raise mlflow.MlflowException("away")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(mlflow.MlflowClient, "set_terminated", fail)
+        with pytest.raises(UserError):
+            train(config)
+    (run,) = mlflow.search_runs(output_format="list")
+    assert run.info.status == "RUNNING"
+    clean_up_killed(config.checkpoint_dir, close_abandoned)
+    assert mlflow.get_run(run.info.run_id).info.status == "KILLED"
+
+
+def test_a_run_is_held_until_it_has_ended(config: TrainConfig, monkeypatch: pytest.MonkeyPatch) -> None:
+    original, resumable = mlflow.end_run, []
+
+    def end_run(*arguments: str) -> None:
+        resumable.append(find_resume_point(config.with_changes(resume="auto")))
+        original(*arguments)
+
+    monkeypatch.setattr(mlflow, "end_run", end_run)
+    train(config)
+    assert resumable == [None]
+
+
+@pytest.mark.parametrize("resume", ["../elsewhere", "a/b"])
+def test_resume_stays_in_the_checkpoint_folder(resume: str, config: TrainConfig) -> None:
+    with pytest.raises(UserError, match="not a run id"):
+        find_resume_point(config.with_changes(resume=resume))
+
+
 def test_auto_takes_the_latest_interrupted_run_that_no_process_is_training(
     stopped: str, config: TrainConfig
 ) -> None:

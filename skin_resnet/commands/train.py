@@ -33,15 +33,13 @@ def train(config: TrainConfig) -> None:
     checkpoint_dir = config.checkpoint_dir.expanduser()
     clean_up_killed(checkpoint_dir, close_abandoned)
     with ExitStack() as stack:
-        # Held before the run is opened, which another process may be training.
+        # Held before the run is opened, which another process may be training, and until it has ended.
         point = find_resume_point(config)
-        if point:
-            stack.callback(point.folder.release)
+        stack.callback(lambda: point.folder.release() if point else None)
         run = stack.enter_context(open_run(run_id=point.folder.path.name if point else None))
         if point is None:
             point = ResumePoint(folder=RunFolder(checkpoint_dir / run.run_id), config=config)
             point.folder.acquire()
-            stack.callback(point.folder.release)
         try:
             _train_and_test(run, point)
         except BaseException as error:

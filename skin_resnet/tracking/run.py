@@ -57,14 +57,15 @@ def open_run(
         run = TrackedRun(_start(name, run_id, parent_run_id))
         run.set_tags({**records.read_versions(), **(tags or {})})
     except OUTAGES as error:
-        if mlflow.active_run() is not before:  # it was created, but not completely set up
+        active = mlflow.active_run()
+        if active is not None and active is not before:  # it was created, but not completely set up
             with contextlib.suppress(*OUTAGES):
-                mlflow.end_run("FAILED")
+                _end(active.info.run_id, "FAILED")
         raise _explain_outage(error) from None
     try:
         interrupts.check()
         yield run
-        mlflow.end_run()
+        _end(run.run_id, "FINISHED")
     except OUTAGES as error:
         _end_early(run, "FAILED", error)
         raise _explain_outage(error, "; what was trained is kept, so resume the run then") from None
@@ -92,6 +93,14 @@ def _start(name: str | None, run_id: str | None, parent_run_id: str | None) -> s
     if parent_run_id:
         client.set_tag(run.info.run_id, "mlflow.parentRunId", parent_run_id)
     return str(run.info.run_id)
+
+
+def _end(run_id: str, status: str) -> None:
+    active = mlflow.active_run()
+    if active and active.info.run_id == run_id:
+        mlflow.end_run(status)
+    else:  # in an outage MLflow forgets its active run, and would end the parent in its place
+        mlflow.MlflowClient().set_terminated(run_id, status)
 
 
 def _point_to(client: mlflow.MlflowClient, run_id: str) -> None:
@@ -127,7 +136,7 @@ def _end_early(run: "TrackedRun", status: str, error: BaseException) -> None:
         if status == "FAILED":
             run.set_tags({"failure": f"{reason}: {error}"[:5000]})
     with contextlib.suppress(*OUTAGES):
-        mlflow.end_run(status)
+        _end(run.run_id, status)
     run.remove_checkpoints(keep_state=True)
 
 

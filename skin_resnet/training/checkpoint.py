@@ -104,10 +104,11 @@ class RunFolder:
                 f"cannot write to {self.path} ({error.strerror or error}); set another checkpoint_dir"
             ) from None
 
-    def release(self) -> None:
+    def release(self, *, keep_lock_file: bool = False) -> None:
         """Release the folder, and remove it if it holds nothing."""
-        with contextlib.suppress(OSError):
-            (self.path / "running.lock").unlink()
+        if not keep_lock_file:
+            with contextlib.suppress(OSError):
+                (self.path / "running.lock").unlink()
         self._lock.release()
         with contextlib.suppress(OSError):  # it holds something
             self.path.rmdir()
@@ -150,12 +151,13 @@ def clean_up_killed(checkpoint_dir: Path, end_run: Callable[[str], str]) -> None
         end_run: Ends a run in the tracking store if it has not ended, and returns its status; empty if the
             store does not know or does not answer.
     """
-    for lock in sorted(checkpoint_dir.glob("*/running.lock")):
-        folder = RunFolder(lock.parent)
+    files = [path for name in ("running.lock", "last.pt") for path in checkpoint_dir.glob(f"*/{name}")]
+    for path in sorted({file.parent for file in files}):
+        folder = RunFolder(path)
         with contextlib.suppress(UserError):  # its process is alive
             folder.acquire()
             status = end_run(folder.path.name)
             if status == "FINISHED" or (status and not folder.last.exists()):
                 folder.remove()
-            elif status:
-                folder.release()
+            else:
+                folder.release(keep_lock_file=not status)  # by which the next start finds it

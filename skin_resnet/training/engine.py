@@ -174,8 +174,8 @@ def _train_epoch(
         on_batch()
     if fabric.world_size > 1:
         seen = _sum_over_ranks(seen, fabric)
-        # BatchNorm's statistics: each rank has seen its own images only.
-        for network in {state.network, state.scored_network}:
+        # BatchNorm's statistics: each rank has seen its own images only. On all ranks in the same order.
+        for network in dict.fromkeys((state.network, state.scored_network)):
             for buffer in filter(Tensor.is_floating_point, network.buffers()):
                 buffer.copy_(fabric.all_reduce(buffer, reduce_op="mean"))  # type: ignore[arg-type]
     return _to_probabilities(seen[:, 1:]), seen[:, 0].long().cpu()

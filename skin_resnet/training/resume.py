@@ -3,6 +3,7 @@
 import contextlib
 import dataclasses
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from skin_resnet.config import TrainConfig
@@ -48,6 +49,8 @@ def find_resume_point(config: TrainConfig) -> ResumePoint | None:
     if config.resume == "none":
         return None
     if config.resume != "auto":
+        if Path(config.resume).name != config.resume:
+            raise UserError(f"resume={config.resume} is not a run id; copy it from the run's page")
         return _hold_and_read(RunFolder(checkpoint_dir / config.resume), config)
     for folder in list_interrupted(checkpoint_dir):
         # It may be in training, have finished meanwhile, be damaged, or have other options.
