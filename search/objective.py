@@ -80,7 +80,7 @@ class Objective:
         # A baseline trains with exactly its options; what it suggests is its nearest place in the space.
         config = self.config.training.with_changes(**(BASELINES[baseline] if baseline else changes))
         trial.set_user_attr("config", config.model_dump_json())
-        name = f"trial {trial.number}" + (f", {baseline}" if baseline else "")
+        name = f"trial {trial.number} · {baseline or f'{config.optimizer} {config.lr:.2g}'}"
         tags = {STUDY: self.study_id, TRIAL: str(trial.number)}
         with open_child(name, self.parent_run_id, tags) as run:
             trial.set_user_attr("run_id", run.run_id)

@@ -24,6 +24,7 @@ from skin_resnet.data.prepare import prepare_data
 from skin_resnet.data.split import join_lesions
 from skin_resnet.errors import UserError
 from skin_resnet.evaluation.metrics import Predictions
+from skin_resnet.evaluation.page import print_markdown
 from skin_resnet.options import format_value
 from skin_resnet.tracking import history as finished_runs
 from skin_resnet.tracking.run import TrackedRun, describe_location, open_run
@@ -37,7 +38,7 @@ def search(config: SearchConfig) -> None:
     Raises:
         UserError: Something the user gave cannot be used; the run ends FAILED.
     """
-    with open_run(f"search {config.study_name}") as run, report_storage_errors(config):
+    with open_run(f"search · {config.study_name}") as run, report_storage_errors(config):
         run.log_params(config)
         study = open_study(config)
         with lock(config.storage, name_session(run.run_id)):
@@ -46,7 +47,7 @@ def search(config: SearchConfig) -> None:
             # Of several searches on one study, the first to come here retrains, tests and reports.
             with lock(config.storage, f"winner-{get_study_id(study)}", wait=False) as is_first:
                 page = _conclude(config, study, run) if is_first else "Another search is testing the winner."
-        print(f"\n{page}")
+        print_markdown(page)
         wait_for_server(lambda: run.log_artifacts({"report.md": page}))
         wait_for_server(lambda: run.describe(page))
     print(f"\n{describe_location(run.run_id)}")
@@ -135,7 +136,7 @@ def _retrain_and_test(
 
 def _retrain(study: Study, recipe: str, config: TrainConfig, parent_run_id: str) -> dict[str, Any]:
     """Train a recipe in a child run, unless a killed search has; return what the rest needs of it."""
-    name = f"{recipe}, seed {config.seed}"
+    name = f"{recipe} · seed {config.seed}"
     kept: dict[str, Any] = study.user_attrs.get(f"retrained {name}", {})
     if kept.get("config") == config.model_dump_json():
         return kept

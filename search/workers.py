@@ -22,6 +22,7 @@ from optuna.trial import TrialState
 
 from search.config import SearchConfig
 from search.objective import Objective, TrialFailed
+from search.report import TrialProgress
 from search.study import (
     CLAIM,
     MAX_RETRIES,
@@ -55,6 +56,7 @@ def run_workers(config: SearchConfig, study: Study, run: TrackedRun) -> None:
     """
     processes: list[BaseProcess] = []
     done = -1
+    progress = TrialProgress(config, study)
     # A trial that kills its process each time may kill so many before it is given up.
     restarts = most = (MAX_RETRIES + 1) * config.workers
     try:
@@ -64,6 +66,7 @@ def run_workers(config: SearchConfig, study: Study, run: TrackedRun) -> None:
             while any(process.is_alive() for process in processes):
                 time.sleep(_POLL_S)
                 interrupts.check()
+                progress.show()
                 if (now := count_done(study.get_trials(deepcopy=False))) > done:
                     done, restarts = now, most
                     with contextlib.suppress(*OUTAGES):  # the next time makes up for it
@@ -74,6 +77,7 @@ def run_workers(config: SearchConfig, study: Study, run: TrackedRun) -> None:
                         processes[number] = _start(config, study, run.run_id, number)
     finally:
         _end(processes)
+    progress.show()
     left = config.n_trials - count_done(study.get_trials(deepcopy=False))
     if left > 0:
         raise UserError(f"all workers ended with {left} trials left; the same command continues with them")
@@ -122,6 +126,7 @@ def _end(processes: list[BaseProcess]) -> None:
 
 def _work(config: SearchConfig, study_id: str, parent_run_id: str, environment: Mapping[str, str]) -> None:
     """Run in a worker process."""
+    sys.stdout = open(os.devnull, "w")  # the search itself shows how far the trials are
     os.environ.update(environment)  # CUDA reads it when it is first used
     os.environ.pop("MLFLOW_RUN_ID", None)  # or it would open the search's run as its own
     if config.workers > 1 and "OMP_NUM_THREADS" not in os.environ:

@@ -137,6 +137,9 @@ class RuntimeOptions(FrozenConfig):
         description="Continue an interrupted run: its run id, or auto (the latest with the same options, "
         "else a new run).",
     )
+    print_report: Literal["false", "true"] = Field(
+        "false", description="Print the whole report at the end; it is logged in any case."
+    )
 
 
 # How `--help` groups the options; the order is that of TrainConfig's fields.

@@ -87,10 +87,10 @@ def test_coverage_is_the_share_of_sets_that_hold_the_true_class() -> None:
 
 def test_mlflow_gets_the_headline_metrics_only_under_their_split(assessment: Assessment) -> None:
     metrics = assessment.metrics("test")
-    names = {"images", "loss", "ece", *HEADLINES, *(f"baseline_{name}" for name in HEADLINES)}
-    names |= {f"{name}_{end}" for name in HEADLINES for end in ("low", "high")}
-    assert set(metrics) == {f"test/{name}" for name in names}
-    assert metrics["test/macro_auc_low"] == assessment.get("macro_auc").low
+    names = {"images", "loss", "ece", *HEADLINES, "baseline_accuracy", "baseline_balanced_accuracy"}
+    names |= {"balanced_accuracy_low", "balanced_accuracy_high"}
+    assert set(metrics) == {f"test_{name}" for name in names}
+    assert metrics["test_balanced_accuracy_low"] == assessment.get("balanced_accuracy").low
 
 
 def test_the_page_shows_the_values_of_the_table(assessment: Assessment) -> None:

@@ -158,8 +158,8 @@ def test_a_network_is_scored_on_images_of_one_class_and_skipped_ones_are_counted
     assert "Test: 2 images" in out
     assert "skipped  1 that cannot be read" in out
     latest = mlflow.search_runs(output_format="list", max_results=1)[0]
-    assert latest.data.metrics["test/balanced_accuracy"] == latest.data.metrics["test/accuracy"]
-    assert "test/macro_auc" not in latest.data.metrics
+    assert latest.data.metrics["test_balanced_accuracy"] == latest.data.metrics["test_accuracy"]
+    assert "test_macro_auc" not in latest.data.metrics
     assert latest.data.tags["skipped_images"] == "1"
     skipped = mlflow.artifacts.load_dict(f"{latest.info.artifact_uri}/data/skipped_images.json")
     assert skipped == {"photo_11": "the file is empty"}

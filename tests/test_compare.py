@@ -97,15 +97,15 @@ def runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[dict[str, 
             mlflow.set_tags({"split.leaks": "false", "split.hash": "abc"})
             mlflow.log_metrics(
                 {
-                    "best/val_balanced_accuracy": skill,
-                    "test/balanced_accuracy": skill,
-                    "best/gap": 0.1,
-                    "best/epoch": 2,
+                    "best_val_balanced_accuracy": skill,
+                    "test_balanced_accuracy": skill,
+                    "best_gap": 0.1,
+                    "best_epoch": 2,
                 }
             )
             for epoch in (1, 2):
                 values = {"train/loss": 1, "val/loss": 2, "train/balanced_accuracy": 0.4}
-                speed = {"speed/epoch_s": 30, "speed/images_per_s": 60}
+                speed = {"epoch_s": 30, "images_per_s": 60}
                 mlflow.log_metrics({**values, "val/balanced_accuracy": 0.3, **speed}, step=epoch)
             mlflow.log_text(table.to_csv(index=False), "test/predictions.csv")
         ids[name] = run.info.run_id

@@ -52,11 +52,11 @@ def record(
     status: str = "FINISHED", **tags: str,
 ) -> str:  # fmt: skip
     """Record a training as `train` does, as far as it matters here; return its id."""
-    metrics = {"best/epoch": 1.0, "best/val_balanced_accuracy": val, "val/balanced_accuracy": val}
+    metrics = {"best_epoch": 1.0, "best_val_balanced_accuracy": val, "val/balanced_accuracy": val}
     run_id = create_run(**{"split.hash": split, "split.leaks": "false", **tags})
     client = mlflow.MlflowClient()
     client.log_param(run_id, "arch", arch)
-    for name, value in (metrics | ({"test/balanced_accuracy": val} if is_tested else {})).items():
+    for name, value in (metrics | ({"test_balanced_accuracy": val} if is_tested else {})).items():
         client.log_metric(run_id, name, value, step=1)
     client.set_terminated(run_id, status)
     return run_id

@@ -82,7 +82,7 @@ def test_winner_and_baseline_recipe_are_retrained_with_every_seed_and_tested(
         )
         assert child.data.params == wanted.to_params()
         assert child.info.status == "FINISHED"
-        assert 0 <= child.data.metrics["test/balanced_accuracy"] <= 1
+        assert 0 <= child.data.metrics["test_balanced_accuracy"] <= 1
 
 
 def test_test_is_opened_once_by_the_search(parent: Run, config: SearchConfig) -> None:
@@ -123,7 +123,7 @@ def test_pruned_and_losing_trials_leave_no_weights(
 def test_the_winners_best_model_on_val_is_the_champion(parent: Run) -> None:
     champion = mlflow.MlflowClient().get_model_version_by_alias("skin-resnet", "champion")
     winners = [r for r in find_children(parent) if r.data.tags["search.recipe"] == "winner"]
-    best = max(run.data.metrics["best/val_balanced_accuracy"] for run in winners)
+    best = max(run.data.metrics["best_val_balanced_accuracy"] for run in winners)
     assert float(champion.tags["val/balanced_accuracy"]) == best
 
 

@@ -10,7 +10,7 @@ from skin_resnet.data.leakage import LeakageReport, audit_split
 from skin_resnet.data.split import read_split, split_lesions
 from skin_resnet.data.store import open_store
 from skin_resnet.errors import UserError, expand
-from skin_resnet.evaluation.page import format_leakage
+from skin_resnet.evaluation.page import format_leakage, print_markdown
 from skin_resnet.tracking import run as mlflow_run
 
 LEAKS = 1  # exit code for a split that leaks
@@ -42,7 +42,7 @@ def audit(config: AuditConfig) -> int:
         report = replace(report, unread=len(store.skipped))
     page = format_leakage(report)
     if mlflow_run.is_project_run():
-        with mlflow_run.open_run("leakage audit") as run:
+        with mlflow_run.open_run(f"audit · {config.data}") as run:
             run.log_params(config)
             run.log_artifacts({"data/leakage.json": report.to_dict(), "data/leakage.md": page})
             run.set_tags({"split.leaks": str(report.leaks).lower()})
@@ -51,7 +51,7 @@ def audit(config: AuditConfig) -> int:
                 run.set_tags({"failure": "the split leaks"})
     if config.report != "none":
         _write_report(report, config.report)
-    print(page)
+    print_markdown(page)
     return LEAKS if report.leaks else 0
 
 

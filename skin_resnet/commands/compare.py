@@ -10,7 +10,7 @@ from skin_resnet.config import CompareConfig
 from skin_resnet.data.split import join_lesions
 from skin_resnet.errors import UserError
 from skin_resnet.evaluation.metrics import HEADLINES, Predictions, compare_models
-from skin_resnet.evaluation.page import LEAK_BANNER, format_score, format_table, spell_metric
+from skin_resnet.evaluation.page import LEAK_BANNER, format_score, format_table, print_markdown, spell_metric
 from skin_resnet.evaluation.plots.curves import plot_curves_of_models
 from skin_resnet.tracking import history as finished_runs
 from skin_resnet.tracking.history import FinishedRun
@@ -23,13 +23,14 @@ def compare(config: CompareConfig) -> None:
     Raises:
         UserError: A run cannot be read, or the runs were not trained on one split.
     """
-    with open_run("comparison") as comparison:
+    with open_run() as comparison:
         comparison.log_params(config)
         runs = _name_runs(_read_runs(config))
+        comparison.rename(f"compare · {' vs '.join(runs)}")
         predictions = {name: read_predictions(run.predictions) for name, run in runs.items()}
         lesions = join_lesions(next(iter(runs.values())).predictions).to_numpy(str)
         page, files = _compare(runs, predictions, lesions, config.split)
-        print(f"\n{page}")
+        print_markdown(page)
         comparison.describe(
             page + "\n\n" + "\n".join(f"- {name}: run {run.run_id}" for name, run in runs.items())
         )
@@ -106,10 +107,10 @@ def _tabulate(runs: dict[str, FinishedRun], scores: pd.DataFrame) -> str:
             [
                 name,
                 *(format_score(each.value, (each.low, each.high)) for each in cells),
-                f"{run.metrics['best/gap']:+.3f}",
+                f"{run.metrics['best_gap']:+.3f}",
                 str(len(run.history)),
-                f"{run.history['speed/epoch_s'].sum() / 60:.1f}",
-                f"{run.history['speed/images_per_s'].median():.0f}",
+                f"{run.history['epoch_s'].sum() / 60:.1f}",
+                f"{run.history['images_per_s'].median():.0f}",
             ]
         )
     return format_table(header, rows)

@@ -15,7 +15,7 @@ from skin_resnet.errors import UserError
 from skin_resnet.evaluation.artifacts import list_artifacts, show_images
 from skin_resnet.evaluation.assess import assess
 from skin_resnet.evaluation.metrics import Predictions
-from skin_resnet.evaluation.page import LEAK_BANNER
+from skin_resnet.evaluation.page import LEAK_BANNER, format_summary, print_markdown
 from skin_resnet.model.resnet import ResNet, build_resnet
 from skin_resnet.tracking import history as finished_runs
 from skin_resnet.tracking.history import log_test_access
@@ -34,7 +34,7 @@ def evaluate(config: EvaluateConfig) -> None:
     Raises:
         UserError: The model or the data cannot be used.
     """
-    with open_run(f"evaluation of {config.model}") as run:
+    with open_run(f"evaluate · {config.model}") as run:
         run.log_params(config)
         checkpoint = read_finished(config.model)
         run.set_tags(
@@ -54,9 +54,9 @@ def evaluate(config: EvaluateConfig) -> None:
         split = _get_split(checkpoint)
         if set(split.test) & set(images.image_id):
             warning = log_test_access(run.run_id, split.hash, checkpoint["run_id"])
-        page = assess_and_log(run, checkpoint, images, store, config, warning)
-        run.describe(page)
-        print(f"\n{page}")
+        summary, page = assess_and_log(run, checkpoint, images, store, config, warning)
+        run.describe(f"{summary}\n\n{page}")
+        print_markdown(page)
     print(f"\n{describe_location(run.run_id)}")
 
 
@@ -168,8 +168,11 @@ def assess_and_log(
     store: ImageStore,
     config: TrainConfig | EvaluateConfig,
     warning: str = "",
-) -> str:
-    """Evaluate a checkpoint's network on a table's images, log everything on a run, and return the page.
+) -> tuple[str, str]:
+    """Evaluate a checkpoint's network on a table's images, log everything on a run.
+
+    Returns:
+        The headline metrics in a sentence, and the page.
 
     Raises:
         UserError: There is no image, or the network's output is not finite.
@@ -188,4 +191,4 @@ def assess_and_log(
     run.log_metrics(assessment.metrics("test"), step=checkpoint["epoch"])
     files = list_artifacts(assessment, "test", title, notes)
     run.log_artifacts(files | show_images(assessment, "test", title, network.cpu(), store))
-    return str(files["test/evaluation.md"])
+    return format_summary(assessment, "test"), str(files["test/evaluation.md"])

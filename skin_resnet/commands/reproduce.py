@@ -6,14 +6,14 @@ from tempfile import TemporaryDirectory
 import pandas as pd
 
 from skin_resnet.config import ReproduceConfig, TrainConfig
-from skin_resnet.evaluation.page import format_table
+from skin_resnet.evaluation.page import format_table, print_markdown
 from skin_resnet.tracking import history as finished_runs
 from skin_resnet.tracking.run import describe_location, open_run
 from skin_resnet.tracking.store import prepare_store
 from skin_resnet.training.engine import to_frame
 from skin_resnet.training.run import run_training, take_part
 
-_NOT_COMPARED = ("speed/epoch_s", "speed/images_per_s")  # durations are never the same twice
+_NOT_COMPARED = ("epoch_s", "images_per_s")  # durations are never the same twice
 _SETTING = ("git.", "version.", "device", "precision", "threads", "data.fingerprint", "start")
 _WEIGHTS = "best.sha256"
 _DIFFERS = 1  # exit code
@@ -37,7 +37,7 @@ def reproduce(config: ReproduceConfig) -> int:
                 "cache_dir": config.cache_dir, "checkpoint_dir": config.checkpoint_dir,
             }
         )  # fmt: skip
-        with open_run(f"reproduction of {config.run}", parent_run_id=config.run) as run:
+        with open_run(f"reproduce · {config.run}", parent_run_id=config.run) as run:
             result = run_training(options, tracker=run)
             first = finished_runs.read_history(config.run)
             differences, compared = compare_histories(first, to_frame(result.history))
@@ -47,7 +47,7 @@ def reproduce(config: ReproduceConfig) -> int:
             run.log_metrics({"reproduce/values": compared, "reproduce/deviations": len(differences)})
             run.log_artifacts({"reproduction.md": page})
             run.describe(page)
-            print(f"\n{page}\n")
+            print_markdown(page)
     print(describe_location(run.run_id))
     return _DIFFERS if len(differences) or _WEIGHTS in changes else 0
 

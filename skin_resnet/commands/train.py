@@ -1,6 +1,7 @@
 """The command `train`: from a data set to a tracked, tested network."""
 
 import shlex
+import textwrap
 from contextlib import ExitStack
 
 import pandas as pd
@@ -8,9 +9,9 @@ import pandas as pd
 from skin_resnet.commands.evaluate import assess_and_log
 from skin_resnet.config import TrainConfig
 from skin_resnet.data.prepare import PreparedData, open_test
-from skin_resnet.evaluation.page import LEAK_BANNER
+from skin_resnet.evaluation.page import LEAK_BANNER, print_markdown
 from skin_resnet.evaluation.report import describe_training
-from skin_resnet.tracking.history import log_test_access
+from skin_resnet.tracking.history import log_test_access, read_tags
 from skin_resnet.tracking.run import TrackedRun, close_abandoned, describe_location, is_project_run, open_run
 from skin_resnet.tracking.store import prepare_store
 from skin_resnet.training.checkpoint import RunFolder, clean_up_killed, read_checkpoint
@@ -18,6 +19,9 @@ from skin_resnet.training.device import explain_out_of_memory, is_out_of_memory
 from skin_resnet.training.engine import NonFiniteLossError, to_frame
 from skin_resnet.training.resume import ResumePoint, find_resume_point
 from skin_resnet.training.run import TrainResult, run_training, take_part
+
+# The path is one that MLflow's server has, so that the run's description shows the figure.
+_CURVES = "![Training curves](get-artifact?path=figures/curves.png&run_uuid={run_id})"
 
 
 def train(config: TrainConfig) -> None:
@@ -29,7 +33,7 @@ def train(config: TrainConfig) -> None:
     if take_part():
         return
     prepare_store()
-    started_by_project = is_project_run()  # asked now: opening the run hides it
+    by_project = is_project_run()  # asked now: opening the run hides it
     checkpoint_dir = config.checkpoint_dir.expanduser()
     clean_up_killed(checkpoint_dir, close_abandoned)
     with ExitStack() as stack:
@@ -41,29 +45,38 @@ def train(config: TrainConfig) -> None:
             point = ResumePoint(folder=RunFolder(checkpoint_dir / run.run_id), config=config)
             point.folder.acquire()
         try:
-            _train_and_test(run, point)
+            summary = _train_and_test(run, point)
         except BaseException as error:
             # What diverged would diverge again.
             if point.folder.last.exists() and not isinstance(error, NonFiniteLossError):
-                command = _write_resume_command(point.config, run.run_id, by_project=started_by_project)
-                print(f"\nresume with: {command}")
+                # All else that it needs is in the run's state.
+                options = {"resume": run.run_id}
+                if config.checkpoint_dir != TrainConfig.model_fields["checkpoint_dir"].default:
+                    options["checkpoint_dir"] = str(config.checkpoint_dir)
+                print(f"\nresume   {_write_command(run, 'train', options, by_project=by_project)}")
             raise
-    print(f"\n{describe_location(run.run_id)}")
+    compare = _write_command(run, "compare", {"runs": "best"}, by_project=by_project)
+    print(
+        f"\n{summary}\n{describe_location(run.run_id)}\n"
+        f"serve    mlflow models serve --env-manager=local -m runs:/{run.run_id}/model\n"
+        f"compare  {compare}"
+    )
 
 
-def _write_resume_command(config: TrainConfig, run_id: str, *, by_project: bool) -> str:
-    """Return the command that resumes a run; all else that it needs is in the run's state."""
-    options = {"resume": run_id}
-    if config.checkpoint_dir != TrainConfig.model_fields["checkpoint_dir"].default:
-        options["checkpoint_dir"] = str(config.checkpoint_dir)
-    if by_project:
-        typed = [part for name, value in options.items() for part in ("-P", f"{name}={value}")]
-        return f"{shlex.join(['mlflow', 'run', '.', *typed])} (and --env-manager as before)"
-    typed = [part for name, value in options.items() for part in (f"--{name}", value)]
-    return shlex.join(["python", "-m", "skin_resnet", "train", *typed])
+def _write_command(run: TrackedRun, command: str, options: dict[str, str], *, by_project: bool) -> str:
+    """Return a command as it is typed: in the way, and the environment, in which this one was started."""
+    if not by_project:
+        typed = [part for name, value in options.items() for part in (f"--{name}", value)]
+        return shlex.join(["python", "-m", "skin_resnet", command, *typed])
+    # MLflow names the environment manager unless it is `local`.
+    manager = read_tags(run.run_id).get("mlflow.project.env", "local")
+    entry_point = [] if command == "train" else ["-e", command]
+    typed = [part for name, value in options.items() for part in ("-P", f"{name}={value}")]
+    return shlex.join(["mlflow", "run", ".", f"--env-manager={manager}", *entry_point, *typed])
 
 
-def _train_and_test(run: TrackedRun, point: ResumePoint) -> None:
+def _train_and_test(run: TrackedRun, point: ResumePoint) -> str:
+    """Train and test in a run; return the last lines to print."""
     config = point.config
     run.log_params(config)
     try:
@@ -73,12 +86,15 @@ def _train_and_test(run: TrackedRun, point: ResumePoint) -> None:
             raise
         raise explain_out_of_memory(config) from None
     text = report(run, result)
-    print(f"\n{text}\n")
-    page = _test(run, result) if config.test == "at_end" else ""
-    print(page)
-    # The page of a run shows the first lines only: the test comes first there.
-    run.describe(f"{page}\n\n{text}".strip())
+    summary, page = _test(run, result) if config.test == "at_end" else ("Test was not evaluated.", "")
+    # The page of a run shows the first lines only.
+    run.describe("\n\n".join([summary, text, _CURVES.format(run_id=run.run_id), page]).strip())
     run.log_model(result.checkpoint_path, result.data.classes)
+    if config.print_report == "true":
+        print_markdown(f"{text}\n\n{page}")
+    verdict = text.partition("\n")[0].replace("*", "")
+    lines = textwrap.wrap(f"{verdict} {summary}", 71)
+    return "\n".join([f"result   {lines[0]}", *(f"         {line}" for line in lines[1:])])
 
 
 def report(run: TrackedRun, result: TrainResult) -> str:
@@ -101,7 +117,7 @@ def open_test_split(run: TrackedRun, config: TrainConfig, data: PreparedData) ->
     return open_test(config, data), warning
 
 
-def _test(run: TrackedRun, result: TrainResult) -> str:
+def _test(run: TrackedRun, result: TrainResult) -> tuple[str, str]:
     table, warning = open_test_split(run, result.config, result.data)
     checkpoint = read_checkpoint(result.checkpoint_path)
     return assess_and_log(run, checkpoint, table, result.data.store, result.config, warning)

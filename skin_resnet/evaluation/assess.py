@@ -31,7 +31,8 @@ from skin_resnet.evaluation.operating import apply_threshold, compute_referral, 
 from skin_resnet.evaluation.subgroups import compute_retest, compute_subgroups
 
 # The metrics that MLflow shows and compares; all others are in the artifacts of the run.
-_TRACKED = ("images", "loss", "ece", *HEADLINES, *(f"baseline_{name}" for name in HEADLINES))
+_TRACKED = ("images", "loss", "ece", *HEADLINES, "baseline_accuracy", "baseline_balanced_accuracy")
+_TRACKED_INTERVAL = "balanced_accuracy"
 
 Row = tuple[str, float, float, float, int]  # name, value, low and high end of the 95 % interval, images
 _NAN = float("nan")
@@ -71,14 +72,16 @@ class Assessment:
         return next(self.table[self.table.name == name].itertuples(index=False))
 
     def metrics(self, split: str) -> dict[str, float]:
-        """Return the tracked metrics under their MLflow keys, `test/accuracy`, `test/accuracy_low`, ..."""
-        rows = self.table[self.table.name.isin(_TRACKED)]
-        return {
-            f"{split}/{row.name}{end}": value
-            for row in rows.itertuples(index=False)
-            for end, value in (("", row.value), ("_low", row.low), ("_high", row.high))
-            if np.isfinite(value)
-        }
+        """Return the tracked metrics under their MLflow keys, `test_accuracy`, ...
+
+        Without a slash, they come after the curves of train and val on the run's page: MLflow shows one
+        section per prefix, by name, and `test/` would come first.
+        """
+        metrics = {f"{split}_{name}": self.get(name).value for name in _TRACKED}
+        interval = self.get(_TRACKED_INTERVAL)
+        for end in ("low", "high"):
+            metrics[f"{split}_{_TRACKED_INTERVAL}_{end}"] = getattr(interval, end)
+        return {name: value for name, value in metrics.items() if np.isfinite(value)}
 
     def tabulate_predictions(self) -> pd.DataFrame:
         """Return a row per image: image_id, lesion_id, dx, prediction, and each class's probability."""

@@ -1,9 +1,11 @@
-"""Markdown that reads well both rendered and on a terminal: tables, evaluations and leakage reports."""
+"""Pages in Markdown: evaluations, leakage reports and their tables, for MLflow and for the terminal."""
 
 from collections.abc import Iterator, Sequence
 
 import numpy as np
 import pandas as pd
+from rich.console import Console
+from rich.markdown import Markdown
 
 from skin_resnet.data.leakage import KINDS, LEAKING_KINDS, LeakageReport
 from skin_resnet.data.split import SPLITS
@@ -19,6 +21,8 @@ LEAK_BANNER = (
 )
 _ACRONYMS = {"auc", "ppv", "npv", "f1", "ap"}
 _MISSING = "–"  # noqa: RUF001 (an en dash marks an empty cell)
+# So that the table of the classes fits a terminal of 80 columns.
+_SHORT = {"sensitivity": "sens.", "specificity": "spec.", "coverage": "cover."}
 _RETEST = {
     "agreement": "pairs of photos with the same prediction",
     "unanimous": "lesions whose photos all have the same prediction",
@@ -26,6 +30,11 @@ _RETEST = {
     "mel_difference": "absolute difference of the probability of mel",
 }
 _LISTED = 10  # pairs of a kind on the page; the JSON file has all
+
+
+def print_markdown(text: str) -> None:
+    """Print Markdown as plain text, its tables fitted to the terminal's width, or to 80 columns elsewhere."""
+    Console(highlight=False).print(Markdown(text))
 
 
 def spell_metric(name: str) -> str:
@@ -63,7 +72,7 @@ def format_assessment(assessment: Assessment, split: str, notes: Sequence[str] =
     parts = [
         *filter(None, notes),
         *_format_headlines(assessment, split),
-        format_frame(assessment.per_class),
+        format_frame(assessment.per_class.rename(columns=_SHORT)),
         *_format_calibration(assessment),
         *_format_thresholds(assessment),
         *_format_referral(assessment),
@@ -71,6 +80,16 @@ def format_assessment(assessment: Assessment, split: str, notes: Sequence[str] =
         *_format_subgroups(assessment.subgroups),
     ]
     return "\n\n".join(parts)
+
+
+def format_summary(assessment: Assessment, split: str) -> str:
+    """Write the headline metrics beside those of the majority class, in one sentence."""
+    scores = [
+        f"{spell_metric(name)} {_format_metric(assessment, name)} "
+        f"({format_score(assessment.get(f'baseline_{name}').value)})"
+        for name in HEADLINES
+    ]
+    return f"{split.capitalize()} {', '.join(scores)}; in parentheses: always {assessment.baseline_class}."
 
 
 def _format_metric(assessment: Assessment, name: str) -> str:

@@ -27,9 +27,9 @@ def describe_training(history: pd.DataFrame, best_epoch: int, config: TrainConfi
     last = history.index[-1]
     limit = f" (at most {config.epochs})" if last < config.epochs else ""
     parts = [
+        _explain(history, best_epoch, config, num_classes),
         f"**Best epoch {best_epoch} of {last}**{limit}, chosen by val {spell_metric(config.best_by)}.",
         _format_metrics(history, best_epoch),
-        _explain(history, best_epoch, config, num_classes),
     ]
     if _compute_gaps(history)[best_epoch] < 0 or config.mixup or config.cutmix:
         parts.append("Train is measured on augmented images and while the network learns: it looks worse.")

@@ -24,7 +24,7 @@ CHAMPION = "champion"  # the alias of a registered model's best version
 _SCORE = "balanced_accuracy"
 _EPOCH_METRICS = (
     *(f"{split}/{field.name}" for split in ("train", "val") for field in fields(Metrics)),
-    *("val/gap", "lr", "speed/epoch_s", "speed/images_per_s"),
+    *("gap", "lr", "epoch_s", "images_per_s"),
 )
 
 
@@ -120,10 +120,11 @@ def find_best_runs(split: str = "test") -> list[str]:
     """
     open_run = mlflow.active_run()
     assert open_run is not None, "its experiment is searched"
+    score = f"test_{_SCORE}" if split == "test" else f"val/{_SCORE}"
     found = mlflow.search_runs(
         [open_run.info.experiment_id],
         filter_string="attributes.status = 'FINISHED' AND tags.`split.leaks` = 'false' "
-        f"AND metrics.`best/val_{_SCORE}` >= 0 AND metrics.`{split}/{_SCORE}` >= 0",
+        f"AND metrics.`best_val_{_SCORE}` >= 0 AND metrics.`{score}` >= 0",
         order_by=["attributes.start_time DESC"],
         output_format="list",
     )
@@ -141,7 +142,7 @@ def find_best_runs(split: str = "test") -> list[str]:
             "are left out, compare them with runs=ID,ID"
         )
     best: dict[str, Run] = {}
-    for run in sorted(of_split[chosen], key=lambda run: -float(run.data.metrics[f"best/val_{_SCORE}"])):
+    for run in sorted(of_split[chosen], key=lambda run: -float(run.data.metrics[f"best_val_{_SCORE}"])):
         best.setdefault(run.data.params["arch"], run)
     # resnet50 before resnet101
     return [best[arch].info.run_id for arch in sorted(best, key=lambda arch: (len(arch), arch))]
@@ -232,7 +233,7 @@ def log_test_access(run_id: str, split_hash: str, model_run_id: str = "") -> str
 
 def _get_training(run_id: str) -> Run:
     run = mlflow.MlflowClient().get_run(run_id)
-    if "best/epoch" not in run.data.metrics:
+    if "best_epoch" not in run.data.metrics:
         raise LookupError("it has no best epoch")
     return run
 

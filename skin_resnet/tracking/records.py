@@ -1,6 +1,7 @@
 """What a training records: its epochs, also while the tracking store is away, and where they come from."""
 
 import importlib.metadata
+import math
 import platform
 import subprocess
 import time
@@ -82,9 +83,15 @@ class EpochLog:
 
 
 def log_best(run_id: str, result: EpochResult) -> None:
-    """Log the best epoch's metrics under names of their own, `best/...`, for sorting tables of runs."""
-    val = {name.replace("val/", "best/val_"): value for name, value in result.val.to_dict("val").items()}
-    _log(run_id, {"best/epoch": float(result.epoch), "best/gap": result.gap, **val}, result.timestamp_ms, 0)
+    """Log the best epoch's metrics under names of their own, for sorting tables of runs."""
+    metrics = {
+        "best_epoch": float(result.epoch),
+        "best_gap": result.gap,
+        "best_val_balanced_accuracy": result.val.balanced_accuracy,
+        "best_val_macro_auc": result.val.macro_auc,
+    }
+    finite = {name: value for name, value in metrics.items() if math.isfinite(value)}
+    _log(run_id, finite, result.timestamp_ms, 0)
 
 
 def _log(run_id: str, values: dict[str, float], timestamp_ms: int, step: int) -> None:
@@ -114,6 +121,12 @@ def _read_commit() -> dict[str, str]:
         return {"git.commit": ask_git("rev-parse", "HEAD"), "git.dirty": str(bool(changes)).lower()}
     except (OSError, subprocess.CalledProcessError):
         return {}
+
+
+def name_training(start: TrainStart) -> str:
+    """Return what a training is, in a few words: `resnet50 · ham10000 · 64 px · seed 0`."""
+    config = start.point.config
+    return f"{config.arch} · {Path(config.data).stem} · {start.data.store.image_size} px · seed {config.seed}"
 
 
 def describe_start(start: TrainStart) -> dict[str, Any]:

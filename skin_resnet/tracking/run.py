@@ -12,6 +12,7 @@ from typing import Any
 import mlflow
 import numpy as np
 import pandas as pd
+import torch
 from mlflow.entities import LoggedModelStatus, Metric, Param, RunTag
 
 from skin_resnet.errors import UserError
@@ -25,6 +26,9 @@ from skin_resnet.tracking.store import OUTAGES, hide_password, prepare_store
 from skin_resnet.training import interrupts
 from skin_resnet.training.engine import EpochResult, to_frame
 from skin_resnet.training.run import TrainResult, TrainStart
+
+_MADE_UP_NAME = re.compile(r"[a-z]+-[a-z]+-\d+")
+_LOCAL_SERVER = "http://127.0.0.1:5000"
 
 
 @contextmanager
@@ -42,7 +46,8 @@ def open_run(
     FAILED, with the reason in the tag `failure`, on any other exception.
 
     Args:
-        name: Of a new run; None: one that MLflow makes up.
+        name: What the run is, in a few words. It replaces a name that MLflow made up, not one that the
+            user gave to `mlflow run`; None: the training in the run names it.
         run_id: A run to resume. The run that `mlflow run` has created then only points to it.
         parent_run_id: The run under which a new run is shown.
         tags: Set at the start, besides the versions of the code.
@@ -55,6 +60,8 @@ def open_run(
     before = mlflow.active_run()
     try:
         run = TrackedRun(_start(name, run_id, parent_run_id))
+        if name:
+            run.rename(name)
         run.set_tags({**records.read_versions(), **(tags or {})})
     except OUTAGES as error:
         active = mlflow.active_run()
@@ -88,7 +95,8 @@ def _start(name: str | None, run_id: str | None, parent_run_id: str | None) -> s
     with interrupts.deferred():  # the tables of a new database are all created, or it is unusable
         run = mlflow.start_run(
             run_id, run_name=name, experiment_id=experiment_id, nested=True,
-            log_system_metrics=parent_run_id is None,
+            # On a CPU they say little, and MLflow would open its comparison of runs with them.
+            log_system_metrics=torch.cuda.is_available() and parent_run_id is None,
         )  # fmt: skip
     if parent_run_id:
         client.set_tag(run.info.run_id, "mlflow.parentRunId", parent_run_id)
@@ -171,6 +179,11 @@ class TrackedRun:
         """Set tags, their values as text."""
         self._client.log_batch(self.run_id, tags=[RunTag(name, str(value)) for name, value in tags.items()])
 
+    def rename(self, name: str) -> None:
+        """Name the run, unless somebody has: only names that MLflow made up are replaced."""
+        if _MADE_UP_NAME.fullmatch(self._client.get_run(self.run_id).info.run_name or ""):
+            self.set_tags({"mlflow.runName": name})
+
     def describe(self, markdown: str) -> None:
         """Set the description, which the run's page shows first."""
         self.set_tags({"mlflow.note.content": markdown})
@@ -202,6 +215,7 @@ class TrackedRun:
         self._training = start
         self._epochs = records.EpochLog(self.run_id, start.point.history)
         self.log_params(start.point.config)
+        self.rename(records.name_training(start))
         self.set_tags(records.describe_start(start))
         self.log_artifacts(records.list_data_files(start.data))
         for split, dataset in records.build_datasets(start.data, start.point.config.data):
@@ -282,8 +296,16 @@ def is_project_run() -> bool:
 
 
 def describe_location(run_id: str) -> str:
-    """Return where a run is, and how to look at it."""
+    """Return a run's name, its id, and the link to its page in the MLflow UI."""
     run = mlflow.MlflowClient().get_run(run_id)
     uri = mlflow.get_tracking_uri()
-    server = f"mlflow server --backend-store-uri {uri}   then http://127.0.0.1:5000"
-    return f"run {run_id} ({run.info.run_name}) in {uri}\nview: {uri if uri.startswith('http') else server}"
+    is_server = uri.startswith("http")
+    # Without the workflow type, a new browser opens MLflow's pages for language models.
+    page = f"/#/experiments/{run.info.experiment_id}/runs/{run_id}?workflowType=machine_learning"
+    lines = [
+        f"run      {run.info.run_name}, {run_id}",
+        f"view     {uri.rstrip('/') if is_server else _LOCAL_SERVER}{page}",
+    ]
+    if not is_server:
+        lines.append(f"         after: mlflow server --backend-store-uri {hide_password(uri)}")
+    return "\n".join(lines)

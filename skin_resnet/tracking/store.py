@@ -24,6 +24,7 @@ from skin_resnet.errors import UserError
 # How an absent server or a failing database shows itself.
 OUTAGES = (mlflow.MlflowException, requests.RequestException, SQLAlchemyError)
 
+EXPERIMENT = "skin-resnet"  # of runs for which the user has not chosen one
 _TIMEOUT_S = 4
 _DATABASES = {"sqlite", "postgresql", "mysql", "mssql"}
 _TABLES = {"experiments", "runs", "metrics", "params", "tags"}
@@ -51,9 +52,9 @@ def prepare_store() -> None:
 def _prepare(uri: str, folder: Path) -> None:
     """Prepare the store at a URI, which may be relative to the current folder."""
     check_store(create=True)
-    # The experiment that the environment names: MLflow fails if two processes create it at once.
-    name = os.environ.get("MLFLOW_EXPERIMENT_NAME")
-    if name:
+    if not {"MLFLOW_RUN_ID", "MLFLOW_EXPERIMENT_ID"} & set(os.environ):
+        # Created here, because MLflow fails if two processes create an experiment at once.
+        name = os.environ.setdefault("MLFLOW_EXPERIMENT_NAME", EXPERIMENT)
         with suppress(mlflow.MlflowException):  # it exists, or the run says what is wrong
             mlflow.MlflowClient().create_experiment(name)
 

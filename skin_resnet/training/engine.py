@@ -62,10 +62,10 @@ class EpochResult:
         return {
             **self.train.to_dict("train"),
             **self.val.to_dict("val"),
-            "val/gap": self.gap,
+            "gap": self.gap,
             "lr": self.lr,
-            "speed/epoch_s": self.seconds,
-            "speed/images_per_s": self.images_per_s,
+            "epoch_s": self.seconds,
+            "images_per_s": self.images_per_s,
         }
 
 

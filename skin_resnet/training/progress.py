@@ -26,20 +26,18 @@ def describe_start(config: TrainConfig, data: PreparedData, fabric: Fabric, weig
         f"split     {sizes} ({data.split.hash})\n"
         f"model     {config.arch}, {weights}\n"
         f"training  {config.epochs} epochs on {fabric.world_size} x {fabric.device.type}, "
-        f"{config.optimizer} lr {config.lr:g}, augment {config.augment}"
+        f"{config.optimizer} lr {config.lr:g}, augment {config.augment}\n"
+        "\nloss and balanced accuracy (bacc) are train/val, AUC is val's macro AUC, * is the best yet\n"
     )
 
 
 def describe_epoch(result: EpochResult, config: TrainConfig, *, is_best: bool) -> str:
-    """Return an epoch in one line that begins with `epoch N/M`."""
+    """Return an epoch in one line of up to 80 columns that begins with `epoch N/M`."""
     train, val = result.train, result.val
     return (
-        f"epoch {result.epoch}/{config.epochs}  "
-        f"train loss {train.loss:.3f} bal.acc {train.balanced_accuracy:.3f} | "
-        f"val loss {val.loss:.3f} acc {val.accuracy:.3f} bal.acc {val.balanced_accuracy:.3f} "
-        f"auc {val.macro_auc:.3f} | lr {result.lr:.2g} | {result.images_per_s:.0f} img/s | "
-        f"{result.seconds:.1f} s"
-        f"{'  *best' if is_best else ''}"
+        f"epoch {result.epoch}/{config.epochs}  loss {train.loss:.3f}/{val.loss:.3f}  "
+        f"bacc {train.balanced_accuracy:.3f}/{val.balanced_accuracy:.3f}  AUC {val.macro_auc:.3f}  "
+        f"{result.images_per_s:.0f} img/s  {result.seconds:.0f} s{' *' if is_best else ''}"
     )
 
 
