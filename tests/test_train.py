@@ -84,8 +84,12 @@ def test_every_epoch_has_every_metric_at_its_step(run: Run) -> None:
         assert [point.step for point in history] == [1, 2], name
 
 
-def test_system_metrics_are_on_the_run(run: Run) -> None:
-    assert run.data.metrics["system/cpu_utilization_percentage"] > 0
+def test_a_run_has_a_name_that_says_what_it_is_and_few_metrics(run: Run, config: TrainConfig) -> None:
+    for part in (config.arch, Path(config.data).name, f"{config.image_size} px", f"seed {config.seed}"):
+        assert part in run.info.run_name
+    assert len(run.data.metrics) <= 26
+    # MLflow shows the metrics with a slash first, a section per prefix: the curves of train and val.
+    assert {name.partition("/")[0] for name in run.data.metrics if "/" in name} == {"train", "val"}
 
 
 def test_data_and_split_are_on_the_run(run: Run, config: TrainConfig) -> None:
