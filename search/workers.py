@@ -39,7 +39,8 @@ from search.study import (
 )
 from skin_resnet.errors import UserError
 from skin_resnet.tracking import history as finished_runs
-from skin_resnet.tracking.run import TrackedRun, close_abandoned
+from skin_resnet.tracking.history import close_abandoned
+from skin_resnet.tracking.run import TrackedRun
 from skin_resnet.tracking.store import OUTAGES
 from skin_resnet.training import interrupts
 from skin_resnet.training.checkpoint import clean_up_killed

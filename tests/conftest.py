@@ -11,6 +11,7 @@ from PIL import Image
 from skin_resnet.labels import HAM10000_CLASSES
 
 os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
+os.environ["MLFLOW_EXPERIMENT_NAME"] = "Default"  # where `mlflow.search_runs()` looks
 # Before torch is imported, and for the processes that tests start: on images this small a second thread
 # gains nothing, and on a busy machine two that wait for each other take twenty times as long.
 os.environ.setdefault("OMP_NUM_THREADS", "1")

@@ -20,7 +20,7 @@ from mlflow.entities import Run
 from skin_resnet.commands.train import train
 from skin_resnet.config import TrainConfig
 from skin_resnet.errors import UserError
-from skin_resnet.tracking.run import close_abandoned
+from skin_resnet.tracking.history import close_abandoned
 from skin_resnet.training import run as run_module
 from skin_resnet.training.checkpoint import (
     RunFolder,
@@ -177,7 +177,7 @@ def test_a_signal_saves_at_the_next_batch_and_tells_how_to_go_on(
     (run,) = training.read_runs()
     assert run.info.status == "KILLED"
     log = training.log.read_text()
-    told = f"resume with: python -m skin_resnet train --resume {run.info.run_id} --checkpoint_dir "
+    told = f"resume   python -m skin_resnet train --resume {run.info.run_id} --checkpoint_dir "
     assert told in log
     assert log.splitlines()[-1] == "interrupted by SIGTERM"
     assert "Traceback" not in log

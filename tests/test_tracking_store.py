@@ -16,6 +16,7 @@ import mlflow
 import pytest
 
 from skin_resnet.errors import UserError
+from skin_resnet.tracking.run import open_run
 from skin_resnet.tracking.store import check_store, hide_password, prepare_store
 
 ROOT = Path(__file__).parent.parent
@@ -159,3 +160,12 @@ def test_checking_creates_nothing(folder: Path) -> None:
     assert str(folder / "mlflow.db") in check_store()
     assert list(folder.iterdir()) == []
     logging.getLogger("mlflow").setLevel(logging.NOTSET)
+
+
+def test_runs_go_to_an_experiment_of_their_own_and_keep_a_name_that_was_given(monkeypatch) -> None:
+    monkeypatch.delenv("MLFLOW_EXPERIMENT_NAME")
+    with open_run("evaluate · a model") as run:
+        run.rename("another name")
+        found = mlflow.get_run(run.run_id)
+        assert mlflow.get_experiment(found.info.experiment_id).name == "skin-resnet"
+        assert found.info.run_name == "evaluate · a model"

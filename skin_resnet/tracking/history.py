@@ -168,6 +168,19 @@ def close_killed(study_id: str, is_alive: Callable[[str, dict[str, str]], bool])
     return closed
 
 
+def close_abandoned(run_id: str) -> str:
+    """End a run as KILLED if its process died before it could; return its status, empty if unknown."""
+    client = mlflow.MlflowClient()
+    try:
+        status = str(client.get_run(run_id).info.status)
+        if status == "RUNNING":
+            client.set_tag(run_id, "mlflow.note.content", "killed")
+            client.set_terminated(run_id, status := "KILLED")
+    except OUTAGES:
+        return ""  # it is in another store, or this one is away
+    return status
+
+
 def register_model(
     model_uri: str, name: str, *, metrics: Mapping[str, float], baseline: float, split_hash: str
 ) -> str:

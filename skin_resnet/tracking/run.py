@@ -22,7 +22,7 @@ from skin_resnet.evaluation.page import LEAK_BANNER
 from skin_resnet.evaluation.plots.curves import plot_curves
 from skin_resnet.options import FrozenConfig
 from skin_resnet.tracking import records, serving
-from skin_resnet.tracking.store import OUTAGES, hide_password, prepare_store
+from skin_resnet.tracking.store import OUTAGES, find_experiment, hide_password, prepare_store
 from skin_resnet.training import interrupts
 from skin_resnet.training.engine import EpochResult, to_frame
 from skin_resnet.training.run import TrainResult, TrainStart
@@ -92,6 +92,8 @@ def _start(name: str | None, run_id: str | None, parent_run_id: str | None) -> s
         _forget_end(client, run_id)
     elif parent_run_id and not is_project_run():
         experiment_id = client.get_run(parent_run_id).info.experiment_id
+    elif not is_project_run() and (experiment := find_experiment()):
+        experiment_id = experiment.experiment_id
     with interrupts.deferred():  # the tables of a new database are all created, or it is unusable
         run = mlflow.start_run(
             run_id, run_name=name, experiment_id=experiment_id, nested=True,
@@ -275,19 +277,6 @@ def _to_plain(value: Any) -> Any:
     if isinstance(value, float | np.floating):
         return float(value) if np.isfinite(value) else None
     return value.item() if isinstance(value, np.generic) else value
-
-
-def close_abandoned(run_id: str) -> str:
-    """End a run as KILLED if its process died before it could; return its status, empty if unknown."""
-    client = mlflow.MlflowClient()
-    try:
-        status = str(client.get_run(run_id).info.status)
-        if status == "RUNNING":
-            client.set_tag(run_id, "mlflow.note.content", "killed")
-            client.set_terminated(run_id, status := "KILLED")
-    except OUTAGES:
-        return ""  # it is in another store, or this one is away
-    return status
 
 
 def is_project_run() -> bool:

@@ -13,6 +13,7 @@ import mlflow
 import requests
 import sqlalchemy
 from filelock import FileLock
+from mlflow.entities import Experiment
 from mlflow.store.tracking import DEFAULT_LOCAL_FILE_AND_ARTIFACT_PATH as _ARTIFACTS
 from mlflow.store.tracking.sqlalchemy_store import SqlAlchemyStore
 from sqlalchemy.engine import URL, make_url
@@ -52,11 +53,21 @@ def prepare_store() -> None:
 def _prepare(uri: str, folder: Path) -> None:
     """Prepare the store at a URI, which may be relative to the current folder."""
     check_store(create=True)
+    # Created here, because MLflow fails if two processes create an experiment at once.
     if not {"MLFLOW_RUN_ID", "MLFLOW_EXPERIMENT_ID"} & set(os.environ):
-        # Created here, because MLflow fails if two processes create an experiment at once.
-        name = os.environ.setdefault("MLFLOW_EXPERIMENT_NAME", EXPERIMENT)
         with suppress(mlflow.MlflowException):  # it exists, or the run says what is wrong
-            mlflow.MlflowClient().create_experiment(name)
+            mlflow.MlflowClient().create_experiment(_get_experiment_name())
+
+
+def _get_experiment_name() -> str:
+    return os.environ.get("MLFLOW_EXPERIMENT_NAME", EXPERIMENT)
+
+
+def find_experiment() -> Experiment | None:
+    """Return the experiment of new runs; None if it does not exist, or the environment names it by its id."""
+    if "MLFLOW_EXPERIMENT_ID" in os.environ:
+        return None
+    return mlflow.MlflowClient().get_experiment_by_name(_get_experiment_name())
 
 
 def check_store(*, create: bool = False) -> str:
