@@ -76,7 +76,8 @@ def run_workers(config: SearchConfig, study: Study, run: TrackedRun) -> None:
         _end(processes)
     left = config.n_trials - count_done(study.get_trials(deepcopy=False))
     if left > 0:
-        raise UserError(f"all workers ended with {left} trials left; the same command continues with them")
+        trials = f"{left} trial{'s' * (left > 1)}"
+        raise UserError(f"all workers exited with {trials} left; repeat the command to run them")
 
 
 def log_progress(config: SearchConfig, study: Study, run: TrackedRun) -> None:

@@ -124,7 +124,7 @@ def test_the_best_run_of_each_arch_is_compared_in_a_run_with_links(runs, capsys)
     assert len(pd.read_csv(path)) == 3
 
 
-def test_runs_of_one_arch_are_told_apart_by_name_or_else_by_id(runs, capsys) -> None:
+def test_runs_of_one_arch_are_distinguished_by_name_or_else_by_id(runs, capsys) -> None:
     config = CompareConfig(runs=f"{runs['first']}, {runs['second']},{runs['deep']},")
     compare(config)
     assert "resnet50 second minus resnet50 first: +" in capsys.readouterr().out

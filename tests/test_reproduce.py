@@ -1,4 +1,4 @@
-"""A training that is run again is the same to the last bit, and where it is not, one is told where."""
+"""A training that is run again is the same to the last bit, and where it is not, the report says where."""
 
 import os
 import random
@@ -93,7 +93,7 @@ def test_only_a_finished_training_is_reproduced(config: TrainConfig) -> None:
         reproduce(build_config("0" * 32, config))
 
 
-def test_the_first_epoch_and_metric_that_differ_are_told_and_by_how_much() -> None:
+def test_the_first_epoch_and_metric_that_differ_are_named_and_by_how_much() -> None:
     first = {"val/loss": {1: 0.5, 2: 0.25, 3: 0.125}, "lr": {1: 0.1, 2: 0.1, 3: 0.1}}
     again = {"val/loss": {1: 0.5, 2: 0.375, 3: 0.125}, "lr": {1: 0.1, 2: 0.1}}
     differences, compared = compare_histories(pd.DataFrame(first), pd.DataFrame(again))
