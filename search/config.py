@@ -6,7 +6,7 @@ from typing import Any, Literal, Self
 from pydantic import Field, model_validator
 
 from skin_resnet.config import TrainConfig
-from skin_resnet.errors import UserError
+from skin_resnet.errors import UserError, hide_password
 from skin_resnet.options import Text
 
 # What a trial can be judged by, and which way is better.
@@ -36,9 +36,10 @@ class SearchConfig(TrainConfig):
         3,
         ge=0,
         le=100,
-        description="Seeds to retrain winner and baseline recipe with before the test; 0: no retraining.",
+        description="Number of seeds to retrain winner and baseline recipe with before the test; 0: no "
+        "retraining.",
     )
-    study_name: Text = Field("search", description="An existing study resumes.")
+    study_name: Text = Field("search", description="Name of the Optuna study; an existing one is resumed.")
     storage: Text = Field(
         "sqlite:///optuna.db",
         description="Optuna storage: sqlite:///FILE, or postgresql+psycopg://... for many machines.",
@@ -84,7 +85,8 @@ class SearchConfig(TrainConfig):
             raise UserError(f"devices: a search needs devices=1, not {self.devices}; use workers instead")
         if self.resume != "none":
             raise UserError(
-                f"resume: a search has no resume={self.resume}; the same study_name resumes a study"
+                f"resume={self.resume} does not apply to a search; repeat the command with the same "
+                "study_name"
             )
         # In memory, each process would have a study of its own.
         if not self.storage.startswith(("sqlite:///", "postgresql")) or self.storage in _IN_MEMORY:
@@ -106,7 +108,7 @@ class SearchConfig(TrainConfig):
         return self
 
     def to_params(self) -> dict[str, str]:
-        """Return every field as text, without the storage's password: others can read the run."""
+        """Return every field as text, without the storage's user and password: others can read the run."""
         return super().to_params() | {"storage": hide_password(self.storage)}
 
     @property
@@ -122,8 +124,3 @@ class SearchConfig(TrainConfig):
         if on_val:
             values["best_by"] = on_val[0].removeprefix("val_")
         return TrainConfig.model_validate(values)
-
-
-def hide_password(url: str) -> str:
-    """Return a database URL without its password."""
-    return re.sub(r"(://[^:/@]*):[^@]*@", r"\1:***@", url)

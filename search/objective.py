@@ -16,7 +16,7 @@ from search.space import BASELINES, build_space, suggest
 from skin_resnet.errors import UserError
 from skin_resnet.tracking.history import STUDY, TRIAL
 from skin_resnet.tracking.run import TrackedRun, open_run
-from skin_resnet.tracking.store import OUTAGES
+from skin_resnet.tracking.store import OUTAGES, describe_uri
 from skin_resnet.training import interrupts
 from skin_resnet.training.engine import EpochResult
 from skin_resnet.training.run import TrainResult, TrainStart, run_training
@@ -141,16 +141,16 @@ class PatientTracker:
 
 def wait_for_server(call: Callable[[], T]) -> T:
     """Return what a call to MLflow returns; while the tracking server is away, wait and call again."""
-    is_told = False
+    is_logged = False
     while True:
         try:
             return call()
         except (UserError, *OUTAGES) as error:
             if not is_outage(error):
                 raise
-            if not is_told:
-                _logger.warning("MLflow does not answer, waiting for it (%.200s)", error)
-            is_told = True
+            if not is_logged:
+                _logger.warning("MLflow unreachable at %s; retrying", describe_uri())
+            is_logged = True
         interrupts.check()
         time.sleep(_RETRY_S)
 

@@ -15,7 +15,7 @@ from optuna.trial import FrozenTrial, TrialState
 from optuna.visualization import matplotlib as optuna_plots
 
 from search.config import DIRECTIONS, SearchConfig
-from skin_resnet.evaluation.plots import COLOURS, DPI, FONT, QUIET, WIDTH_INCH, build_layout, style_axes
+from skin_resnet.evaluation.plots import COLORS, DPI, FONT, QUIET, WIDTH_INCH, build_layout, style_axes
 
 _FEWEST_FOR_IMPORTANCES = 8  # finished trials
 _MOST_PANELS = 4  # hyperparameters side by side; with more, labels overlap
@@ -48,7 +48,9 @@ def plot_trials(config: SearchConfig, study: Study) -> dict[str, Figure]:
             warnings.simplefilter("ignore")  # of a target that is not maximized
             shown = list(optuna.importance.get_param_importances(study, target=target, params=shown))
     if shown:
-        figures["slices"] = _draw(optuna_plots.plot_slice, study, params=shown[:_MOST_PANELS], **options)
+        figures["hyperparameters"] = _draw(
+            optuna_plots.plot_slice, study, params=shown[:_MOST_PANELS], **options
+        )
     return figures
 
 
@@ -82,12 +84,12 @@ def plot_recipes(histories: Mapping[str, pd.DataFrame], images: str) -> Figure:
     figure = Figure(figsize=(WIDTH_INCH, 4.2), dpi=DPI, layout=build_layout())
     panels = figure.subplots(1, len(histories), sharey=True, squeeze=False)[0]
     for axes, (name, history) in zip(panels, histories.items(), strict=True):
-        train, val = (history[f"{split}/balanced_accuracy"] for split in COLOURS)
+        train, val = (history[f"{split}/balanced_accuracy"] for split in COLORS)
         best = val.idxmax()
         style_axes(axes, f"{name}: gap {train[best] - val[best]:+.3f} at best epoch {best}")
-        for split, line in zip(COLOURS, (train, val), strict=True):
+        for split, line in zip(COLORS, (train, val), strict=True):
             marker = "o" if len(line) <= 25 else ""
-            axes.plot(line, color=COLOURS[split], linewidth=2, marker=marker, ms=4, label=split)
+            axes.plot(line, color=COLORS[split], linewidth=2, marker=marker, ms=4, label=split)
         axes.fill_between(history.index, train, val, color=QUIET, alpha=0.12)
         axes.axvline(best, color=QUIET, linewidth=1, linestyle=":")
         axes.set_ylim(0, 1.02)

@@ -1,4 +1,4 @@
-"""The page of a search: what was tried, and what retraining and test say of the winner."""
+"""The page of a search: what was tried, and the results of retraining and test."""
 
 import json
 import math
@@ -15,7 +15,7 @@ from optuna.trial import FrozenTrial, TrialState
 
 from search.config import SearchConfig
 from search.space import BASELINE, Space, build_space
-from search.study import choose_best, drop_retried, find_front, find_to_retry
+from search.study import MAX_RETRIES, choose_best, drop_retried, find_front, find_to_retry
 from skin_resnet.evaluation.metrics import (
     HEADLINES,
     Predictions,
@@ -49,10 +49,13 @@ def describe_trials(config: SearchConfig, study: Study, best: FrozenTrial) -> st
     lines += [f"- **{warning}**" for warning in find_edges(build_space(config), best)]
     if 0 < config.max_gap < best.user_attrs["gap"]:
         lines.append(
-            f"- **No trial has a gap within max_gap={config.max_gap:g}; this one has the smallest.**"
+            f"- **No trial has a gap within max_gap={config.max_gap:g}; the trial with the smallest gap was "
+            "chosen.**"
         )
     failed = [trial for trial in kept if trial.state == TrialState.FAIL]
-    reasons = Counter(trial.user_attrs.get("failure", "killed again and again") for trial in failed)
+    reasons = Counter(
+        trial.user_attrs.get("failure", f"killed more than {MAX_RETRIES} times") for trial in failed
+    )
     lines += [f"- Failed {count} x: {reason.splitlines()[0]}" for reason, count in reasons.most_common(3)]
     return "\n".join(lines)
 
@@ -134,7 +137,7 @@ def compare_recipes(recipes: Mapping[str, Sequence[Predictions]], lesions: NDArr
 
 
 def describe_winner(retrained: pd.DataFrame, scores: pd.DataFrame | None, best: FrozenTrial) -> str:
-    """Describe what retraining and test say of winner and baseline recipe.
+    """Describe the results of retraining and test of winner and baseline recipe.
 
     Args:
         retrained: A row per recipe and seed; columns recipe, val (balanced accuracy) and gap.
@@ -144,8 +147,8 @@ def describe_winner(retrained: pd.DataFrame, scores: pd.DataFrame | None, best: 
     means = retrained.groupby("recipe", sort=False)[["val", "gap"]].mean()
     winner, seeds = means.index[-1], len(retrained) // len(means)
     mean, in_study = means.val[winner], best.user_attrs["val/balanced_accuracy"]
-    # The best of many trials is in part a lucky one, which shows as a fall.
-    luck = ": the best of many trials is in part a lucky one" if round(mean, 3) < round(in_study, 3) else ""
+    is_biased = round(mean, 3) < round(in_study, 3)
+    luck = ": the best of many trials is partly luck (selection bias)" if is_biased else ""
     columns = means.index if scores is None else scores.index.unique("model")
     rows = [
         ["val balanced accuracy", *(f"{means.val[c]:.3f}" if c in means.index else "" for c in columns)],
@@ -179,8 +182,8 @@ def _judge(winner: str, scores: pd.DataFrame | None) -> str:
     if low > 0:
         return f"The {WINNER} is better than the {BASELINE} on test."
     if high < 0:
-        return f"The {WINNER} is worse than the {BASELINE} on test: what was found on val did not generalise."
+        return f"The {WINNER} is worse than the {BASELINE} on test: what was found on val did not generalize."
     return (
-        f"The {WINNER} is not clearly better than the {BASELINE} on test: the interval of their difference "
-        "contains 0."
+        f"The {WINNER} is not significantly better than the {BASELINE} on test: the interval of their "
+        "difference contains 0."
     )

@@ -68,7 +68,7 @@ def _conclude(config: SearchConfig, study: Study, run: TrackedRun) -> str:
     """Choose the winner, retrain, test and register it; return the page."""
     best = choose_best(config, study)
     if best is None:
-        raise UserError("no trial has finished; their runs say why")
+        raise UserError("no trial finished; see the tag `failure` of the trials' runs")
     recipes = choose_recipes(config, best)
     command = write_command(list(recipes.values())[-1])
     figures = {f"figures/{name}.png": each for name, each in plots.plot_trials(config, study).items()}
@@ -113,7 +113,7 @@ def write_command(config: TrainConfig) -> str:
 def _retrain_and_test(
     config: SearchConfig, study: Study, run: TrackedRun, recipes: dict[str, TrainConfig], best: FrozenTrial
 ) -> str:
-    """Retrain all recipes, test them once, and register the winner; return what came of it."""
+    """Retrain all recipes, test them once, and register the winner; return a summary."""
     settings = {name: each.model_dump_json() for name, each in recipes.items()}
     settings |= {"seeds": str(config.seeds), "test": config.test}
     before = study.user_attrs.get("verdict", {})

@@ -22,9 +22,9 @@ from sqlalchemy.engine import make_url
 from sqlalchemy.exc import SQLAlchemyError
 from sqlalchemy.pool import NullPool
 
-from search.config import DIRECTIONS, SearchConfig, hide_password
+from search.config import DIRECTIONS, SearchConfig
 from search.space import BASELINES, build_space, locate
-from skin_resnet.errors import UserError
+from skin_resnet.errors import UserError, hide_password
 
 CLAIM = "claim"  # the lock that is held while a trial is chosen
 MAX_RETRIES = 3  # of a trial whose process was killed: it may be the trial that kills it
@@ -84,8 +84,8 @@ def report_storage_errors(config: SearchConfig, *more: type[Exception]) -> Itera
         # Optuna hides the database's own words in the cause.
         reason = " ".join(str(error.__cause__ or error).split("\n[SQL")[0].split())[:300]
         raise UserError(
-            f"storage: cannot use {hide_password(config.storage)} ({reason}); the same command continues the "
-            "search once it works"
+            f"storage: cannot use {hide_password(config.storage)} ({reason}); check storage, then repeat "
+            "the command to continue"
         ) from None
 
 
@@ -98,8 +98,8 @@ def _check_study(config: SearchConfig, study: Study) -> None:
         study.set_user_attr(_MARK, {"id": uuid.uuid4().hex, "options": options})
     elif _MARK not in study.user_attrs:
         raise UserError(
-            f"study_name: {config.study_name!r} in {hide_password(config.storage)} is another program's; "
-            "choose another study_name"
+            f"study_name: {config.study_name!r} in {hide_password(config.storage)} was not created by "
+            "skin-resnet search; choose another study_name"
         )
     before = study.user_attrs[_MARK]["options"]
     for name, text in options.items():

@@ -1,6 +1,5 @@
 """Workers: the loop in which each runs trials, and their processes, which are watched and replaced."""
 
-import contextlib
 import multiprocessing
 import os
 import signal
@@ -9,7 +8,7 @@ import threading
 import time
 import warnings
 from collections.abc import Mapping
-from contextlib import ExitStack
+from contextlib import ExitStack, redirect_stdout, suppress
 from multiprocessing.process import BaseProcess
 from typing import cast
 
@@ -70,7 +69,7 @@ def run_workers(config: SearchConfig, study: Study, run: TrackedRun) -> None:
                 progress.show()
                 if (now := count_done(study.get_trials(deepcopy=False))) > done:
                     done, restarts = now, most
-                    with contextlib.suppress(*OUTAGES):  # the next time makes up for it
+                    with suppress(*OUTAGES):  # the next time makes up for it
                         log_progress(config, study, run)
                 for number, process in enumerate(processes):
                     if (process.exitcode or 0) < 0 and restarts:  # it was killed
@@ -81,7 +80,8 @@ def run_workers(config: SearchConfig, study: Study, run: TrackedRun) -> None:
     progress.show()
     left = config.n_trials - count_done(study.get_trials(deepcopy=False))
     if left > 0:
-        raise UserError(f"all workers ended with {left} trials left; the same command continues with them")
+        trials = f"{left} trial{'s' * (left > 1)}"
+        raise UserError(f"all workers exited with {trials} left; repeat the command to run them")
 
 
 def log_progress(config: SearchConfig, study: Study, run: TrackedRun) -> None:
@@ -127,13 +127,18 @@ def _end(processes: list[BaseProcess]) -> None:
 
 def _work(config: SearchConfig, study_id: str, parent_run_id: str, environment: Mapping[str, str]) -> None:
     """Run in a worker process."""
-    sys.stdout = open(os.devnull, "w")  # the search itself shows how far the trials are
     os.environ.update(environment)  # CUDA reads it when it is first used
     os.environ.pop("MLFLOW_RUN_ID", None)  # or it would open the search's run as its own
     if config.workers > 1 and "OMP_NUM_THREADS" not in os.environ:
         torch.set_num_threads(max(1, (os.cpu_count() or 1) // config.workers))
     try:
-        with interrupts.handled(), report_storage_errors(config):
+        # The search itself shows how far the trials are.
+        with (
+            open(os.devnull, "w") as null,
+            redirect_stdout(null),
+            interrupts.handled(),
+            report_storage_errors(config),
+        ):
             signal.signal(signal.SIGINT, signal.SIG_IGN)
             threading.Thread(target=_end_with_search, daemon=True).start()
             work(config, Objective(config=config, study_id=study_id, parent_run_id=parent_run_id))

@@ -44,7 +44,7 @@ class DataOptions(FrozenConfig):
         0, ge=0, lt=2**32, description="Seed of the split; independent of seed, so that test stays the same."
     )
     allow_leaks: Literal["false", "true"] = Field(
-        "false", description="Train on a split file that leaks; the run and its reports are marked."
+        "false", description="Train even if the split leaks; the run and its reports are marked."
     )
     on_bad_image: OnBadImage = Field(
         "stop", description="Stop at an unreadable image, or skip, count and list it."
@@ -83,7 +83,10 @@ class TrainingOptions(FrozenConfig):
         0.05, ge=0, le=10, description="Weight decay; biases and BatchNorm are exempt."
     )
     label_smoothing: float = Field(
-        0.0, ge=0, lt=1, description="Share of the target spread evenly over all classes."
+        0.0,
+        ge=0,
+        lt=1,
+        description="Label smoothing: fraction of the target spread evenly over all classes.",
     )
     class_weighting: Literal["none", "sqrt", "balanced"] = Field(
         "sqrt", description="Loss weight of a class of n images: equal, 1/sqrt(n) or 1/n, normalized."
@@ -115,7 +118,7 @@ class EvaluationOptions(FrozenConfig):
 
 
 class RuntimeOptions(FrozenConfig):
-    """Where it runs, and what it keeps."""
+    """Hardware, precision and checkpoints."""
 
     device: Device = Field("auto", description="Device type; auto: a GPU if there is one.")
     devices: int = Field(1, ge=1, le=64, description="Number of devices (DDP, one process each).")
@@ -189,7 +192,7 @@ class EvaluateConfig(FrozenConfig):
         "same", description="Unreadable images: same (as in the training), stop the run, or skip and count."
     )
     cache_dir: FolderPath = _like_train("cache_dir")
-    batch_size: int = _like_train("batch_size")
+    batch_size: int = Field(32, ge=2, le=65_536, description="Images per batch.")
     device: Device = _like_train("device")
     precision: Precision = _like_train("precision")
 

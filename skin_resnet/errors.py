@@ -1,5 +1,6 @@
-"""The exception for mistakes of the user."""
+"""The exception for mistakes of the user, and what its messages need."""
 
+import re
 from pathlib import Path
 
 
@@ -26,3 +27,9 @@ def expand(path: str | Path) -> Path:
         raise UserError(
             f"cannot expand {str(path)!r}: there is no such user; write the path in full."
         ) from None
+
+
+def hide_password(text: str) -> str:
+    """Return a URI, or a text that contains some, without user names and passwords."""
+    # A password may contain what otherwise ends the host: postgresql://user:a/b@host.
+    return re.sub(r"(?<=://)([^\s/?#]*|[^\s:/@]+:[^\s@]*)@", "***@", text)

@@ -23,12 +23,12 @@ def _check_text(value: Any) -> Any:
     """Refuse what can be neither a name nor a path: each later use of it would fail."""
     text = str(value)
     if not text:
-        raise ValueError("should not be empty")
+        raise ValueError("must not be empty")
     # 4,096 bytes is the limit for a whole path on Linux; this leaves room for the files in a folder.
     if len(os.fsencode(text)) > 2000 or any(len(os.fsencode(part)) > 255 for part in text.split(os.sep)):
-        raise ValueError("should be shorter (255 bytes per path component)")
+        raise ValueError("is too long (at most 255 bytes per path component)")
     if text.startswith("~") and os.path.expanduser(text) == text:
-        raise ValueError("should name an existing home folder")
+        raise ValueError("names an unknown user")
     return value
 
 
@@ -90,9 +90,11 @@ def _explain(error: ValidationError, config_type: type[FrozenConfig]) -> str:
         return f"option --{name} is missing: {config_type.model_fields[name].description}"
     if first["type"] == "extra_forbidden":
         return f"unknown option {name!r}"
+    if first["type"] == "value_error":  # our own
+        return f"{name} {first['ctx']['error']}: {_quote(first['input'])}"
     # A field with several types, as "auto or a number", has an error for each.
     texts = [first["msg"], *(other["msg"] for other in others if other["loc"][:1] == first["loc"][:1])]
-    rules = [re.sub("^(Value error, )?(Input|String)? ?should |, unable.*", "", text) for text in texts]
+    rules = [re.sub("^(Input|String)? ?should |, unable.*", "", text) for text in texts]
     return f"{name} should {' or '.join(rules)}, not {_quote(first['input'])}".replace(" or be ", " or ")
 
 

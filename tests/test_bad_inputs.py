@@ -156,7 +156,7 @@ def test_a_network_is_scored_on_images_of_one_class_and_skipped_ones_are_counted
     )
     assert (code, err) == (0, "")
     assert "Test: 2 images" in out
-    assert "skipped  1 that cannot be read" in out
+    assert "skipped  1 unreadable image\n" in out
     latest = mlflow.search_runs(output_format="list", max_results=1)[0]
     assert latest.data.metrics["test_balanced_accuracy"] == latest.data.metrics["test_accuracy"]
     assert "test_macro_auc" not in latest.data.metrics

@@ -77,6 +77,7 @@ def runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[dict[str, 
     """Three finished trainings in a real store, as `train` leaves them."""
     mlflow.set_tracking_uri(f"sqlite:///{tmp_path}/mlflow.db")
     experiment = mlflow.create_experiment("compared", artifact_location=(tmp_path / "artifacts").as_uri())
+    monkeypatch.delenv("MLFLOW_EXPERIMENT_NAME")
     monkeypatch.setenv("MLFLOW_EXPERIMENT_ID", experiment)
     ids = {}
     for number, (name, arch, skill) in enumerate(
@@ -124,7 +125,7 @@ def test_the_best_run_of_each_arch_is_compared_in_a_run_with_links(runs, capsys)
     assert len(pd.read_csv(path)) == 3
 
 
-def test_runs_of_one_arch_are_told_apart_by_name_or_else_by_id(runs, capsys) -> None:
+def test_runs_of_one_arch_are_distinguished_by_name_or_else_by_id(runs, capsys) -> None:
     config = CompareConfig(runs=f"{runs['first']}, {runs['second']},{runs['deep']},")
     compare(config)
     assert "resnet50 second minus resnet50 first: +" in capsys.readouterr().out

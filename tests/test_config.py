@@ -1,4 +1,4 @@
-"""One definition of every option: bounds are told in one line, params read back to the same config."""
+"""One definition of every option: bounds are explained in one line, params read back to the same config."""
 
 from typing import Any
 

@@ -75,10 +75,10 @@ def test_every_exif_orientation_gives_the_upright_image(orientation: int) -> Non
 
 
 @pytest.mark.parametrize("file_format", ["PNG", "TIFF"])
-def test_sixteen_bit_grey_is_scaled_to_eight_bits(file_format: str) -> None:
-    grey = np.linspace(0, 65535, 32 * 32).astype(np.uint16).reshape(32, 32)
-    pixels = decode(Image.fromarray(grey), file_format=file_format)
-    expected = (grey.astype(np.float64) * 255 / 65535).round().astype(np.uint8)
+def test_sixteen_bit_gray_is_scaled_to_eight_bits(file_format: str) -> None:
+    gray = np.linspace(0, 65535, 32 * 32).astype(np.uint16).reshape(32, 32)
+    pixels = decode(Image.fromarray(gray), file_format=file_format)
+    expected = (gray.astype(np.float64) * 255 / 65535).round().astype(np.uint8)
     np.testing.assert_array_equal(pixels, np.repeat(expected[..., None], 3, axis=-1))
 
 
@@ -154,6 +154,6 @@ def test_over_64_megapixels_are_refused_from_the_header(side: int, action: Any) 
             decode_image(header, 32)
 
 
-def test_a_image_that_resizing_would_blow_up_is_refused() -> None:
+def test_an_image_that_resizing_would_blow_up_is_refused() -> None:
     with pytest.raises(BadImageError, match="16x100000 is too elongated for a shorter side of 224 px"):
         decode(Image.new("1", (16, 100_000)), 224)

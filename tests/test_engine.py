@@ -27,11 +27,11 @@ ROOT = Path(__file__).parent.parent
 
 
 def build_loaders() -> tuple[Loader, Loader]:
-    """Three classes that differ by colour, 60 images to train on and 20 for val."""
+    """Three classes that differ by color, 60 images to train on and 20 for val."""
     rng = np.random.default_rng(0)
     targets = np.arange(80) % 3
-    colours = np.array([(60, 60, 200), (60, 200, 60), (200, 60, 60)])[targets]
-    pixels = np.clip(rng.normal(colours[:, None, None, :], 60, (80, 8, 8, 3)), 0, 255).astype(np.uint8)
+    colors = np.array([(60, 60, 200), (60, 200, 60), (200, 60, 60)])[targets]
+    pixels = np.clip(rng.normal(colors[:, None, None, :], 60, (80, 8, 8, 3)), 0, 255).astype(np.uint8)
     return tuple(
         Loader(
             pixels=torch.from_numpy(pixels),
@@ -68,7 +68,7 @@ VARIANTS = [
 ]
 
 
-def test_it_learns_colours() -> None:
+def test_it_learns_colors() -> None:
     results = list(fit(*build(epochs=8)))
     assert [result.epoch for result in results] == list(range(1, 9))
     assert results[-1].val.balanced_accuracy > 0.95
@@ -84,7 +84,7 @@ def test_a_seed_gives_the_same_training_again_and_another_seed_another(options: 
 
 
 @pytest.mark.parametrize("options", VARIANTS)
-def test_a_training_stopped_within_an_epoch_goes_on_to_the_bit(options: dict[str, Any]) -> None:
+def test_a_training_interrupted_within_an_epoch_resumes_to_the_bit(options: dict[str, Any]) -> None:
     whole, train, val = build(**options)
     expected = strip_times(fit(whole, train, val))
     epoch = len(train) + len(val)
@@ -108,7 +108,7 @@ def test_a_training_stopped_within_an_epoch_goes_on_to_the_bit(options: dict[str
             assert torch.equal(value, resumed.scored_network.state_dict()[name]), name
 
 
-def test_train_figures_are_those_of_all_images_once() -> None:
+def test_train_metrics_are_those_of_all_images_once() -> None:
     state, train, val = build(epochs=1, augment="none", lr=1e-30, optimizer="sgd", warmup_epochs=0)
     state.network[5].p = 0.0
     (result,) = fit(state, train, val)

@@ -25,6 +25,7 @@ def training(tmp_path_factory: pytest.TempPathFactory) -> Iterator[EvaluateConfi
     mlflow.set_tracking_uri(f"sqlite:///{folder}/mlflow.db")
     environment = pytest.MonkeyPatch()
     experiment = mlflow.create_experiment("evaluated", (folder / "artifacts").as_uri())
+    environment.delenv("MLFLOW_EXPERIMENT_NAME")
     environment.setenv("MLFLOW_EXPERIMENT_ID", experiment)
     config = TrainConfig(
         data=str(data), image_size=32, epochs=1, batch_size=8, on_bad_image="skip", test="never",

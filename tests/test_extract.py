@@ -42,7 +42,7 @@ def test_a_source_becomes_the_table_sorted_by_image_id(tmp_path: Path) -> None:
     assert has_lesion_ids(table)
 
 
-def test_what_a_source_does_not_tell_is_unknown_and_each_image_its_own_lesion(tmp_path: Path) -> None:
+def test_what_a_source_does_not_contain_is_unknown_and_each_image_its_own_lesion(tmp_path: Path) -> None:
     table = extract(write_list(tmp_path, "path,dx", "1.jpg,nv", "2.jpg,mel"), tmp_path)
 
     assert table["lesion_id"].tolist() == table["image_id"].tolist() == ["1", "2"]

@@ -77,7 +77,7 @@ def test_a_read_only_cache_serves_the_stores_it_has_and_refuses_others(
     assert [folder.name for folder in list_stores(disk)] == [found.key]
 
 
-def test_a_damaged_store_in_a_read_only_cache_is_told_not_used(table: pd.DataFrame, disk: Path) -> None:
+def test_a_damaged_store_in_a_read_only_cache_is_reported_not_used(table: pd.DataFrame, disk: Path) -> None:
     mount(disk, "remount,size=1m")
     pixels = disk / "stores" / open_store(table, 32, disk, "stop").key / "pixels.npy"
     pixels.write_bytes(pixels.read_bytes()[:-1] + b"?")
@@ -231,7 +231,7 @@ def test_the_store_of_another_version_is_neither_misread_nor_removed(
     assert open_store(table, 32, tmp_path, "stop").build_s == 0
 
 
-def test_pictures_from_the_future_make_one_store(table: pd.DataFrame, tmp_path: Path) -> None:
+def test_images_from_the_future_make_one_store(table: pd.DataFrame, tmp_path: Path) -> None:
     for path in table["path"]:
         os.utime(path, (time.time() + 30 * 24 * HOURS_S,) * 2)
     first, second = (open_store(table, 32, tmp_path / "cache", "stop") for _ in range(2))

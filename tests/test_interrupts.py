@@ -1,4 +1,4 @@
-"""A signal is heeded at the next check, or at once where nothing waits for one, and it is never lost."""
+"""A signal is handled at the next check, or at once where nothing waits for one, and it is never lost."""
 
 import os
 import signal
@@ -40,7 +40,7 @@ def test_where_one_waits_for_a_check_it_interrupts_there(number: signal.Signals)
     assert not interrupts.is_asked(), "the next command of this process is not asked"
 
 
-def test_one_that_python_drops_is_heeded_at_the_next_check() -> None:
+def test_one_that_python_drops_is_handled_at_the_next_check() -> None:
     class Dropping:
         def __del__(self) -> None:
             signal.raise_signal(signal.SIGTERM)

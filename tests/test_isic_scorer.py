@@ -39,7 +39,7 @@ CASES = {
 
 
 @pytest.mark.parametrize("name", CASES)
-def test_figures_are_those_of_the_official_scorer(name: str) -> None:
+def test_metrics_are_those_of_the_official_scorer(name: str) -> None:
     predictions = CASES[name]
     balanced_accuracy, aucs, precisions = score(predictions)
     metrics, table = compute_metrics(predictions), compute_class_table(predictions, HAM10000_CLASSES)

@@ -1,4 +1,4 @@
-"""Every way in which splits can share a lesion is found, priced and told; what is clean is called clean."""
+"""Every way in which splits can share a lesion is found and counted; what is clean is called clean."""
 
 import io
 import json
@@ -192,8 +192,8 @@ def test_the_command_calls_our_split_clean_and_one_by_image_not(
     assert "of melanoma's" in page
     told = json.loads((tmp_path / "report.json").read_text())
     sides = table.merge(by_image)
-    learnt = set(sides.lesion_id[sides.split == "train"])
-    touched = sides[(sides.split == "test") & sides.lesion_id.isin(learnt)].dx.value_counts()
+    learned = set(sides.lesion_id[sides.split == "train"])
+    touched = sides[(sides.split == "test") & sides.lesion_id.isin(learned)].dx.value_counts()
     assert told["test_touched"]["lesion"] == touched.to_dict()
 
 
@@ -203,7 +203,7 @@ def test_data_without_lesions_is_not_called_clean(
     assert run_command("--data", str(class_folders), "--cache_dir", str(tmp_path)) == 0
     page = capsys.readouterr().out
     assert "Leakage report: no leak found" in page
-    assert "does not name lesions" in page
+    assert "no lesion ids" in page
 
 
 @pytest.mark.skipif("SKIN_RESNET_DATA" not in os.environ, reason="SKIN_RESNET_DATA names no HAM10000 folder")

@@ -28,7 +28,7 @@ def predict_randomly(size: int = 200, classes: int = 7, *, seed: int = 0, ties: 
 
 @pytest.mark.parametrize("ties", [False, True])
 @pytest.mark.parametrize("seed", range(3))
-def test_figures_are_those_of_scikit_learn(seed: int, ties: bool) -> None:
+def test_metrics_are_those_of_scikit_learn(seed: int, ties: bool) -> None:
     predictions = predict_randomly(seed=seed, ties=ties)
     targets, probabilities = predictions.targets, predictions.probabilities
     metrics = compute_metrics(predictions)
@@ -61,7 +61,7 @@ def test_one_class_only_has_no_auc() -> None:
 
 
 @pytest.mark.parametrize("ties", [False, True])
-def test_weighted_figures_equal_scikit_learns_on_repeated_images(ties: bool) -> None:
+def test_weighted_metrics_equal_scikit_learns_on_repeated_images(ties: bool) -> None:
     predictions = predict_randomly(80, ties=ties)
     weights = np.random.default_rng(1).integers(0, 4, (20, 80))
     figures = compute_weighted(predictions, weights.astype(float))
@@ -76,7 +76,7 @@ def test_weighted_figures_equal_scikit_learns_on_repeated_images(ties: bool) -> 
                 assert np.isnan(figures[name][row])
 
 
-def test_intervals_hold_the_figure_and_widen_when_photos_share_lesions() -> None:
+def test_intervals_hold_the_metric_and_widen_when_photos_share_lesions() -> None:
     predictions = predict_randomly(300)
     # Three copies of each image, as three photos of one lesion, are no more evidence than one.
     copies = np.tile(np.arange(300), 3)

@@ -56,12 +56,14 @@ def test_the_shortest_trainings_have_a_finite_rate(schedule: str, total: int) ->
 
 def test_plateau_lowers_the_rate_when_val_loss_stops_falling_and_survives_a_restart() -> None:
     config = TrainConfig(lr=1.0, lr_schedule="plateau", warmup_epochs=0)
-    schedule = Schedule(build_optimizer(network(), config), config, steps_per_epoch=1)
+    optimizer = build_optimizer(network(), config)
+    schedule = Schedule(optimizer, config, steps_per_epoch=1)
     rates = []
     for loss in [3, 2, 2, 2, 2, 2, 1, 1, 1]:
         schedule.end_epoch(loss)
-        rates.append(schedule.set_lr(10))
-        restarted = Schedule(build_optimizer(network(), config), config, steps_per_epoch=1)
+        schedule.set_lr(10)
+        rates.append(optimizer.param_groups[0]["lr"])
+        restarted = Schedule(optimizer, config, steps_per_epoch=1)
         restarted.load_state_dict(schedule.state_dict())
         schedule = restarted
     # Four epochs without a lower loss than the second's: the rate falls once.

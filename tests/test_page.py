@@ -13,7 +13,7 @@ def test_a_score_is_written_with_its_interval() -> None:
     assert format_score(float("nan"), (0.1, 0.2)) == "\N{EN DASH}"
 
 
-def test_the_class_table_is_markdown_with_dashes_where_a_figure_is_undefined() -> None:
+def test_the_class_table_is_markdown_with_dashes_where_a_metric_is_undefined() -> None:
     predictions = Predictions(
         probabilities=np.array([[0.8, 0.1, 0.1], [0.6, 0.3, 0.1], [0.2, 0.7, 0.1]]),
         targets=np.array([0, 1, 1]),

@@ -183,7 +183,7 @@ def test_a_roc_without_images_of_both_kinds_says_so() -> None:
     table = make_table(lesions_per_class=5)
     table = table[table.dx == "mel"].reset_index(drop=True)
     axes = plot_roc(evaluate(table), "Test").axes[0]
-    assert texts_of(axes) == ["no images of both kinds"]
+    assert texts_of(axes) == ["needs positive and negative images"]
 
 
 def test_plotting_needs_no_pyplot_and_changes_no_setting(monkeypatch: pytest.MonkeyPatch) -> None:

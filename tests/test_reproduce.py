@@ -1,4 +1,4 @@
-"""A training that is run again is the same to the last bit, and where it is not, one is told where."""
+"""A training that is run again is the same to the last bit, and where it is not, the report says where."""
 
 import os
 import random
@@ -28,14 +28,16 @@ def config(data: Path) -> Iterator[TrainConfig]:
     folder = data.parent
     mlflow.set_tracking_uri(f"sqlite:///{folder}/mlflow.db")
     # Not set_experiment, which would hold for the tests of other modules too.
-    os.environ["MLFLOW_EXPERIMENT_ID"] = mlflow.create_experiment("first", (folder / "artifacts").as_uri())
+    experiment_id = mlflow.create_experiment("first", (folder / "artifacts").as_uri())
     config = TrainConfig(
         data=str(data), image_size=32, epochs=2, batch_size=8, augment="strong", mixup=0.2, dropout=0.2,
         ema_decay=0.9, train_fraction=0.8, seed=3, device="cpu", test="never", cache_dir=folder / "cache",
         checkpoint_dir=folder / "checkpoints",
     )  # fmt: skip
-    yield config
-    del os.environ["MLFLOW_EXPERIMENT_ID"]
+    with pytest.MonkeyPatch.context() as environment:
+        environment.delenv("MLFLOW_EXPERIMENT_NAME")
+        environment.setenv("MLFLOW_EXPERIMENT_ID", experiment_id)
+        yield config
     mlflow.set_tracking_uri(None)
 
 
@@ -93,7 +95,7 @@ def test_only_a_finished_training_is_reproduced(config: TrainConfig) -> None:
         reproduce(build_config("0" * 32, config))
 
 
-def test_the_first_epoch_and_metric_that_differ_are_told_and_by_how_much() -> None:
+def test_the_first_epoch_and_metric_that_differ_are_named_and_by_how_much() -> None:
     first = {"val/loss": {1: 0.5, 2: 0.25, 3: 0.125}, "lr": {1: 0.1, 2: 0.1, 3: 0.1}}
     again = {"val/loss": {1: 0.5, 2: 0.375, 3: 0.125}, "lr": {1: 0.1, 2: 0.1}}
     differences, compared = compare_histories(pd.DataFrame(first), pd.DataFrame(again))

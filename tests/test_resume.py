@@ -1,4 +1,4 @@
-"""Runs that are killed, at any moment, go on to the very weights and metrics of one that never was."""
+"""Runs that are killed, at any moment, resume to the very weights and metrics of one that never was."""
 
 import errno
 import os
@@ -107,7 +107,7 @@ def training(tmp_path: Path, class_folders: Path) -> Iterator[Training]:
 
 
 def kill_at(training: Training, moment: str, rng: random.Random) -> None:
-    """Start or go on, and kill the process at a kind of moment."""
+    """Start or resume, and kill the process at a kind of moment."""
     process = training.start(resume="auto")
     begun = training.log.stat().st_size
 
@@ -135,7 +135,7 @@ def check_kills(training: Training, unbroken: Training, kills: int) -> None:
     rng = random.Random(kills)
     for number in range(kills):
         kill_at(training, MOMENTS[number % len(MOMENTS)], rng)
-        assert len(training.read_runs()) == 1, "all go on in one run"
+        assert len(training.read_runs()) == 1, "all are resumed in one run"
     last = training.start(resume="auto")
     assert last.wait(300) == 0, training.log.read_text()
     first_run, run = unbroken.read_runs()[0], training.read_runs()[0]
@@ -166,7 +166,7 @@ def test_a_finished_run_leaves_no_checkpoints(unbroken: Training) -> None:
     assert not (unbroken.folder / "checkpoints").exists()
 
 
-def test_a_signal_saves_at_the_next_batch_and_tells_how_to_go_on(
+def test_a_signal_saves_at_the_next_batch_and_names_the_command_to_resume(
     training: Training, unbroken: Training
 ) -> None:
     process = training.start(checkpoint_minutes=1000)
@@ -226,7 +226,7 @@ def stopped(config: TrainConfig, monkeypatch: pytest.MonkeyPatch) -> str:
     return str(mlflow.search_runs(output_format="list")[0].info.run_id)
 
 
-def test_what_a_run_cannot_go_on_with_is_refused(stopped: str, config: TrainConfig) -> None:
+def test_what_a_run_cannot_be_resumed_with_is_refused(stopped: str, config: TrainConfig) -> None:
     folder = config.checkpoint_dir / stopped
     for changes, rule in (
         ({"resume": "0" * 32}, "has no last.pt"),

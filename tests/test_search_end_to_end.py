@@ -191,7 +191,7 @@ def test_a_search_waits_for_a_tracking_server_that_restarts(
     process = search.start()
     search.wait_for(is_training)
     server.stop()
-    search.wait_for(lambda trials: "does not answer" in search.log.read_text())
+    search.wait_for(lambda trials: "MLflow unreachable" in search.log.read_text())
     done = count_done(search.read_trials())
     time.sleep(5)
     assert count_done(search.read_trials()) == done < 3, "what has no run does not count"

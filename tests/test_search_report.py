@@ -122,19 +122,20 @@ def make_trial(number: int, state: TrialState = TrialState.COMPLETE, **attrs: ob
 
 
 @pytest.mark.parametrize(
-    ("skills", "told"), [((0.1, 0.9), "is better"), ((0.3, 0.3), "not clearly"), ((0.9, 0.1), "is worse")]
+    ("skills", "verdict"),
+    [((0.1, 0.9), "is better"), ((0.3, 0.3), "not significantly"), ((0.9, 0.1), "is worse")],
 )
-def test_the_page_says_whether_the_winner_holds_on_test(skills: tuple[float, float], told: str) -> None:
+def test_the_page_says_whether_the_winner_holds_on_test(skills: tuple[float, float], verdict: str) -> None:
     scores = compare_recipes({BASELINE: [predict(skills[0], 1)], WINNER: [predict(skills[1], 2)]}, LESIONS)
-    assert told in report.describe_winner(retrain(baseline_recipe=0.5, winner=0.6), scores, make_trial(20))
+    assert verdict in report.describe_winner(retrain(baseline_recipe=0.5, winner=0.6), scores, make_trial(20))
 
 
-@pytest.mark.parametrize(("retrained_val", "is_lucky"), [(0.55, True), (0.6, False), (0.7, False)])
-def test_luck_is_only_mentioned_where_the_winner_falls(retrained_val: float, is_lucky: bool) -> None:
+@pytest.mark.parametrize(("retrained_val", "is_biased"), [(0.55, True), (0.6, False), (0.7, False)])
+def test_selection_bias_is_mentioned_where_the_winner_falls(retrained_val: float, is_biased: bool) -> None:
     retrained = retrain(baseline_recipe=0.5, winner=retrained_val)
     page = report.describe_winner(retrained, None, make_trial(20))  # 0.6 in the study
     assert f"{retrained_val:.3f}" in page
-    assert ("lucky" in page) == is_lucky
+    assert ("selection bias" in page) == is_biased
 
 
 def test_a_baseline_recipe_that_won_is_retrained_once_and_named_as_the_winner() -> None:
@@ -206,7 +207,7 @@ def test_what_the_best_trials_share_is_the_most_important(objective: str, decide
 def test_every_figure_that_there_are_enough_trials_for_is_drawn(tmp_path: Path, finished: int) -> None:
     states = [TrialState.COMPLETE] * finished + [TrialState.PRUNED] * 3 + [TrialState.FAIL]
     figures = plots.plot_trials(CONFIG, make_study(states))
-    wanted = {"history", "learning_curves"} | ({"slices"} if finished > 1 else set())
+    wanted = {"history", "learning_curves"} | ({"hyperparameters"} if finished > 1 else set())
     assert set(figures) == wanted | ({"importances"} if finished > 8 else set())
     curves = pd.DataFrame({f"{split}/balanced_accuracy": {1: 0.3, 2: 0.5} for split in ("train", "val")})
     figures["recipes"] = plots.plot_recipes({BASELINE: curves, WINNER: curves}, "9 images")

@@ -97,8 +97,8 @@ def test_training_options_pass_through_and_the_objective_chooses_the_epoch() -> 
 @pytest.mark.parametrize(
     ("storage", "shown"),
     [
-        ("postgresql+psycopg://me:s3c:ret@host:5432/db", "postgresql+psycopg://me:***@host:5432/db"),
-        ("postgresql+psycopg://me@host:5432/db", "postgresql+psycopg://me@host:5432/db"),
+        ("postgresql+psycopg://me:s3c:ret@host:5432/db", "postgresql+psycopg://***@host:5432/db"),
+        ("postgresql+psycopg://me:a/b@host:5432/db", "postgresql+psycopg://***@host:5432/db"),
         ("sqlite:////a/b:c@d.db", "sqlite:////a/b:c@d.db"),
     ],
 )

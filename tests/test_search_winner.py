@@ -57,7 +57,7 @@ def parent(config: SearchConfig) -> Run:
 
 
 def find_searches() -> list[Run]:
-    """Give the searches' runs, the latest first."""
+    """Return the searches' runs, the latest first."""
     runs: list[Run] = mlflow.search_runs(
         filter_string="params.n_trials = '3'", order_by=["attributes.start_time DESC"], output_format="list"
     )
@@ -85,7 +85,7 @@ def test_winner_and_baseline_recipe_are_retrained_with_every_seed_and_tested(
         assert 0 <= child.data.metrics["test_balanced_accuracy"] <= 1
 
 
-def test_test_is_opened_once_by_the_search(parent: Run, config: SearchConfig) -> None:
+def test_test_is_evaluated_once_by_the_search(parent: Run, config: SearchConfig) -> None:
     assert parent.data.tags["test.access_count"] == "1"
     assert parent.data.tags["test.accessed"] == prepare_data(config.training).split.hash
     assert "test.accessed_before" not in parent.data.tags
@@ -98,7 +98,7 @@ def test_page_figures_and_command_are_on_the_run(parent: Run) -> None:
         assert part in note
     client = mlflow.MlflowClient()
     names = {item.path for item in client.list_artifacts(parent.info.run_id, "figures")}
-    wanted = {"history", "learning_curves", "slices", "recipes"}
+    wanted = {"history", "learning_curves", "hyperparameters", "recipes"}
     assert names == {f"figures/{name}.png" for name in wanted}
     assert "retrain.sh" in {item.path for item in client.list_artifacts(parent.info.run_id)}
 
@@ -127,7 +127,7 @@ def test_the_winners_best_model_on_val_is_the_champion(parent: Run) -> None:
     assert float(champion.tags["val/balanced_accuracy"]) == best
 
 
-def test_the_same_command_again_opens_no_test_and_trains_nothing(parent: Run, config: SearchConfig) -> None:
+def test_the_same_command_again_tests_and_trains_nothing(parent: Run, config: SearchConfig) -> None:
     search(config)
     again = find_searches()[0]
     assert again.info.run_id != parent.info.run_id

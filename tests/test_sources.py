@@ -142,10 +142,10 @@ def test_isic_lesion_groupings_give_the_lesion_ids(tmp_path: Path) -> None:
     check_refusal(tmp_path, "twice", "'ISIC_2'")
 
 
-def test_one_of_several_isic_parts_must_be_named(tmp_path: Path) -> None:
+def test_one_of_several_isic_parts_must_be_passed(tmp_path: Path) -> None:
     write_isic(write_isic(tmp_path), part="Test")
 
-    check_refusal(tmp_path, "ISIC2018_Task3_Training_Input", "name one")
+    check_refusal(tmp_path, "ISIC2018_Task3_Training_Input", "data=")
     assert len(read(tmp_path / "ISIC2018_Task3_Test_Input")) == 2
 
 
@@ -251,13 +251,13 @@ def install_kagglehub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callab
     return install
 
 
-def test_kaggle_without_its_package_tells_how_to_install_it(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_kaggle_without_its_package_names_the_command_to_install_it(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "kagglehub", None)  # makes the import fail, also where it is installed
 
     check_refusal("kaggle", "pip install kagglehub")
 
 
-def test_a_failed_kaggle_download_tells_the_cause_and_the_way_by_hand(
+def test_a_failed_kaggle_download_names_the_cause_and_the_way_by_hand(
     install_kagglehub: Callable[[str], None],
 ) -> None:
     install_kagglehub("raise ConnectionError('no route to kaggle.com\\nsecond line')")

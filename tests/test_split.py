@@ -78,7 +78,7 @@ def test_the_hash_names_the_split() -> None:
 
 def test_too_few_lesions_are_refused() -> None:
     table = make_table(lesions_per_class=1, classes=("a", "b"))
-    with pytest.raises(UserError, match="2 in all"):
+    with pytest.raises(UserError, match="2 lesions"):
         split(table)
 
 

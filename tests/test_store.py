@@ -112,7 +112,7 @@ def test_a_skipped_image_does_not_shrink_the_others(
 
 
 def test_a_bad_image_stops_the_build_and_is_named(table: pd.DataFrame, cache: Path) -> None:
-    for row in (3, 1):  # the first in the table's order is told, whichever thread fails first
+    for row in (3, 1):  # the first in the table's order is named, whichever thread fails first
         truncate(table["path"][row])
     with pytest.raises(
         UserError, match=r"image_001 \(.*image_001.png\): it cannot be read .*on_bad_image=skip"

@@ -15,9 +15,9 @@ from pathlib import Path
 import mlflow
 import pytest
 
-from skin_resnet.errors import UserError
+from skin_resnet.errors import UserError, hide_password
 from skin_resnet.tracking.run import open_run
-from skin_resnet.tracking.store import check_store, hide_password, prepare_store
+from skin_resnet.tracking.store import check_store, prepare_store
 
 ROOT = Path(__file__).parent.parent
 PREPARE = "from skin_resnet.tracking.store import prepare_store; prepare_store()"

@@ -1,4 +1,4 @@
-"""A whole training on small pictures, with a real tracking store: what the run shows is what was done."""
+"""A whole training on small images, with a real tracking store: what the run shows is what was done."""
 
 import itertools
 import json
@@ -124,7 +124,7 @@ def test_figures_tables_report_and_note_are_on_the_run(run: Run) -> None:
     assert list_artifacts(run, "test") == {f"test/{name}" for name in names | {"gradcam.png"}}
     note = run.data.tags["mlflow.note.content"]
     assert "balanced accuracy" in note
-    assert "does not name lesions" in note
+    assert "no lesion ids" in note
     assert "always" in note
 
 
@@ -137,7 +137,7 @@ def test_the_checkpoint_holds_the_best_epoch_and_the_split(run: Run) -> None:
     assert checkpoint["val"]["val/balanced_accuracy"] == max(point.value for point in history)
 
 
-def test_test_was_opened_once_and_predictions_agree_with_the_figures(run: Run) -> None:
+def test_test_was_evaluated_once_and_predictions_agree_with_the_metrics(run: Run) -> None:
     assert run.data.tags["test.access_count"] == "1"
     assert run.data.tags["test.access_log"].endswith(f"by {run.info.run_id}")
     predictions = pd.read_csv(read_artifact(run, "test/predictions.csv"))
@@ -148,7 +148,9 @@ def test_test_was_opened_once_and_predictions_agree_with_the_figures(run: Run) -
     assert low <= run.data.metrics["test_balanced_accuracy"] <= high
 
 
-def test_evaluate_gives_the_same_scores_and_counts_the_opening(run: Run, config: TrainConfig, capsys) -> None:
+def test_evaluate_gives_the_same_scores_and_logs_the_test_access(
+    run: Run, config: TrainConfig, capsys
+) -> None:
     for number, model in enumerate((run.info.run_id, str(download_checkpoint(run.info.run_id)))):
         evaluate(EvaluateConfig(model=model, device="cpu", cache_dir=config.cache_dir))
         latest = get_latest()
@@ -184,7 +186,7 @@ def test_training_cannot_see_the_diagnoses_of_the_test_images(config: TrainConfi
     assert (opened.target >= 0).all()
 
 
-def test_a_leaking_split_is_refused_unless_told_and_then_every_report_says_so(
+def test_a_leaking_split_is_refused_unless_allowed_and_then_every_report_says_so(
     config: TrainConfig, tmp_path
 ) -> None:
     paths = sorted(Path(config.data).rglob("*.png"))

@@ -1,4 +1,4 @@
-"""Starting from weights: what fits is loaded, what does not is told, and no code in a file runs."""
+"""Starting from weights: what fits is loaded, what does not is named, and no code in a file runs."""
 
 from pathlib import Path
 

@@ -51,7 +51,7 @@ def _read_runs(config: CompareConfig) -> list[FinishedRun]:
         of_split.setdefault(run.split_hash, []).append(run.run_id)
     if len(of_split) > 1:
         groups = "; ".join(f"{key[:8]}: {', '.join(ids)}" for key, ids in of_split.items())
-        raise UserError(f"{len(runs)} runs on {len(of_split)} splits ({groups}); give runs= of one split.")
+        raise UserError(f"{len(runs)} runs on {len(of_split)} splits ({groups}); pass runs= of one split.")
     return runs
 
 

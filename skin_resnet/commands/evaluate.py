@@ -47,8 +47,9 @@ def evaluate(config: EvaluateConfig) -> None:
         )
         images, store = _read_images(checkpoint, config)
         if store.skipped:
-            print(f"skipped  {len(store.skipped)} that cannot be read")
-            run.set_tags({"skipped_images": len(store.skipped)})
+            count = len(store.skipped)
+            print(f"skipped  {count} unreadable image{'s' * (count > 1)}")
+            run.set_tags({"skipped_images": count})
             run.log_artifacts({"data/skipped_images.json": dict(store.skipped)})
         warning = ""
         split = _get_split(checkpoint)
@@ -90,7 +91,7 @@ def _check_unchanged(checkpoint: dict[str, Any], test: pd.DataFrame, store: Imag
     change = f"{len(missing)} are missing ({missing[0]}, ...)" if missing else "pixels or diagnoses differ"
     raise UserError(
         f"the test images of {checkpoint['config']['data']} have changed since the training: {change}; "
-        "restore them, or give other data with data=..."
+        "restore them, or pass other data with data=..."
     )
 
 
@@ -102,13 +103,13 @@ def read_finished(model: str) -> dict[str, Any]:
     """Read the checkpoint that a name stands for: a run id, a model's URI or a file.
 
     Raises:
-        UserError: There is none, it is not of a finished training, or it is not of this version.
+        UserError: There is none, it is not of a finished training, or an incompatible version wrote it.
     """
     path = Path(model).expanduser()
     is_file = path.suffix in {".pt", ".pth", ".safetensors"} or path.is_file()
     checkpoint = read_checkpoint(path if is_file else finished_runs.download_checkpoint(model))
     if "calibration" not in checkpoint:
-        raise UserError(f"{model!r} is not a finished training; let it end, or resume it.")
+        raise UserError(f"{model!r} is not a finished training; wait until it finishes, or resume it.")
     try:
         TrainConfig.model_validate(checkpoint["config"])
         _get_split(checkpoint).to_frame()
@@ -116,8 +117,8 @@ def read_finished(model: str) -> dict[str, Any]:
     except Exception as error:  # what another version, or a user, has written can raise any
         reason = (str(error).splitlines() or [""])[0]
         raise UserError(
-            f"the checkpoint of {model!r} is not of this version ({reason}); train again, or use the version "
-            "it was trained with."
+            f"the checkpoint of {model!r} was written by an incompatible version ({reason}); train again, or "
+            "use the version it was trained with."
         ) from None
     return checkpoint
 
@@ -137,7 +138,7 @@ def _predict(
     network: ResNet, table: pd.DataFrame, store: ImageStore, config: TrainConfig | EvaluateConfig
 ) -> Predictions:
     if table.empty:
-        raise UserError("there are no images the model was not trained on; give other data.")
+        raise UserError("there are no images the model was not trained on; pass other data.")
     fabric = build_fabric(config.device, config.precision, devices=1)
     loader = Loader(
         pixels=place_pixels(store, fabric.device),

@@ -43,7 +43,7 @@ def reproduce(config: ReproduceConfig) -> int:
             differences, compared = compare_histories(first, to_frame(result.history))
             changes = find_changes(*map(finished_runs.read_tags, (config.run, run.run_id)))
             page = describe(config.run, differences, compared, changes)
-            run.set_tags({"reproduces": config.run})
+            run.set_tags({finished_runs.REPRODUCES: config.run})
             run.log_metrics({"reproduce/values": compared, "reproduce/deviations": len(differences)})
             run.log_artifacts({"reproduction.md": page})
             run.describe(page)

@@ -15,7 +15,7 @@ from torch.nn import functional as F
 
 Range = tuple[float, float]
 
-# Rows Y, I, Q of the NTSC color space; Y is the luma of ITU-R BT.601. Greys lie on its first axis; in the
+# Rows Y, I, Q of the NTSC color space; Y is the luma of ITU-R BT.601. Grays lie on its first axis; in the
 # plane of the other two, saturation scales and hue rotates.
 _RGB_TO_YIQ = ((0.299, 0.587, 0.114), (0.5959, -0.2746, -0.3213), (0.2115, -0.5227, 0.3112))
 
@@ -30,9 +30,9 @@ class Recipe:
         rotation_degrees: Clockwise about the center.
         zoom: Enlargement about the center.
         brightness: Factor on all channels.
-        contrast: Factor on the distance from the image's mean grey.
-        saturation: Factor on the distance from each pixel's own grey.
-        hue_degrees: Rotation about the grey axis in YIQ, which keeps luma (torchvision: in HSV).
+        contrast: Factor on the distance from the image's mean gray.
+        saturation: Factor on the distance from each pixel's own gray.
+        hue_degrees: Rotation about the gray axis in YIQ, which keeps luma (torchvision: in HSV).
         erase_probability: Of covering a rectangle with the image's mean color; see Zhong et al., "Random
             Erasing Data Augmentation" (AAAI 2020).
         erase_area_fraction: Fraction of the image that the rectangle covers, up to a half.
@@ -78,7 +78,7 @@ _STRONG = replace(
     erase_area_fraction=(0.02, 0.2),
 )
 # Dermoscopy images have no up and down, so all recipes but `none` rotate freely. Color separates diagnoses
-# (red: vascular, blue-grey: regression), so hue hardly changes; skin is bright already, so brightness changes
+# (red: vascular, blue-gray: regression), so hue hardly changes; skin is bright already, so brightness changes
 # less than contrast.
 RECIPES: Mapping[str, Recipe] = {"none": Recipe(), "light": _LIGHT, "standard": _STANDARD, "strong": _STRONG}
 
@@ -106,7 +106,7 @@ def draw_parameters(recipe: Recipe, batch_size: int, generator: torch.Generator)
     """Draw the changes of each image of a batch, as float32 (N, 20) on the CPU.
 
     The columns: 6 of the map from a position in the result to one in the input (2x3, in half sides from the
-    center); 9 of the color matrix (3x3), and the fraction of the image's mean grey to add; 4 of the erased
+    center); 9 of the color matrix (3x3), and the fraction of the image's mean gray to add; 4 of the erased
     box (left, top, right, bottom, as fractions of the sides).
     """
     draws = torch.rand((15, batch_size), generator=generator)
@@ -187,7 +187,7 @@ def _compose_color(recipe: Recipe, draws: Tensor) -> Tensor:
     turn[:, 2, 1] = saturation * hue.sin()
     turn[:, 1, 2] = -turn[:, 2, 1]
     matrix = (brightness * contrast).view(-1, 1, 1) * (to_yiq.inverse() @ turn @ to_yiq)
-    # Saturation and hue do not change the grey that contrast adds, so one number per image is enough for it.
+    # Saturation and hue do not change the gray that contrast adds, so one number per image is enough for it.
     return torch.cat([matrix.flatten(1), (brightness * (1 - contrast))[:, None]], dim=1)
 
 
@@ -214,8 +214,8 @@ def _warp(images: Tensor, geometry: Tensor) -> Tensor:
 def _recolor(images: Tensor, color: Tensor) -> Tensor:
     red, green, blue = images.mean((2, 3)).unbind(1)
     luma = _RGB_TO_YIQ[0]
-    mean_grey = luma[0] * red + luma[1] * green + luma[2] * blue
-    offset = (color[:, 9] * mean_grey).view(-1, 1, 1)
+    mean_gray = luma[0] * red + luma[1] * green + luma[2] * blue
+    offset = (color[:, 9] * mean_gray).view(-1, 1, 1)
     return torch.baddbmm(offset, color[:, :9].reshape(-1, 3, 3), images.flatten(2)).view_as(images)
 
 

@@ -28,7 +28,7 @@ def decode_image(file: Path | BinaryIO, image_size: int) -> npt.NDArray[np.uint8
     """Decode to RGB, uint8 (S, S, 3): upright, shorter side resized to S = `image_size`, center cropped.
 
     Identical to torchvision's `Resize(S)` and `CenterCrop(S)` on the PIL image. An animation gives its
-    first frame, transparency becomes black (as a dermoscope's corners are), 16-bit grey is scaled to 8 bits.
+    first frame, transparency becomes black (as a dermoscope's corners are), 16-bit gray is scaled to 8 bits.
 
     Raises:
         BadImageError: Empty, not an image of a known format, truncated, too small, too large or elongated.

@@ -69,7 +69,7 @@ def _check_identities(raw: pd.DataFrame) -> None:
     """Reject what would let one image or lesion stand for two."""
     for column in ("image_id", "path"):
         repeated = raw[column][raw[column].duplicated()]
-        reject(repeated, f"two rows have the same {column}", "give each image one row and its own image_id")
+        reject(repeated, f"two rows have the same {column}", "use one row and one image_id per image")
     diagnoses = raw["dx"].groupby(raw.get("lesion_id", raw["image_id"])).nunique()
     reject(
         diagnoses.index[diagnoses > 1],
@@ -82,8 +82,8 @@ def _check_classes(dx: "pd.Series[str]", fewest: int) -> None:
     """Reject too few classes, and names that would be taken for one another or for a column."""
     names = pd.Series(sorted(dx.unique()), dtype="str")
     if len(names) < fewest:
-        raise UserError(f"data has one class only ({names[0]!r}), but needs {fewest}; add another.")
-    # A class names metrics, in which a slash makes a folder.
+        raise UserError(f"data has only one class ({names[0]!r}); at least {fewest} are required.")
+    # A class is a column of the table of predictions, and often the name of a folder.
     fits = [
         name.isprintable() and len(name) <= 100 and not {"", ".", ".."} & {*name.split("/")} for name in names
     ]
@@ -92,12 +92,10 @@ def _check_classes(dx: "pd.Series[str]", fewest: int) -> None:
         f"dx cannot name a class (not printable, over 100 characters, or one of {', '.join(_COLUMN_NAMES)})",
         "rename the class",
     )
-    # MLflow's metric names have letters, digits and these signs only.
-    spellings = names.str.casefold().str.replace(r"[^\w./ -]", "_", regex=True)
     reject(
-        names[spellings.duplicated(keep=False)],
-        "two classes differ by capitals or punctuation only, one is",
-        "give equal classes equal names, and others a clearly different one",
+        names[names.str.casefold().duplicated(keep=False)],
+        "two classes differ by case only, one is",
+        "use one spelling, or two different names",
     )
 
 

@@ -28,7 +28,7 @@ _PAIR_COLUMNS = ("kind", "image_id", "dx", "split", "seen_id", "seen_dx", "seen_
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class LeakageReport:
-    """What an audit found.
+    """Result of an audit.
 
     Attributes:
         pairs: A row per two images that share something but are in different splits: kind, image_id, dx and

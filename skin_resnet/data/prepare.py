@@ -87,8 +87,8 @@ def prepare_data(config: TrainConfig) -> PreparedData:
     if leakage.leaks and config.allow_leaks == "false":
         shared = leakage.pairs.iloc[0]
         raise UserError(
-            f"{config.split} leaks: {shared.image_id} ({shared.split}) and {shared.seen_id} "
-            f"({shared.seen_split}) show one lesion; run audit, or pass allow_leaks=true to train anyway."
+            f"the split leaks: {shared.split} image {shared.image_id} and {shared.seen_split} image "
+            f"{shared.seen_id} share a lesion or pixels; run audit, or pass allow_leaks=true to train anyway."
         )
     is_test = table.image_id.isin(split.test)
     return PreparedData(

@@ -30,7 +30,7 @@ _ISIC_CLASSES = ("MEL", "NV", "BCC", "AKIEC", "BKL", "DF", "VASC")
 _NOT_UTF8 = re.compile("[\udc80-\udcff]")  # Python's stand-ins for bytes that are not UTF-8
 _LAYOUTS = (
     "HAM10000_metadata.csv with image folders (Kaggle, Dataverse), "
-    "ISIC2018_Task3_..._Input with its ground truth, or a sub-folder of images per class"
+    "ISIC2018_Task3_..._Input with its ground truth, or a subfolder of images per class"
 )
 
 _logger = logging.getLogger(__name__)
@@ -62,7 +62,7 @@ def read_source(source: str, cache_dir: Path) -> pd.DataFrame:
         return _read_folder(Path(path))
     if os.path.isfile(path):
         return _read_path_table(Path(path))
-    raise UserError(f"data={source!r} does not exist; give demo, kaggle, a folder or a CSV file.")
+    raise UserError(f"data={source!r} does not exist; pass demo, kaggle, a folder or a CSV file.")
 
 
 def _download_kaggle() -> Path:
@@ -101,7 +101,11 @@ def _read_folder(folder: Path) -> pd.DataFrame:
     inputs = [name for name in top.folders if _ISIC_INPUT.fullmatch(name)]
     if not inputs:
         return _read_class_folders(top)
-    reject(inputs[1:], f"{folder} has another part beside {inputs[0]}", f"name one: {folder / inputs[0]}")
+    if len(inputs) > 1:
+        raise UserError(
+            f"{folder} contains several ISIC parts ({', '.join(inputs)}); pass one, e.g. "
+            f"data={folder / inputs[0]}."
+        )
     return _read_isic(folder / inputs[0])
 
 
@@ -146,10 +150,10 @@ def _find_beside(folder: Path, name: str) -> Path | None:
 def _read_class_folders(top: _Folder) -> pd.DataFrame:
     classes = {name: next(_walk(Path(top.path, name))) for name in top.folders}
     if not any(folder.images for folder in classes.values()):
-        raise UserError(f"{top.path} has none of the known layouts: {_LAYOUTS}; name such a folder.")
+        raise UserError(f"{top.path} has none of the known layouts: {_LAYOUTS}; pass such a folder.")
     reject(
         [name for name, folder in classes.items() if folder.folders or not folder.images],
-        f"{top.path} has class folders, but one of them has no images, or folders of its own",
+        f"in {top.path}, a class folder has no images or has subfolders",
         "move what is not a class elsewhere",
     )
     others = [f"{dx}/{name}" for dx, folder in classes.items() for name in folder.others]

@@ -59,8 +59,8 @@ def split_lesions(table: pd.DataFrame, *, val_fraction: float, test_fraction: fl
     for name in SPLITS:
         if not getattr(split, name):
             raise UserError(
-                f"no lesion is left for {name}: the data has {lesions.group.nunique()} in all; "
-                f"add images or raise {name}_fraction."
+                f"{name} would be empty: the data has {lesions.group.nunique()} lesions in all; add "
+                f"images, or raise {name}_fraction."
             )
     return split
 
@@ -95,7 +95,7 @@ def read_split(file: Path, image_ids: Iterable[str]) -> Split:
     frame = read_table(file, ("image_id", "split"))
     frame["split"] = frame.split.str.lower().replace(_ALIASES)
     unknown = frame.image_id[~frame.image_id.isin(set(image_ids))]
-    reject(unknown, f"{file.name} has an image_id that is not in the data", "give the data that was split")
+    reject(unknown, f"{file.name} has an image_id that is not in the data", "pass the data that was split")
     others = frame.split[~frame.split.isin(SPLITS)]
     reject(others, f"{file.name} has a split other than {', '.join(SPLITS)}", "rename it or remove the row")
     empty = [name for name in ("train", "test") if name not in set(frame.split)]

@@ -43,7 +43,7 @@ class ImageStore:
 
     Attributes:
         pixels: uint8 (N, S, S, 3), mapped read-only from disk.
-        thumbnails: Grey, uint8 (N, 16, 16).
+        thumbnails: Gray, uint8 (N, 16, 16).
         digests: A hash of each image's pixels.
         image_ids: The id of each image.
         image_size: S, in pixels.
@@ -148,7 +148,7 @@ def fingerprint_images(table: pd.DataFrame, store: ImageStore) -> str:
 
 
 def describe_image(pixels: Pixels) -> tuple[str, Pixels]:
-    """Return the digest of an image's pixels (S, S, 3), and its thumbnail, grey (16, 16)."""
+    """Return the digest of an image's pixels (S, S, 3), and its thumbnail, gray (16, 16)."""
     small = Image.fromarray(pixels).convert("L")
     small = small.resize((THUMBNAIL_SIDE, THUMBNAIL_SIDE), Image.Resampling.LANCZOS)
     return hashlib.blake2b(pixels.tobytes(), digest_size=16).hexdigest(), np.array(small)

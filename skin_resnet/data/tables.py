@@ -38,7 +38,7 @@ def read_table(file: Path, required: tuple[str, ...]) -> pd.DataFrame:
     header = cells.iloc[0].tolist()
     columns = shorten(", ".join(header), 200)
     missing = [name for name in required if name not in header]
-    reject(missing, f"{file.name} has the columns {columns}, but lacks", "add it, or give the right file")
+    reject(missing, f"{file.name} has the columns {columns}, but lacks", "add it, or pass the right file")
     repeated = [name for place, name in enumerate(header) if name in header[:place]]
     reject(repeated, f"{file.name} has a column twice", "remove one of the two")
     table = cells.iloc[1:].set_axis(header, axis=1)
@@ -49,20 +49,22 @@ def read_table(file: Path, required: tuple[str, ...]) -> pd.DataFrame:
             reject(lines, f"{file.name} has no {column} in line", "add the value or remove the row")
     for column in table.columns.intersection(["image", "image_id"]):
         twice = table[column][table[column].duplicated()]
-        reject(twice, f"{file.name} has an {column} twice", "remove a row, or give each image its own")
+        reject(twice, f"{file.name} has an {column} twice", "remove a row, or use one for each image")
     return table
 
 
 def _read_cells(file: Path) -> pd.DataFrame:
     """Read all lines that are not blank, the header first, indexed by line number."""
     try:
+        if file.exists() and not file.is_file():  # a pipe could keep us waiting for ever
+            raise UserError(f"{file} is not a regular file; pass a CSV file.")
         # Spreadsheets put a byte order mark in front, which would become part of the first column's name.
         text = file.read_text("utf-8-sig")
         delimiter = max(_DELIMITERS, key=text.partition("\n")[0].count)
         cells = pd.read_csv(
             io.StringIO(text),
             sep=delimiter,
-            engine="python",  # unlike the default, it tells a missing cell from an empty one
+            engine="python",  # unlike the default, it distinguishes a missing cell from an empty one
             header=None,
             dtype=str,
             keep_default_na=False,
@@ -84,5 +86,5 @@ def _read_cells(file: Path) -> pd.DataFrame:
     if len(cells) < 2:
         raise UserError(f"{file} has no rows; it needs a header and at least one row.")
     lines = cells.index[cells.isna().any(axis=1)].tolist()
-    reject(lines, f"{file.name} has {cells.shape[1]} columns, but fewer cells in line", "correct the row")
+    reject(lines, f"{file.name} has {cells.shape[1]} columns, but too few cells in line", "correct the row")
     return cells

@@ -113,7 +113,7 @@ def compute_gradcam(network: ResNet, images: Tensor, classes: Tensor) -> NDArray
 
     Args:
         network: Ready to predict, on the images' device.
-        images: Normalised, float (N, 3, S, S).
+        images: Normalized, float (N, 3, S, S).
         classes: The class to explain, int64 (N,).
 
     Returns:

@@ -55,7 +55,7 @@ def fit_calibration(predictions: Predictions, classes: tuple[str, ...], coverage
 def check_probabilities(predictions: Predictions) -> None:
     """Raise a `UserError` if there is no image, or a probability is not finite."""
     if not len(predictions.targets):
-        raise UserError("there are no images to evaluate; give data that has some.")
+        raise UserError("there are no images to evaluate; pass data that has some.")
     bad = np.flatnonzero(~np.isfinite(predictions.probabilities).all(axis=1))
     if len(bad):
         raise UserError(

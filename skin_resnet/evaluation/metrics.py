@@ -234,7 +234,7 @@ def compare_models(
             same_targets = np.array_equal(each.targets, reference.targets)
             if each.image_ids != reference.image_ids or not same_targets:
                 raise UserError(
-                    f"{name} and {names[0]} were evaluated on different images; give runs of one split."
+                    f"{name} and {names[0]} were evaluated on different images; pass runs of one split."
                 )
         metrics = [compute_metrics(each) for each in trainings]
         weighted = [compute_weighted(each, weights) for each in trainings]

@@ -104,7 +104,7 @@ def _format_headlines(assessment: Assessment, split: str) -> Iterator[str]:
     ]
     rows.append(["loss (nats, after temperature)", _format_metric(assessment, "loss"), ""])
     shown = f"{assessment.get('images').value:.0f} images"
-    note = "The data does not name lesions: intervals are by image, too narrow where photos share a lesion."
+    note = "The data has no lesion ids: intervals are by image, too narrow where photos share a lesion."
     if assessment.knows_lesions:
         shown += f" of {assessment.get('lesions').value:.0f} lesions"
         note = "Intervals are by bootstrap over lesions."
@@ -120,10 +120,10 @@ def _format_calibration(assessment: Assessment) -> Iterator[str]:
     )
     yield "### Calibration"
     yield (
-        f"A temperature of {fitted['temperature']:.2f}, fitted on val, changes the expected calibration "
-        f"error from {before:.3f} to {after:.3f}; the Brier score is {brier:.3f}. Conformal sets for "
-        f"{fitted['coverage']:.0%} coverage have an empirical coverage of "
-        f"{_format_metric(assessment, 'coverage')} and {size:.1f} classes on average."
+        f"Expected calibration error (ECE) {before:.3f} before and {after:.3f} after temperature scaling "
+        f"(T = {fitted['temperature']:.2f}, fitted on val); Brier score {brier:.3f}; conformal sets for "
+        f"{fitted['coverage']:.0%} coverage: empirical coverage {_format_metric(assessment, 'coverage')}, "
+        f"{size:.1f} classes on average."
     )
 
 
@@ -136,7 +136,13 @@ def _format_thresholds(assessment: Assessment) -> Iterator[str]:
         scores = [_format_metric(assessment, f"{name}_{kind}") for kind in ("sensitivity", "specificity")]
         rows.append([*name.split("_at_"), f"{threshold:.4f}", *scores])
     if rows:
-        header = ["positive", "sensitivity on val", "threshold", "sensitivity [95 %]", "specificity [95 %]"]
+        header = [
+            "positive class",
+            "sensitivity on val",
+            "threshold",
+            "sensitivity [95 %]",
+            "specificity [95 %]",
+        ]
         yield format_table(header, rows)
     for group in groups:
         if not any(name.startswith(group) for name in thresholds):
@@ -162,7 +168,7 @@ def _format_retest(retest: pd.DataFrame) -> Iterator[str]:
             **retest[["dx", "lesions", "images"]],
             "mean over lesions": retest.metric.map(_RETEST),
             "same lesion [95 % interval]": _format_intervals(retest),
-            "others of its class": retest.others,
+            "different lesions, same class": retest.others,
         }
     )
     yield format_frame(table)
@@ -187,7 +193,10 @@ def _format_subgroups(subgroups: pd.DataFrame) -> Iterator[str]:
             }
         )
         yield format_frame(table)
-    yield f"{len(rows) - len(shown)} subgroups have under {MIN_IMAGES} images or {MIN_LESIONS} lesions."
+    if hidden := len(rows) - len(shown):
+        count = "1 subgroup is" if hidden == 1 else f"{hidden} subgroups are"
+        limits = f"fewer than {MIN_IMAGES} images or {MIN_LESIONS} lesions, or one class only"
+        yield f"{count} not shown: {limits}."
 
 
 def format_leakage(report: LeakageReport) -> str:
@@ -218,7 +227,7 @@ def _list_remarks(report: LeakageReport) -> list[str]:
         f"{_share(touched.sum(), size.sum())} of the test images{melanoma} share their lesion or pixels "
         "with train or val.": touched.any(),
         "No test image shares its lesion or pixels with train or val.": not touched.any(),
-        "The data does not name lesions: only pixels were compared.": not report.knows_lesions,
+        "The data has no lesion ids: only pixels were compared.": not report.knows_lesions,
         f"{near} of images look alike and may show one lesion: check them.": near[0] != "0",
         f"{_count(report.unused, 'image')} of the data in no split.": report.unused,
         f"{_count(report.unread, 'image')} could not be read and were not audited.": report.unread,

@@ -9,9 +9,9 @@ from skin_resnet.config import TrainConfig
 from skin_resnet.evaluation.metrics import Floats
 from skin_resnet.evaluation.page import format_score, format_table, spell_metric
 
-Verdict = Literal["too_short", "never_learned", "overfitting", "unstable", "improving", "levelled_off"]
+Verdict = Literal["too_short", "never_learned", "overfitting", "unstable", "improving", "leveled_off"]
 
-_SHORTEST = 4  # epochs: in fewer, a trend cannot be told from noise
+_SHORTEST = 4  # epochs: in fewer, a trend cannot be distinguished from noise
 _WIDE_GAP = 0.1
 
 
@@ -32,7 +32,10 @@ def describe_training(history: pd.DataFrame, best_epoch: int, config: TrainConfi
         _format_metrics(history, best_epoch),
     ]
     if _compute_gaps(history)[best_epoch] < 0 or config.mixup or config.cutmix:
-        parts.append("Train is measured on augmented images and while the network learns: it looks worse.")
+        parts.append(
+            "Train is measured on augmented images and while the network learns, so train metrics are lower "
+            "than in an evaluation."
+        )
     return "\n\n".join(parts)
 
 
@@ -49,7 +52,7 @@ def judge_training(history: pd.DataFrame, best_epoch: int, config: TrainConfig, 
     before, after, length = _compare_ends(values)
     gain = before - after if config.best_by == "loss" else after - before
     is_better = gain > max(0.01 * before, 2.5 * _estimate_noise(values) / np.sqrt(length))
-    return "improving" if is_better and best_epoch > history.index[-1] - length else "levelled_off"
+    return "improving" if is_better and best_epoch > history.index[-1] - length else "leveled_off"
 
 
 def find_overfitting_epoch(history: pd.DataFrame) -> int | None:
@@ -99,26 +102,30 @@ def _compare_ends(values: Floats) -> tuple[float, float, int]:
 def _explain(history: pd.DataFrame, best_epoch: int, config: TrainConfig, num_classes: int) -> str:
     verdict = judge_training(history, best_epoch, config, num_classes)
     if verdict == "too_short":
-        return f"**Too short to judge**: that takes {_SHORTEST} epochs."
+        return f"**Too few epochs to judge** (at least {_SHORTEST} are needed)."
     losses, metric = history["val/loss"], f"val {spell_metric(config.best_by)}"
     since = losses.idxmin()
     rise = f"val loss was lowest there, {losses.min():.3f}, and ended at {losses.iloc[-1]:.3f}"
     before, after, length = _compare_ends(history[f"val/{config.best_by}"].to_numpy())
-    ahead = "" if _compute_gaps(history)[best_epoch] > _WIDE_GAP else "not "
+    gap = _compute_gaps(history)[best_epoch]
+    size = "large" if gap > _WIDE_GAP else "small"
     text = {
         "never_learned": "**Never learned:** the loss did not fall.",
         "overfitting": f"**Overfitting since epoch {since}:** {rise}, while train loss did not rise.",
         "unstable": f"**Unstable since epoch {since}:** {rise}, and train loss rose, too.",
         "improving": f"**Still improving at the end:** {metric} went from {before:.3f} to {after:.3f} "
         f"(medians of {length} epochs).",
-        "levelled_off": f"**Levelled off** at a {metric} of {after:.3f}; val loss did not rise, and train is "
-        f"{ahead}far ahead.",
+        "leveled_off": f"**Leveled off** at a {metric} of {after:.3f}; val loss did not rise, and the "
+        f"train-val gap is {size} ({gap:+.2f}).",
     }[verdict]
     if _is_at_chance(history, num_classes):
         text += f" Val balanced accuracy is no better than chance ({1 / num_classes:.3f})."
         auc = history["val/macro_auc"][best_epoch]
         if auc > 0.65:
-            text += f" Its macro AUC of {auc:.3f} is better: it prefers one class."
+            text += (
+                f" Val macro AUC is {auc:.3f}: predictions collapse to few classes, but their ranking is "
+                "better than chance."
+            )
     return text
 
 

@@ -97,7 +97,7 @@ class ResNet(nn.Module):
                 nn.init.zeros_(module.bn3.weight)
 
     def forward(self, images: Tensor) -> Tensor:
-        """Map normalised images float (N, 3, H, W), H and W of 32 or more, to logits (N, num_classes)."""
+        """Map normalized images float (N, 3, H, W), H and W of 32 or more, to logits (N, num_classes)."""
         x = self.maxpool(self.relu(self.bn1(self.conv1(images))))
         x = self.layer4(self.layer3(self.layer2(self.layer1(x))))
         # In fp32 whatever the precision of the rest: in bf16, the two highest logits are often equal.

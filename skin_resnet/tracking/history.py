@@ -13,9 +13,9 @@ import pandas as pd
 import yaml
 from mlflow.entities import LoggedModelStatus, Run
 
-from skin_resnet.errors import UserError
+from skin_resnet.errors import UserError, hide_password
 from skin_resnet.evaluation.metrics import Metrics
-from skin_resnet.tracking.store import OUTAGES, hide_password
+from skin_resnet.tracking.store import OUTAGES, describe_uri
 
 # Tags of a search's runs: the study, and of a trial's run the trial's number and how it ended.
 STUDY, TRIAL, STATE = "search.study_id", "search.trial", "search.state"
@@ -209,7 +209,7 @@ def register_model(
     done = f"Registered as {name}, version {version}"
     with suppress(mlflow.MlflowException):  # the first of its name
         champion = client.get_model_version_by_alias(name, CHAMPION)
-        kept = f"{done}; version {champion.version} stays {CHAMPION}"
+        kept = f"{done}; version {champion.version} remains the {CHAMPION}"
         if champion.tags.get("split.hash") != split_hash:
             return f"{kept}: it was measured on another split."
         if val <= (present := float(champion.tags[f"val/{_SCORE}"])):
@@ -274,4 +274,4 @@ def _explain(problem: str) -> Iterator[None]:
         yield
     except (*OUTAGES, OSError, LookupError, StopIteration) as error:
         reason = hide_password(" ".join(str(error).split()))[:200] or "nothing found"
-        raise UserError(f"{problem} in {hide_password(mlflow.get_tracking_uri())} ({reason})") from None
+        raise UserError(f"{problem} in {describe_uri()} ({reason})") from None

@@ -19,7 +19,7 @@ import skin_resnet
 from skin_resnet.data.prepare import PreparedData
 from skin_resnet.data.split import SPLITS
 from skin_resnet.evaluation.page import format_leakage
-from skin_resnet.tracking.store import OUTAGES, hide_password
+from skin_resnet.tracking.store import OUTAGES, describe_uri
 from skin_resnet.training.engine import EpochResult
 from skin_resnet.training.run import TrainStart
 
@@ -67,7 +67,7 @@ class EpochLog:
             self._flush()
         except OUTAGES:
             if not self._is_away:
-                print(f"MLflow unreachable at {hide_password(mlflow.get_tracking_uri())}; buffering metrics")
+                print(f"MLflow unreachable at {describe_uri()}; buffering metrics")
             self._is_away = True
             return False
         if self._is_away:

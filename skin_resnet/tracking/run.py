@@ -15,14 +15,14 @@ import pandas as pd
 import torch
 from mlflow.entities import LoggedModelStatus, Metric, Param, RunTag
 
-from skin_resnet.errors import UserError
+from skin_resnet.errors import UserError, hide_password
 from skin_resnet.evaluation.artifacts import list_artifacts
 from skin_resnet.evaluation.assess import assess
 from skin_resnet.evaluation.page import LEAK_BANNER
 from skin_resnet.evaluation.plots.curves import plot_curves
 from skin_resnet.options import FrozenConfig
 from skin_resnet.tracking import records, serving
-from skin_resnet.tracking.store import OUTAGES, find_experiment, hide_password, prepare_store
+from skin_resnet.tracking.store import OUTAGES, describe_uri, find_experiment, prepare_store
 from skin_resnet.training import interrupts
 from skin_resnet.training.engine import EpochResult, to_frame
 from skin_resnet.training.run import TrainResult, TrainStart
@@ -114,7 +114,7 @@ def _end(run_id: str, status: str) -> None:
 
 
 def _point_to(client: mlflow.MlflowClient, run_id: str) -> None:
-    """Let the run that `mlflow run` has created say which run is resumed instead."""
+    """Tag the run that `mlflow run` created with the run that is resumed."""
     created = os.environ.get("MLFLOW_RUN_ID")
     if created and created != run_id:
         del os.environ["MLFLOW_RUN_ID"]
@@ -133,7 +133,7 @@ def _forget_end(client: mlflow.MlflowClient, run_id: str) -> None:
 
 
 def _explain_outage(error: BaseException, consequence: str = "") -> UserError:
-    uri = hide_password(mlflow.get_tracking_uri())
+    uri = describe_uri()
     reason = hide_password(" ".join(str(error).split()))[:240]
     return UserError(f"MLflow unreachable at {uri} ({reason}); check MLFLOW_TRACKING_URI{consequence}")
 
@@ -173,8 +173,11 @@ class TrackedRun:
         """Log finite metrics, without those that the run shows already: it may have been resumed."""
         known = self._client.get_run(self.run_id).data.metrics
         now = int(1000 * time.time())
-        values = {_clean_name(name): value for name, value in metrics.items() if np.isfinite(value)}
-        new = [Metric(n, float(v), now, step or 0) for n, v in values.items() if known.get(n) != v]
+        new = [
+            Metric(name, float(value), now, step or 0)
+            for name, value in metrics.items()
+            if np.isfinite(value) and known.get(name) != value
+        ]
         self._client.log_batch(self.run_id, metrics=new)
 
     def set_tags(self, tags: Mapping[str, Any]) -> None:
@@ -261,11 +264,6 @@ def _explain_full_folder() -> Iterator[None]:
             f"cannot write the run's artifacts ({error.strerror or error}: {error.filename}); what was "
             "trained is kept, so make room and resume the run"
         ) from None
-
-
-def _clean_name(name: str) -> str:
-    # A data set's own class names may hold what MLflow's names may not.
-    return re.sub(r"[^a-zA-Z0-9_./ -]", "_", name)
 
 
 def _to_plain(value: Any) -> Any:

@@ -2,7 +2,6 @@
 
 import logging
 import os
-import re
 import sqlite3
 import time
 from contextlib import closing, suppress
@@ -20,7 +19,7 @@ from sqlalchemy.engine import URL, make_url
 from sqlalchemy.exc import SQLAlchemyError
 from sqlalchemy.pool import NullPool
 
-from skin_resnet.errors import UserError
+from skin_resnet.errors import UserError, hide_password
 
 # How an absent server or a failing database shows itself.
 OUTAGES = (mlflow.MlflowException, requests.RequestException, SQLAlchemyError)
@@ -33,9 +32,9 @@ _TABLES = {"experiments", "runs", "metrics", "params", "tags"}
 _DRIVERS_WITH_TIMEOUT = {"psycopg", "psycopg2", "pymysql", "mysqldb"}
 
 
-def hide_password(text: str) -> str:
-    """Return a URI, or a text that contains some, without user names and passwords."""
-    return re.sub(r"(?<=://)[^\s/?#]*@", "***@", text)
+def describe_uri() -> str:
+    """Return where the tracking store is, without user name and password."""
+    return hide_password(mlflow.get_tracking_uri())
 
 
 def prepare_store() -> None:

@@ -60,8 +60,8 @@ def read_checkpoint(path: Path) -> dict[str, Any]:
         raise UserError(f"{path} is not a checkpoint, or it is damaged") from None
     if found != FORMAT:
         raise UserError(
-            f"{path} is not a checkpoint of this version (its format is {found}, not {FORMAT}); train again, "
-            "or use the version that wrote it"
+            f"{path} was written by an incompatible version (its format is {found}, not {FORMAT}); train "
+            "again, or use the version that wrote it"
         )
     return content
 
@@ -75,7 +75,7 @@ def hash_network(network: dict[str, Tensor]) -> str:
 
 
 class RunFolder:
-    """The folder `checkpoint_dir/<run id>` of a run, held by one process at a time.
+    """The folder `checkpoint_dir/<run id>` of a run, locked by one process at a time.
 
     Attributes:
         path: The folder.
@@ -89,7 +89,7 @@ class RunFolder:
         self._lock = filelock.FileLock(path / "running.lock", timeout=0)
 
     def acquire(self) -> None:
-        """Create the folder if needed, and hold it until `release` or the process's end, however it ends.
+        """Create the folder if needed, and lock it until `release` or the end of the process.
 
         Raises:
             UserError: Another process holds it, or it is not writable.
@@ -129,7 +129,7 @@ class RunFolder:
         if not self.last.is_file():
             raise UserError(
                 f"cannot resume run {self.path.name}: {self.path} has no {self.last.name}. It has finished, "
-                "never started training, or has another checkpoint_dir"
+                "never started training, or was started with another checkpoint_dir"
             )
         return read_checkpoint(self.last)
 
@@ -149,7 +149,7 @@ def clean_up_killed(checkpoint_dir: Path, end_run: Callable[[str], str]) -> None
     Args:
         checkpoint_dir: Where the runs have their folders.
         end_run: Ends a run in the tracking store if it has not ended, and returns its status; empty if the
-            store does not know or does not answer.
+            store does not know it or is unreachable.
     """
     files = [path for name in ("running.lock", "last.pt") for path in checkpoint_dir.glob(f"*/{name}")]
     for path in sorted({file.parent for file in files}):

@@ -20,7 +20,7 @@ def build_fabric(device: str, precision: str, devices: int) -> Fabric:
     has = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
     accelerator = next(name for name in has if has[name]) if device == "auto" else device
     if not has[accelerator]:
-        raise UserError(f"device={device}: this machine has none; use device=auto or device=cpu")
+        raise UserError(f"device={device} is not available on this machine; use device=auto or device=cpu")
     if accelerator == "cuda" and devices > torch.cuda.device_count():
         raise UserError(f"devices={devices}: this machine has {torch.cuda.device_count()} GPUs")
     # bf16 on a CPU without units for it is nine times slower than fp32, so there it is never chosen unasked.

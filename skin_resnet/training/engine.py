@@ -26,14 +26,14 @@ Progress = Callable[[Iterable[Batch], int], Iterable[Batch]]
 
 @dataclass(frozen=True, kw_only=True)
 class EpochResult:
-    """What one epoch gave.
+    """Result of one epoch.
 
     Attributes:
         epoch: Counted from 1.
         lr: Learning rate of its last step.
         seconds: Wall time, val included.
         images_per_s: Training images per second, val excluded.
-        train: Measured over the epoch, on augmented images, while the network learnt.
+        train: Measured over the epoch, on augmented images, while the network learned.
         val: Measured at its end.
         timestamp_ms: When it ended, in milliseconds since 1970. MLflow stores a value once, however often
             it is logged with the same step and timestamp.
@@ -255,8 +255,8 @@ def _sum_over_ranks(values: Tensor, fabric: Fabric) -> Tensor:
 
 def _to_probabilities(values: Tensor) -> NDArray[np.float64]:
     probabilities = values.cpu().numpy().astype(np.float64)
-    normalised: NDArray[np.float64] = probabilities / probabilities.sum(axis=1, keepdims=True)
-    return normalised
+    normalized: NDArray[np.float64] = probabilities / probabilities.sum(axis=1, keepdims=True)
+    return normalized
 
 
 def _measure(probabilities: NDArray[np.float64], targets: Tensor) -> Metrics:

@@ -14,7 +14,7 @@ from skin_resnet.config import TrainConfig
 def build_optimizer(network: nn.Module, config: TrainConfig) -> torch.optim.Optimizer:
     """Build the optimizer, fused, with weight decay on convolutions and the head only.
 
-    Decaying BatchNorm's scales and the biases does not regularise.
+    Decaying BatchNorm's scales and the biases does not regularize.
     Source: He et al., "Bag of Tricks for Image Classification", CVPR 2019, section 3.1.
     """
     parameters = [parameter for parameter in network.parameters() if parameter.requires_grad]
@@ -69,13 +69,12 @@ class Schedule:
         # What `end_epoch` gathers; all else follows from the step.
         self._plateau = {"reduction": 1.0, "lowest_loss": math.inf, "epochs_without": 0}
 
-    def set_lr(self, step: int) -> float:
-        """Set the learning rate for a step, counted from 0 over the whole training, and return it."""
+    def set_lr(self, step: int) -> None:
+        """Set the learning rate for a step, counted from 0 over the whole training."""
         factor = compute_lr_factor(self._config.lr_schedule, step, self._warmup_steps, self._total_steps)
         lr = self._config.lr * factor * self._plateau["reduction"]
         for group in self._optimizer.param_groups:
             group["lr"] = lr
-        return lr
 
     def end_epoch(self, val_loss: float) -> None:
         """Add the val loss of an epoch."""
@@ -123,7 +122,7 @@ def compute_loss(logits: Tensor, targets: Tensor, class_weights: Tensor, label_s
         logits: float (N, K).
         targets: float (N, K), rows sum to 1: one-hot, or mixed by MixUp or CutMix, as the weights are then.
         class_weights: float (K,).
-        label_smoothing: Share of each target spread evenly over all classes.
+        label_smoothing: Fraction of each target spread evenly over all classes.
             Source: Szegedy et al., "Rethinking the Inception Architecture", CVPR 2016, section 7.
     """
     losses = F.cross_entropy(logits.float(), targets, label_smoothing=label_smoothing, reduction="none")

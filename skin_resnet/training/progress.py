@@ -20,7 +20,7 @@ def describe_start(config: TrainConfig, data: PreparedData, fabric: Fabric, weig
     sizes = ", ".join(f"{len(getattr(data.split, name))} {name}" for name in SPLITS)
     skipped = f", {len(data.store.skipped)} skipped" if data.store.skipped else ""
     known = has_lesion_ids(data.table)
-    lesions = f"{data.table.lesion_id.nunique()} lesions" if known else "lesions unknown"
+    lesions = f"{data.table.lesion_id.nunique()} lesions" if known else "no lesion ids"
     return (
         f"data      {config.data}: {len(data.table)} images, {lesions}{skipped}, {data.store.image_size} px\n"
         f"split     {sizes} ({data.split.hash})\n"

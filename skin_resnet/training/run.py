@@ -45,7 +45,7 @@ class TrainStart:
 
 @dataclass(frozen=True, kw_only=True)
 class TrainResult:
-    """What a training leaves.
+    """Result of a training.
 
     Attributes:
         best: The epoch that val chose.

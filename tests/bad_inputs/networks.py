@@ -49,7 +49,7 @@ def build_state(arch: str = "resnet50", classes: int = 3) -> dict[str, Tensor]:
 
 @cache
 def build_checkpoint() -> dict[str, Any]:
-    """What a finished training of `write_data` leaves; it has learnt from the first six photos."""
+    """What a finished training of `write_data` leaves; it has learned from the first six photos."""
     ids = [f"photo_{number:02}" for number in range(12)]
     probabilities = torch.softmax(torch.arange(36.0).reshape(12, 3) % 7, dim=1).double().numpy()
     targets = torch.arange(12).remainder(3).numpy()
@@ -94,7 +94,7 @@ def with_weights(build: Callable[[Path], bytes], name: str = "given.pth") -> Cal
 
 
 def with_model(build: Callable[[Path], bytes], name: str = "given.pt") -> Callable[[Path], Options]:
-    """Give `evaluate` a file to score, on photos it has not learnt from."""
+    """Give `evaluate` a file to score, on photos it has not learned from."""
 
     def make(folder: Path) -> Options:
         (folder / name).write_bytes(build(folder))
@@ -217,21 +217,25 @@ MODELS = [
         (
             "checkpoint of another arch",
             with_checkpoint(arch="resnet101"),
-            ("not of this version", "given.pt"),
+            ("incompatible version", "given.pt"),
         ),
-        ("checkpoint of an unknown arch", with_checkpoint(arch="vgg16"), ("not of this version", "vgg16")),
+        ("checkpoint of an unknown arch", with_checkpoint(arch="vgg16"), ("incompatible version", "vgg16")),
         (
             "checkpoint of other classes",
             with_checkpoint(classes=["mole", "wart"]),
-            ("not of this version", "given.pt"),
+            ("incompatible version", "given.pt"),
         ),
-        ("checkpoint with a number as split", with_checkpoint(split=3), ("not of this version", "given.pt")),
-        ("checkpoint with lists as options", with_checkpoint(config=[1]), ("not of this version", "options")),
-        ("checkpoint with an unknown option", with_config(vintage=1), ("not of this version", "vintage")),
+        ("checkpoint with a number as split", with_checkpoint(split=3), ("incompatible version", "given.pt")),
+        (
+            "checkpoint with lists as options",
+            with_checkpoint(config=[1]),
+            ("incompatible version", "options"),
+        ),
+        ("checkpoint with an unknown option", with_config(vintage=1), ("incompatible version", "vintage")),
         (
             "checkpoint with an option out of bounds",
             with_config(lr=-1),
-            ("not of this version", "lr should be"),
+            ("incompatible version", "lr should be"),
         ),
         (
             "data of other classes",
@@ -239,7 +243,7 @@ MODELS = [
             ("mole, scar, wart", "'zit'"),
         ),
         (
-            "data it has learnt",
+            "data it has learned",
             with_data_of(lambda t: "\n".join(t.splitlines()[:7])),
             ("no images", "not trained on"),
         ),

@@ -1,5 +1,6 @@
 """Metadata and splits."""
 
+import os
 from collections.abc import Callable
 from pathlib import Path
 
@@ -106,6 +107,12 @@ def with_same_pixels(folder: Path) -> Options:
     return options
 
 
+def with_pipe_as_split(folder: Path) -> Options:
+    """A pipe that nobody writes to: whoever reads it waits."""
+    os.mkfifo(folder / "pipe")
+    return {**write_data(folder), "split": str(folder / "pipe")}
+
+
 _HAM = "HAM10000_metadata.csv"
 _PART = "HAM10000_images_part_1"
 _ISIC = "ISIC2018_Task3_Training"
@@ -159,7 +166,7 @@ METADATA = [
             with_text(lambda t: t.replace("scar", "mole").replace("wart", "mole")),
             ("one class", "'mole'"),
         ),
-        ("Wart and wart", with_cells(dx="Wart"), ("capitals", "'Wart'")),
+        ("Wart and wart", with_cells(dx="Wart"), ("case", "'Wart'")),
         ("class of dots", with_cells(dx=".."), ("dx", "'..'")),
         ("class called as a column", with_cells(dx="prediction"), ("dx", "'prediction'")),
         ("age in words", with_cells(age="old"), ("age is not a number", "'old'")),
@@ -181,7 +188,7 @@ METADATA = [
         (
             "two lesions",
             with_text(lambda t: "\n".join(t.splitlines()[:3])),
-            ("no lesion is left", "2 in all"),
+            ("would be empty", "2 lesions"),
         ),
         ("unknown dx in HAM10000", with_ham10000("L1,I1,scc", "I1.jpg"), ("akiec", "'scc'")),
         ("HAM10000 without an image", with_ham10000("L1,I1,mel"), ("lacks the file", "'I1'")),
@@ -260,6 +267,7 @@ SPLITS = [
             with_split(lambda lines: [*lines[:-1], "photo_11,"]),
             ("split in line: 13",),
         ),
+        ("pipe as split", with_pipe_as_split, ("not a regular file", "pipe")),
         ("empty split", with_split(lambda _: []), ("no rows", "split.csv")),
     ]
 ]

@@ -83,7 +83,7 @@ def test_a_training_and_its_evaluation(start: Start, client: MlflowClient, class
         assert evaluation.data.metrics[name] == pytest.approx(run.data.metrics[name])
 
 
-def test_a_misspelt_option_is_refused_with_the_near_name(start: Start, client: MlflowClient) -> None:
+def test_a_misspelled_option_is_refused_with_the_near_name(start: Start, client: MlflowClient) -> None:
     done = start("--env-manager=local", "-P", "lrr=0.1")
     assert done.returncode != 0
     assert "did you mean --lr?" in done.stderr

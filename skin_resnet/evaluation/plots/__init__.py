@@ -12,10 +12,10 @@ from matplotlib.figure import Figure
 from matplotlib.font_manager import FontProperties, findfont, get_font
 from matplotlib.layout_engine import ConstrainedLayoutEngine
 
-# Okabe, Ito, "Color Universal Design" (2008): hues that every kind of colour vision tells apart.
+# Okabe, Ito, "Color Universal Design" (2008): hues that every kind of color vision tells apart.
 BLUE, ORANGE, GREEN, PURPLE = "#0072B2", "#D55E00", "#009E73", "#CC79A7"
 HUES = (BLUE, ORANGE, GREEN, PURPLE, "#E69F00", "#56B4E9", "#000000")
-COLOURS = {"train": BLUE, "val": ORANGE}
+COLORS = {"train": BLUE, "val": ORANGE}
 QUIET, GRID, EMPTY = "#666666", "#E6E6E6", "#F2F2F2"
 WIDTH_INCH, DPI, FONT = 9.0, 100, 11
 

@@ -35,7 +35,7 @@ _COLUMNS = 6  # of the gallery
 def plot_confusion(predictions: Predictions, classes: tuple[str, ...], title: str) -> Figure:
     """Plot images by true (rows) and predicted class (columns): their number, and share of the row.
 
-    On the diagonal the share is the class's sensitivity. Above 25 classes there are colours only.
+    On the diagonal the share is the class's sensitivity. Above 25 classes there are colors only.
     """
     counts = compute_confusion(predictions)
     images = counts.sum(axis=1)
@@ -91,7 +91,7 @@ def plot_reliability(assessment: Assessment, title: str) -> Figure:
     panels = figure.subplots(2, 2, sharex=True, sharey="row", height_ratios=[3, 1])
     half = len(assessment.reliability) // 2
     parts = assessment.reliability.iloc[:half], assessment.reliability.iloc[half:]
-    heads = ("As predicted", f"Temperature {assessment.calibration['temperature']:.2f}")
+    heads = ("Before temperature scaling", f"Temperature {assessment.calibration['temperature']:.2f}")
     names = ("ece_before_temperature", "ece")
     for (upper, lower), head, bins, name in zip(panels.T, heads, parts, names, strict=True):
         style_axes(upper, f"{head}: ECE {assessment.get(name).value:.3f}")
@@ -131,7 +131,7 @@ def _draw_roc(axes: Axes, assessment: Assessment, positives: Collection[int], na
     positive = is_positive(assessment.predictions, positives)
     if positive.all() or not positive.any():
         style_axes(axes, name.capitalize())
-        axes.text(0.5, 0.5, "no images of both kinds", ha="center", fontsize=FONT, color=QUIET)
+        axes.text(0.5, 0.5, "needs positive and negative images", ha="center", fontsize=FONT, color=QUIET)
         return
     scores = score_positives(assessment.predictions, positives)
     auc = sk.roc_auc_score(positive, scores)
@@ -203,8 +203,8 @@ def plot_gradcam(
 def _overlay(image: NDArray[np.uint8], heat: NDArray[np.float32]) -> NDArray[np.uint8]:
     """Put an image beside itself under its heat: the hotter, the less of the image shines through."""
     opacity = 0.6 * heat[..., None]
-    colours = 255 * colormaps["viridis"](heat)[..., :3]
-    blend = np.round(image * (1 - opacity) + colours * opacity).astype(np.uint8)
+    colors = 255 * colormaps["viridis"](heat)[..., :3]
+    blend = np.round(image * (1 - opacity) + colors * opacity).astype(np.uint8)
     gap = np.full((len(image), max(1, len(image) // 50), 3), 255, dtype=np.uint8)
     return np.hstack([image, gap, blend])
 

@@ -8,7 +8,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
-from skin_resnet.evaluation.plots import COLOURS, FONT, HUES, QUIET, build_figure, literal, style_axes
+from skin_resnet.evaluation.plots import COLORS, FONT, HUES, QUIET, build_figure, literal, style_axes
 
 
 def plot_curves(history: pd.DataFrame, best_epoch: int) -> Figure:
@@ -36,18 +36,18 @@ def plot_curves(history: pd.DataFrame, best_epoch: int) -> Figure:
     # Dots show where a value was measured; on a long run they only thicken the line.
     marker = "o" if len(history) <= 25 else ""
     for axes, metric in ((loss, "loss"), (score, "balanced_accuracy")):
-        for split, colour in COLOURS.items():
+        for split, color in COLORS.items():
             values = history[f"{split}/{metric}"]
-            axes.plot(values, color=colour, linewidth=2, marker=marker, markersize=4, label=split)
+            axes.plot(values, color=color, linewidth=2, marker=marker, markersize=4, label=split)
         axes.fill_between(
             history.index, history[f"train/{metric}"], values, color=QUIET, alpha=0.12, linewidth=0
         )
         value = best[f"val/{metric}"]
         style = {"markersize": 9, "markeredgecolor": "white", "zorder": 3}
-        axes.plot(best_epoch, value, "o", color=colour, label=f"epoch {best_epoch}: {value:.3f}", **style)
+        axes.plot(best_epoch, value, "o", color=color, label=f"epoch {best_epoch}: {value:.3f}", **style)
         axes.legend(frameon=False, fontsize=FONT, loc="upper left", bbox_to_anchor=(1, 1))
-    for split, colour in COLOURS.items():
-        score.plot(history[f"{split}/accuracy"], color=colour, linewidth=0.9)
+    for split, color in COLORS.items():
+        score.plot(history[f"{split}/accuracy"], color=color, linewidth=0.9)
     lr.plot(history.lr, color=QUIET, linewidth=1.5, marker=marker, markersize=3)
     lr.set_ylim(0, 1.2 * max(history.lr.max(), 1e-12))
     lr.yaxis.set_major_locator(MaxNLocator(3))
@@ -64,11 +64,11 @@ def _limit_loss(axes: Axes, history: pd.DataFrame) -> None:
         epoch, name = losses.stack().idxmax()
         split = name.partition("/")[0]
         note = f"off this axis: {split} loss {values.max():.3g} in epoch {epoch}"
-        axes.set_title(note, fontsize=FONT, loc="right", color=COLOURS[split])
+        axes.set_title(note, fontsize=FONT, loc="right", color=COLORS[split])
 
 
 def plot_curves_of_models(histories: Mapping[str, pd.DataFrame]) -> Figure:
-    """Plot loss and balanced accuracy of val and train over the epochs, a colour per model."""
+    """Plot loss and balanced accuracy of val and train over the epochs, a color per model."""
     figure = build_figure(7, f"Curves of {len(histories)} trainings")
     panels = figure.subplots(2, 1, sharex=True)
     for axes, metric in zip(panels, ("loss", "balanced_accuracy"), strict=True):
