@@ -37,7 +37,7 @@ def measure(classes: int, images: int) -> None:
     """Time the steps of an evaluation and print them."""
     predictions, table, names = simulate(classes, images)
     start = time.perf_counter()
-    calibration = fit_calibration(predictions, names, 0.9)
+    calibration = fit_calibration(predictions, names, 0.9, np.ones(len(names), np.int64))
     assessment = assess(predictions, table, names, names[0], calibration)
     assessed = time.perf_counter()
     files = list_artifacts(assessment, "test", "Test")

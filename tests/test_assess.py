@@ -35,8 +35,15 @@ def predict(table: pd.DataFrame, seed: int = 1) -> Predictions:
 
 def evaluate(table: pd.DataFrame, raw: Predictions | None = None, val_seed: int = 0) -> Assessment:
     classes = tuple(table.dx.cat.categories)
-    calibration = fit_calibration(predict(table, val_seed), classes, coverage=0.8)
+    calibration = fit_calibration(predict(table, val_seed), classes, 0.8, np.arange(len(classes)) + 10)
     return assess(raw or predict(table), table, classes, classes[-2], calibration)
+
+
+def make_calibration(least_probability: float, classes: int) -> Calibration:
+    return Calibration(
+        temperature=1.0, tau=0.0, decision_weights=[1.0] * classes, coverage=0.9,
+        least_probability=least_probability, thresholds={},
+    )  # fmt: skip
 
 
 @pytest.fixture(scope="module")
@@ -77,7 +84,7 @@ def test_coverage_is_the_share_of_sets_that_hold_the_true_class() -> None:
     raw = Predictions(
         probabilities=probabilities, targets=table.target.to_numpy(), image_ids=tuple(table.image_id)
     )
-    calibration = Calibration(temperature=1.0, coverage=0.9, least_probability=0.4, thresholds={})
+    calibration = make_calibration(0.4, 3)
     result = assess(raw, table, ("a", "b", "c"), "a", calibration)
     values = [result.get(name).value for name in ("coverage", "set_size", "singleton_fraction")]
     assert values == [0.75, 1.25, 0.75]
@@ -87,9 +94,11 @@ def test_coverage_is_the_share_of_sets_that_hold_the_true_class() -> None:
 
 def test_mlflow_gets_the_headline_metrics_only_under_their_split(assessment: Assessment) -> None:
     metrics = assessment.metrics("test")
-    names = {"images", "loss", "ece", *HEADLINES, "baseline_accuracy", "baseline_balanced_accuracy"}
+    names = {"loss", "ece", *HEADLINES, "plain_accuracy", "plain_balanced_accuracy", "baseline_accuracy"}
     names |= {"balanced_accuracy_low", "balanced_accuracy_high"}
     assert set(metrics) == {f"test_{name}" for name in names}
+    plain = compute_metrics(assessment.predictions.plain)
+    assert metrics["test_plain_balanced_accuracy"] == plain.balanced_accuracy
     assert metrics["test_balanced_accuracy_low"] == assessment.get("balanced_accuracy").low
 
 
@@ -122,7 +131,7 @@ def test_without_lesion_ids_intervals_are_said_to_be_by_image(table: pd.DataFram
 
 def test_a_val_without_melanoma_gives_no_threshold_for_it_and_says_so(table: pd.DataFrame) -> None:
     without = predict(table).select((table.dx != "mel").to_numpy())
-    calibration = fit_calibration(without, HAM10000_CLASSES, coverage=0.8)
+    calibration = fit_calibration(without, HAM10000_CLASSES, 0.8, np.full(7, 9))
     assert {name.partition("_at_")[0] for name in calibration["thresholds"]} == {"malignant"}
     result = assess(predict(table), table, HAM10000_CLASSES, "nv", calibration)
     assert "no threshold for melanoma" in format_assessment(result, "test")
@@ -134,9 +143,9 @@ def test_no_images_and_output_that_is_not_finite_are_refused(rows: int, words: s
     probabilities[3:4] = np.nan
     ids = tuple(f"image_{row}" for row in range(rows))
     broken = Predictions(probabilities=probabilities, targets=np.zeros(rows, np.int64), image_ids=ids)
-    calibration = Calibration(temperature=1.0, coverage=0.9, least_probability=0.5, thresholds={})
+    calibration = make_calibration(0.5, 2)
     with pytest.raises(UserError, match=words):
-        fit_calibration(broken, ("a", "b"), 0.9)
+        fit_calibration(broken, ("a", "b"), 0.9, np.full(2, 9))
     with pytest.raises(UserError, match=words):
         assess(broken, pd.DataFrame(), ("a", "b"), "a", calibration)
 

@@ -11,11 +11,13 @@ from skin_resnet.evaluation.calibration import (
     compute_brier,
     compute_ece,
     compute_reliability,
+    decide,
     fit_conformal,
+    fit_tau,
     fit_temperature,
     predict_sets,
 )
-from skin_resnet.evaluation.metrics import Floats, Predictions, compute_share_interval
+from skin_resnet.evaluation.metrics import Floats, Predictions, compute_metrics, compute_share_interval
 
 
 def make(probabilities: Floats, targets: object) -> Predictions:
@@ -50,6 +52,38 @@ def test_no_temperature_changes_a_prediction(temperature: float) -> None:
         after = apply_temperature(before, temperature)
         np.testing.assert_array_equal(after.predicted, before.predicted)
         np.testing.assert_allclose(after.probabilities.sum(axis=1), 1)
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_tau_is_1_where_probabilities_are_true_and_raises_balanced_accuracy_on_other_images(
+    seed: int,
+) -> None:
+    def draw(seed: int) -> tuple[Predictions, Floats]:
+        """Draw images from classes of very different sizes, with their true probabilities."""
+        rng = np.random.default_rng(seed)
+        prior = np.array([0.67, 0.2, 0.1, 0.03])
+        targets = rng.choice(4, 20_000, p=prior)
+        likelihood = np.exp(2 * (rng.normal(size=(20_000, 4)) + np.eye(4)[targets] * 2))
+        joint = likelihood * prior
+        return make(joint / joint.sum(axis=1, keepdims=True), targets), prior
+
+    val, prior = draw(seed)
+    counts = (1000 * prior).round().astype(np.int64)
+    tau = fit_tau(val, counts)
+    assert tau == pytest.approx(1, abs=0.25)
+    test, _ = draw(seed + 100)
+    adjusted = decide(test, prior**-tau)
+    plain, found = compute_metrics(test), compute_metrics(adjusted)
+    assert found.balanced_accuracy > plain.balanced_accuracy + 0.05
+    assert found.accuracy < plain.accuracy
+    assert (found.macro_auc, found.loss) == (plain.macro_auc, plain.loss)
+    by_hand = (np.log(test.probabilities) - tau * np.log(prior)).argmax(axis=1)
+    np.testing.assert_array_equal(adjusted.predicted, by_hand)
+    assert adjusted.plain.predicted.tolist() == test.predicted.tolist()
+
+
+def test_tau_is_0_where_no_decision_is_better_than_the_most_probable_class() -> None:
+    assert fit_tau(make(np.eye(3)[[0, 1, 2, 0]], [0, 1, 2, 0]), np.array([90, 9, 1])) == 0
 
 
 def test_where_every_answer_is_right_probabilities_are_left_as_they_are() -> None:

@@ -53,7 +53,7 @@ def test_on_bad_image_is_that_of_the_training_unless_it_is_given(training: Evalu
     evaluate(training)
     (run,) = mlflow.search_runs(output_format="list", max_results=1)
     assert run.data.tags["skipped_images"] == "1"
-    assert run.data.metrics["test_images"] > 0
+    assert run.data.metrics["test_accuracy"] > 0
     with pytest.raises(UserError, match=r"broken\.png"):
         evaluate(training.with_changes(on_bad_image="stop"))
 

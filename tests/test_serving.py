@@ -30,6 +30,7 @@ from skin_resnet.training.checkpoint import save_checkpoint
 
 CLASSES = ("blue", "green", "red")
 TEMPERATURE = 1.7
+WEIGHTS = [0.05, 0.15, 0.8]  # of a decision rule that often overrules the most probable class
 
 
 @pytest.fixture(scope="module")
@@ -46,7 +47,7 @@ def model_uri(tmp_path_factory: pytest.TempPathFactory, network: torch.nn.Module
         "classes": list(CLASSES),
         "image_size": 48,
         "network": network.state_dict(),
-        "calibration": {"temperature": TEMPERATURE},
+        "calibration": {"temperature": TEMPERATURE, "decision_weights": WEIGHTS},
     }
     save_checkpoint(folder / "best.pt", checkpoint)
     mlflow.set_tracking_uri(f"sqlite:///{folder}/mlflow.db")
@@ -73,7 +74,9 @@ def test_probabilities_are_those_of_the_network_on_the_decoded_image(model_uri, 
         logits = network(normalize(pixels.permute(0, 3, 1, 2).float() / 255))
         expected = (logits / TEMPERATURE).softmax(dim=1)
     assert answer[list(CLASSES)].to_numpy() == pytest.approx(expected.numpy(), abs=1e-6)
-    assert answer.prediction.tolist() == [CLASSES[k] for k in expected.argmax(dim=1)]
+    decided = (expected * torch.tensor(WEIGHTS)).argmax(dim=1)
+    assert answer.prediction.tolist() == [CLASSES[k] for k in decided]
+    assert (decided != expected.argmax(dim=1)).any()
 
 
 def test_a_broken_image_is_named_by_its_row(model_uri) -> None:

@@ -221,7 +221,7 @@ def test_evaluate_takes_the_logged_model_and_another_source(run: Run, config: Tr
     model = mlflow.search_logged_models(output_format="list")[0]
     evaluate(EvaluateConfig(model=model.model_uri, data=str(other), device="cpu", cache_dir=config.cache_dir))
     latest = get_latest()
-    assert latest.data.metrics["test_images"] == 12
+    assert "Test: 12 images" in latest.data.tags["mlflow.note.content"]
 
 
 def test_training_without_a_run_tracks_nothing_and_calls_back(config: TrainConfig) -> None:

@@ -119,8 +119,13 @@ def _tabulate(runs: dict[str, FinishedRun], scores: pd.DataFrame) -> str:
 def read_predictions(table: pd.DataFrame) -> Predictions:
     """Read back what `Assessment.tabulate_predictions` returned."""
     classes = list(table.columns[table.columns.get_loc("prediction") + 1 :])
+    target, decision = (
+        pd.Categorical(table[name], categories=classes).codes.astype(np.int64)
+        for name in ("dx", "prediction")
+    )
     return Predictions(
         probabilities=table[classes].to_numpy(np.float64),
-        targets=pd.Categorical(table.dx, categories=classes).codes.astype(np.int64),
+        targets=target,
         image_ids=tuple(table.image_id),
+        decisions=decision,
     )

@@ -3,9 +3,11 @@
 from collections.abc import Mapping
 from dataclasses import dataclass
 
+import numpy as np
 import pandas as pd
 import torch
 from lightning_fabric import Fabric
+from numpy.typing import NDArray
 
 from skin_resnet.config import TrainConfig
 from skin_resnet.data.extract import extract, get_class_names
@@ -46,6 +48,11 @@ class PreparedData:
     def baseline_class(self) -> str:
         """The class with most training images."""
         return str(self.select(self.split.train).dx.mode()[0])
+
+    @property
+    def class_counts(self) -> NDArray[np.int64]:
+        """Training images of each class, int64 (K,)."""
+        return np.bincount(self.select(self.split.train).target, minlength=len(self.classes))
 
     @property
     def fingerprint(self) -> str:

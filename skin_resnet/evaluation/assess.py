@@ -16,6 +16,7 @@ from skin_resnet.evaluation.calibration import (
     compute_brier,
     compute_ece,
     compute_reliability,
+    decide,
     predict_sets,
 )
 from skin_resnet.evaluation.metrics import (
@@ -31,7 +32,7 @@ from skin_resnet.evaluation.operating import apply_threshold, compute_referral, 
 from skin_resnet.evaluation.subgroups import compute_retest, compute_subgroups
 
 # The metrics that MLflow shows and compares; all others are in the artifacts of the run.
-_TRACKED = ("images", "loss", "ece", *HEADLINES, "baseline_accuracy", "baseline_balanced_accuracy")
+_TRACKED = ("loss", "ece", *HEADLINES, "plain_accuracy", "plain_balanced_accuracy", "baseline_accuracy")
 _TRACKED_INTERVAL = "balanced_accuracy"
 
 Row = tuple[str, float, float, float, int]  # name, value, low and high end of the 95 % interval, images
@@ -47,7 +48,7 @@ class Assessment:
             lesions, NaN where there is none), n (images measured).
         per_class: From `compute_class_table`, and the empirical coverage of each class.
         reliability: From `compute_reliability`, with a column `temperature`: before (1) and after.
-        predictions: After temperature scaling.
+        predictions: After temperature scaling, with the decisions of the decision rule.
         lesions: Which lesion each image shows, (N,).
         knows_lesions: Whether the source names lesions; without, intervals are by image.
         baseline_class: The class with most training images.
@@ -117,7 +118,7 @@ def assess(
         UserError: There is no image, or a probability is not finite.
     """
     check_probabilities(raw)
-    calibrated = apply_temperature(raw, calibration["temperature"])
+    calibrated = decide(apply_temperature(raw, calibration["temperature"]), calibration["decision_weights"])
     lesions = join_lesions(table).to_numpy(str)
     sets = predict_sets(calibrated, calibration["least_probability"])
     covered = sets[np.arange(len(sets)), calibrated.targets]
@@ -156,6 +157,9 @@ def _measure(
     always = compute_metrics(predict_always(baseline, calibrated))
     for name in HEADLINES:
         yield name, getattr(metrics, name), *intervals[name], images
+    plain, plain_intervals = compute_metrics(calibrated.plain), compute_intervals(calibrated.plain, lesions)
+    for name in ("balanced_accuracy", "accuracy"):
+        yield f"plain_{name}", getattr(plain, name), *plain_intervals[name], images
     single = {
         **{f"baseline_{name}": getattr(always, name) for name in HEADLINES},
         "loss": metrics.loss,

@@ -1,6 +1,7 @@
-"""Calibrated probabilities: temperature scaling, calibration error and conformal prediction sets.
+"""Calibrated probabilities (temperature scaling, conformal prediction sets), and the decision rule.
 
-Fitted on val, measured on test. Nothing here changes which class is the most probable.
+Fitted on val, measured on test. Nothing here changes which class is the most probable; the decision rule may
+predict another one.
 """
 
 import math
@@ -9,13 +10,15 @@ from typing import TypedDict
 
 import numpy as np
 import pandas as pd
-from numpy.typing import NDArray
+from numpy.typing import ArrayLike, NDArray
 from scipy.optimize import minimize_scalar
 
 from skin_resnet.errors import UserError
-from skin_resnet.evaluation.metrics import Floats, Predictions
+from skin_resnet.evaluation.metrics import Floats, Predictions, choose_highest, compute_weighted
 from skin_resnet.evaluation.operating import choose_thresholds
 
+_TAUS = np.arange(31) * 0.05
+_SMOOTHED = 5  # neighbors over which the score of a tau is averaged: rare classes make it jump
 _HOTTEST = 20.0  # bound of the temperature and of its inverse: beyond it, the network itself is wrong
 
 
@@ -24,19 +27,31 @@ class Calibration(TypedDict):
 
     Attributes:
         temperature: What the logits are divided by.
+        tau: Of the decision rule, argmax p / prior**tau; 0 predicts the most probable class.
+        decision_weights: prior**-tau of each class, scaled to a sum of 1.
         coverage: Wanted share of images whose prediction set holds the true class.
         least_probability: From which on a class belongs to an image's prediction set.
         thresholds: By name (`melanoma_at_0.90`): the highest one that reaches that sensitivity on val.
     """
 
     temperature: float
+    tau: float
+    decision_weights: list[float]
     coverage: float
     least_probability: float
     thresholds: dict[str, float]
 
 
-def fit_calibration(predictions: Predictions, classes: tuple[str, ...], coverage: float) -> Calibration:
-    """Fit temperature, conformal sets and decision thresholds on val, as the network outputs it.
+def fit_calibration(
+    predictions: Predictions, classes: tuple[str, ...], coverage: float, class_counts: NDArray[np.int64]
+) -> Calibration:
+    """Fit temperature, decision rule, conformal sets and thresholds on val.
+
+    Args:
+        predictions: The network's, on val.
+        classes: K names.
+        coverage: Wanted share of images whose prediction set holds the true class.
+        class_counts: Training images of each class, int64 (K,).
 
     Raises:
         UserError: There is no image, or a probability is not finite.
@@ -44,12 +59,45 @@ def fit_calibration(predictions: Predictions, classes: tuple[str, ...], coverage
     check_probabilities(predictions)
     temperature = fit_temperature(predictions)
     calibrated = apply_temperature(predictions, temperature)
+    tau = fit_tau(calibrated, class_counts)
     return Calibration(
         temperature=temperature,
+        tau=tau,
+        decision_weights=_weight_classes(class_counts, tau).tolist(),
         coverage=coverage,
         least_probability=fit_conformal(calibrated, coverage),
         thresholds=choose_thresholds(calibrated, classes),
     )
+
+
+def fit_tau(predictions: Predictions, class_counts: NDArray[np.int64]) -> float:
+    """Find the tau in [0, 1.5] whose decisions argmax p / prior**tau have the highest balanced accuracy.
+
+    With true probabilities, 1 is the best one; a network fitted to few images of a rare class is less sure.
+    Source: Menon et al., "Long-tail learning via logit adjustment" (ICLR 2021), section 4.1 (post hoc).
+    """
+    everything = np.ones((1, len(predictions.targets)))
+    scores = [
+        compute_weighted(decide(predictions, _weight_classes(class_counts, tau)), everything)[
+            "balanced_accuracy"
+        ].item()
+        for tau in _TAUS
+    ]
+    padded = np.pad(scores, _SMOOTHED // 2, mode="edge")
+    smoothed = np.convolve(padded, np.full(_SMOOTHED, 1 / _SMOOTHED), mode="valid")
+    return float(_TAUS[smoothed.round(9).argmax()])
+
+
+def _weight_classes(counts: NDArray[np.int64], tau: float) -> Floats:
+    weights = np.maximum(counts, 1).astype(np.float64) ** -tau
+    scaled: Floats = weights / weights.sum()
+    return scaled
+
+
+def decide(predictions: Predictions, weights: ArrayLike) -> Predictions:
+    """Predict the class with the highest weighted probability; weights are (K,)."""
+    decisions = choose_highest(predictions.probabilities * np.asarray(weights), predictions.targets)
+    return replace(predictions, decisions=decisions)
 
 
 def check_probabilities(predictions: Predictions) -> None:
@@ -70,7 +118,7 @@ def fit_temperature(predictions: Predictions) -> float:
     It is 1 where every prediction is right: the loss would then be lowest at a temperature of 0.
     Source: Guo, Pleiss, Sun, Weinberger, "On Calibration of Modern Neural Networks", ICML 2017, section 4.2.
     """
-    if (predictions.predicted == predictions.targets).all():
+    if (predictions.plain.predicted == predictions.targets).all():
         return 1.0
     logs = _take_logs(predictions)
     of_target = logs[np.arange(len(logs)), predictions.targets]
@@ -101,7 +149,7 @@ def _take_logs(predictions: Predictions) -> Floats:
 
 
 def compute_reliability(predictions: Predictions, bins: int = 15) -> pd.DataFrame:
-    """Compare confidence with accuracy, in bins of equal width.
+    """Compare confidence with the accuracy of the most probable class, in bins of equal width.
 
     Returns:
         A row per bin (low, high]: images, mean confidence (the highest probability) and accuracy, NaN where
@@ -111,7 +159,7 @@ def compute_reliability(predictions: Predictions, bins: int = 15) -> pd.DataFram
     edges = np.linspace(0, 1, bins + 1)
     bin_of = np.searchsorted(edges[1:-1], confidences)
     images = np.bincount(bin_of, minlength=bins)
-    right = np.bincount(bin_of, predictions.predicted == predictions.targets, minlength=bins)
+    right = np.bincount(bin_of, predictions.plain.predicted == predictions.targets, minlength=bins)
     with np.errstate(invalid="ignore"):
         return pd.DataFrame(
             {
@@ -162,7 +210,7 @@ def fit_conformal(predictions: Predictions, coverage: float) -> float:
 
 
 def predict_sets(predictions: Predictions, least_probability: float) -> NDArray[np.bool_]:
-    """Return the prediction sets, (N, K). The most probable class is always in: no set is empty."""
+    """Return the prediction sets, (N, K). The predicted class is always in: no set is empty."""
     sets: NDArray[np.bool_] = predictions.probabilities >= least_probability
     sets[np.arange(len(sets)), predictions.predicted] = True
     return sets

@@ -24,24 +24,25 @@ class Predictions:
         probabilities: float64 (N, K), rows sum to 1.
         targets: int64 (N,), class indices.
         image_ids: N image ids.
+        decisions: int64 (N,), the predicted classes; None: the most probable ones.
     """
 
     probabilities: Floats
     targets: NDArray[np.int64]
     image_ids: tuple[str, ...]
+    decisions: NDArray[np.int64] | None = None
 
     @property
     def predicted(self) -> NDArray[np.int64]:
-        """The most probable class of each image, int64 (N,).
+        """The predicted class of each image, int64 (N,)."""
+        if self.decisions is not None:
+            return self.decisions
+        return choose_highest(self.probabilities, self.targets)
 
-        A tie between several classes counts as a wrong prediction, as in the ISIC scorer: a network with the
-        same output for every image must not score by the order of the classes.
-        """
-        highest = self.probabilities == self.probabilities.max(axis=1, keepdims=True)
-        tied = highest.sum(axis=1) > 1
-        highest[tied, self.targets[tied]] = False
-        predicted: NDArray[np.int64] = highest.argmax(axis=1)
-        return predicted
+    @property
+    def plain(self) -> "Predictions":
+        """The same predictions, decided for the most probable class."""
+        return replace(self, decisions=None)
 
     def select(self, inside: NDArray[np.bool_ | np.int64]) -> "Predictions":
         """Return the predictions of some images: of a mask, bool (N,), or of rows in any order."""
@@ -49,7 +50,25 @@ class Predictions:
             probabilities=self.probabilities[inside],
             targets=self.targets[inside],
             image_ids=tuple(np.array(self.image_ids)[inside]),
+            decisions=None if self.decisions is None else self.decisions[inside],
         )
+
+
+def choose_highest(scores: Floats, targets: NDArray[np.int64]) -> NDArray[np.int64]:
+    """Return the class with the highest score of each image, int64 (N,).
+
+    A tie between several classes counts as a wrong prediction, as in the ISIC scorer: a network with the
+    same output for every image must not score by the order of the classes.
+
+    Args:
+        scores: float64 (N, K).
+        targets: The true classes, int64 (N,).
+    """
+    highest = scores == scores.max(axis=1, keepdims=True)
+    tied = highest.sum(axis=1) > 1
+    highest[tied, targets[tied]] = False
+    chosen: NDArray[np.int64] = highest.argmax(axis=1)
+    return chosen
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -120,7 +139,7 @@ def compute_confusion(predictions: Predictions) -> NDArray[np.int64]:
 def predict_always(target: int, like: Predictions) -> Predictions:
     """Return the predictions of a model that is certain of the same class for every image."""
     certain = np.eye(like.probabilities.shape[1])[target]
-    return replace(like, probabilities=np.tile(certain, (len(like.targets), 1)))
+    return replace(like.plain, probabilities=np.tile(certain, (len(like.targets), 1)))
 
 
 def compute_intervals(predictions: Predictions, lesions: NDArray[Any]) -> dict[str, tuple[float, float]]:

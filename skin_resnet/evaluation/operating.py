@@ -74,6 +74,8 @@ def apply_threshold(
 def compute_referral(predictions: Predictions) -> pd.DataFrame:
     """Compute the accuracy on the rest when the images with the lowest confidence are referred.
 
+    Confidence and accuracy are those of the most probable class.
+
     The mean of `accuracy` is 1 minus the AURC of Geifman, Uziel, El-Yaniv (ICLR 2019).
 
     Returns:
@@ -82,7 +84,9 @@ def compute_referral(predictions: Predictions) -> pd.DataFrame:
     images = np.arange(len(predictions.targets))
     confidences = predictions.probabilities.max(axis=1)
     # Equally confident images share hits and misses evenly: their order does not matter.
-    hits = pd.Series(predictions.predicted == predictions.targets).groupby(confidences).transform("mean")
+    hits = (
+        pd.Series(predictions.plain.predicted == predictions.targets).groupby(confidences).transform("mean")
+    )
     kept = hits.iloc[np.argsort(-confidences)].expanding().mean()
     return pd.DataFrame({"referred_fraction": images / len(images), "accuracy": kept.to_numpy()[::-1]})
 
@@ -93,7 +97,7 @@ def tabulate_missed(
     """List positive images that are predicted as a negative class, the most confidently missed first.
 
     Returns:
-        A row per image: image_id, dx, prediction, confidence (its probability), and score (the summed
+        A row per image: image_id, dx, prediction, confidence (the highest probability), and score (the summed
         probability of the positive classes).
     """
     names = np.array(classes)

@@ -89,7 +89,14 @@ def format_summary(assessment: Assessment, split: str) -> str:
         f"({format_score(assessment.get(f'baseline_{name}').value)})"
         for name in HEADLINES
     ]
-    return f"{split.capitalize()} {', '.join(scores)}; in parentheses: always {assessment.baseline_class}."
+    plain = ", ".join(
+        f"{spell_metric(name)} {format_score(assessment.get(f'plain_{name}').value)}"
+        for name in ("balanced_accuracy", "accuracy")
+    )
+    return (
+        f"{split.capitalize()} {', '.join(scores)}; in parentheses: always {assessment.baseline_class}. "
+        f"Plain decision: {plain}."
+    )
 
 
 def _format_metric(assessment: Assessment, name: str) -> str:
@@ -99,18 +106,27 @@ def _format_metric(assessment: Assessment, name: str) -> str:
 
 def _format_headlines(assessment: Assessment, split: str) -> Iterator[str]:
     rows = [
-        [spell_metric(name), _format_metric(assessment, name), _format_metric(assessment, f"baseline_{name}")]
-        for name in HEADLINES
+        [
+            spell_metric(name),
+            *(_format_metric(assessment, f"{kind}{name}") for kind in ("", "plain_", "baseline_")),
+        ]
+        for name in ("balanced_accuracy", "accuracy")
     ]
-    rows.append(["loss (nats, after temperature)", _format_metric(assessment, "loss"), ""])
+    for name in ("macro_auc", "loss"):
+        rows.append([spell_metric(name), _format_metric(assessment, name), "", ""])
     shown = f"{assessment.get('images').value:.0f} images"
     note = "The data has no lesion ids: intervals are by image, too narrow where photos share a lesion."
     if assessment.knows_lesions:
         shown += f" of {assessment.get('lesions').value:.0f} lesions"
         note = "Intervals are by bootstrap over lesions."
     yield f"### {split.capitalize()}: {shown}"
-    yield format_table(["", "model [95 % interval]", f"always {assessment.baseline_class}"], rows)
-    yield note
+    always = f"always {assessment.baseline_class}"
+    yield format_table(["", "model [95 % interval]", "plain decision", always], rows)
+    yield (
+        f"{note} The model predicts argmax p / prior^τ, with τ = {assessment.calibration['tau']:.2f} fitted "
+        "on val for balanced accuracy; the plain decision is the most probable class. Loss is in nats, after "
+        "temperature scaling."
+    )
 
 
 def _format_calibration(assessment: Assessment) -> Iterator[str]:

@@ -70,6 +70,7 @@ class LesionClassifier(PythonModel):
         checkpoint = read_checkpoint(Path(context.artifacts["checkpoint"]))
         self._classes = tuple(checkpoint["classes"])
         self._temperature = float(checkpoint["calibration"]["temperature"])
+        self._decision_weights = checkpoint["calibration"]["decision_weights"]
         self._image_size = int(checkpoint["image_size"])
         self._device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         network = build_resnet(checkpoint["arch"], len(self._classes))
@@ -79,7 +80,9 @@ class LesionClassifier(PythonModel):
     def predict(
         self, context: Any, model_input: pd.DataFrame, params: dict[str, Any] | None = None
     ) -> pd.DataFrame:
-        """Return a row per image file in the column `image`: the most probable class, and all probabilities.
+        """Return a row per image file in the column `image`: the predicted class, and all probabilities.
+
+        As in the evaluation, the class is the one with the highest p / prior**tau.
 
         Raises:
             BadImageError: An image cannot be decoded; the message names its row.
@@ -94,7 +97,8 @@ class LesionClassifier(PythonModel):
             columns=list(self._classes),
             index=model_input.index,
         )
-        prediction = pd.Series(probabilities.idxmax(axis=1) if batches else [], dtype=str, name="prediction")
+        scores = probabilities * self._decision_weights
+        prediction = pd.Series(scores.idxmax(axis=1) if batches else [], dtype=str, name="prediction")
         return pd.concat([prediction, probabilities], axis=1)
 
     @torch.no_grad()

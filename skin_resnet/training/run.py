@@ -199,7 +199,9 @@ class _Training:
             targets=val.target.to_numpy(),
             image_ids=self._data.split.val,
         )
-        calibration = fit_calibration(predictions, self._data.classes, self._config.coverage)
+        calibration = fit_calibration(
+            predictions, self._data.classes, self._config.coverage, self._data.class_counts
+        )
         if self._fabric.is_global_zero:
             save_checkpoint(path, {**checkpoint, "calibration": calibration})
         result = TrainResult(
@@ -256,6 +258,8 @@ class _Training:
             "epoch": result.epoch,
             "val": result.val.to_dict("val"),
             "val_probabilities": torch.from_numpy(probabilities),
+            "val_targets": torch.tensor(data.select(split.val).target.to_numpy()),
+            "class_counts": data.class_counts.tolist(),
             "config": self._config.model_dump(mode="json"),
             "split": {name: list(getattr(split, name)) for name in SPLITS},
             "data_fingerprint": data.fingerprint,

@@ -8,6 +8,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import safetensors.torch
 import torch
 from torch import Tensor
@@ -60,7 +61,7 @@ def build_checkpoint() -> dict[str, Any]:
         "config": TrainConfig(image_size=32).model_dump(mode="json"),
         "split": {"train": ids[:6], "val": ids[6:9], "test": ids[9:]}, "split_fingerprints": {},
         "baseline_class": "mole", "leaks": False, "run_id": "",
-        "calibration": fit_calibration(guesses, CLASSES, 0.9),
+        "calibration": fit_calibration(guesses, CLASSES, 0.9, np.ones(len(CLASSES), np.int64)),
     }  # fmt: skip
 
 

@@ -72,7 +72,7 @@ def test_a_training_and_its_evaluation(start: Start, client: MlflowClient, class
     assert run.info.status == "FINISHED"
     # MLflow logged what was typed before our code began; another spelling of it would have been refused.
     assert run.data.params["lr"] == "1e-3"
-    assert run.data.metrics["test_images"] > 0
+    assert run.data.metrics["test_plain_accuracy"] > 0
     assert run.info.run_id in done.stdout
 
     done = start("--env-manager=local", "-e", "evaluate", "-P", f"model={run.info.run_id}", "-P",
@@ -143,6 +143,6 @@ def test_the_demo_learns_clearly_more_than_always_nv(
     done = start("--env-manager=local", *options, OMP_NUM_THREADS=str(os.cpu_count()))
     assert done.returncode == 0, done.stderr
     metrics = get_runs(client)[0].data.metrics
-    assert metrics["test_baseline_balanced_accuracy"] == pytest.approx(1 / 7)
+    assert metrics["test_baseline_accuracy"] > 1 / 7
     assert metrics["test_balanced_accuracy_low"] > 1 / 7 + 0.05
     assert metrics["test_balanced_accuracy"] < 0.98  # and the task is not trivial
