@@ -181,7 +181,10 @@ def _like_train(name: str) -> Any:
 class EvaluateConfig(FrozenConfig):
     """Evaluate a trained network on images it has not been trained on."""
 
-    model: Text = Field(description="A run id, models:/NAME@ALIAS (or /VERSION), or a checkpoint file.")
+    model: Text = Field(
+        description="A run id, models:/NAME@ALIAS (or /VERSION), or a checkpoint file; several, "
+        "comma-separated, are averaged (an ensemble)."
+    )
     data: Annotated[Text, MustExist(("same", "demo", "kaggle"))] = Field(
         "same", description="same (the test split it was trained with), or other data as for train."
     )

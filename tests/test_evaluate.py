@@ -6,10 +6,11 @@ from pathlib import Path
 
 import mlflow
 import numpy as np
+import pandas as pd
 import pytest
 from PIL import Image
 
-from skin_resnet.commands.evaluate import evaluate, read_finished
+from skin_resnet.commands.evaluate import combine, evaluate, read_finished, read_models
 from skin_resnet.commands.train import train
 from skin_resnet.config import EvaluateConfig, TrainConfig
 from skin_resnet.errors import UserError
@@ -76,3 +77,37 @@ def test_test_images_that_have_changed_since_the_training_are_refused(
     (run,) = mlflow.search_runs(output_format="list", max_results=1)
     assert run.info.status == "FAILED"
     assert "test_accuracy" not in run.data.metrics
+
+
+def test_several_models_are_averaged_and_calibrated_for_their_mean(training: EvaluateConfig) -> None:
+    first = read_finished(training.model)
+    config = TrainConfig.model_validate(first["config"]).with_changes(seed=1)
+    train(config)
+    (second,) = mlflow.search_runs(output_format="list", max_results=1)
+    both = f"{training.model},{second.info.run_id}"
+
+    def predict(model: str) -> tuple[pd.DataFrame, dict[str, str]]:
+        evaluate(training.with_changes(model=model))
+        (run,) = mlflow.search_runs(output_format="list", max_results=1)
+        table = read_run_predictions(run.info.run_id)
+        return table[["blue", "green", "red"]], run.data.tags
+
+    def undo_temperature(model: str) -> pd.DataFrame:
+        raw = predict(model)[0] ** read_finished(model)["calibration"]["temperature"]
+        return raw.div(raw.sum(axis=1), axis=0)
+
+    mean = (undo_temperature(training.model) + undo_temperature(second.info.run_id)) / 2
+    found, tags = predict(both)
+    calibrated = mean ** (1 / combine(read_models(both))["calibration"]["temperature"])
+    np.testing.assert_allclose(found, calibrated.div(calibrated.sum(axis=1), axis=0), atol=1e-6)
+    assert tags["model.run_id"] == both.replace(",", ", ")
+    train(config.with_changes(split_seed=1))
+    (other,) = mlflow.search_runs(output_format="list", max_results=1)
+    with pytest.raises(UserError, match="split"):
+        evaluate(training.with_changes(model=f"{training.model},{other.info.run_id}"))
+
+
+def read_run_predictions(run_id: str) -> pd.DataFrame:
+    return pd.read_csv(
+        mlflow.artifacts.download_artifacts(run_id=run_id, artifact_path="test/predictions.csv")
+    )

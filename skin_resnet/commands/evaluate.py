@@ -3,6 +3,7 @@
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pandas as pd
 import torch
 
@@ -14,6 +15,7 @@ from skin_resnet.data.store import ImageStore, fingerprint_images, open_store
 from skin_resnet.errors import UserError
 from skin_resnet.evaluation.artifacts import list_artifacts, show_images
 from skin_resnet.evaluation.assess import assess
+from skin_resnet.evaluation.calibration import fit_calibration
 from skin_resnet.evaluation.metrics import Predictions
 from skin_resnet.evaluation.page import LEAK_BANNER, format_summary, print_markdown
 from skin_resnet.model.resnet import ResNet, build_resnet
@@ -36,12 +38,14 @@ def evaluate(config: EvaluateConfig) -> None:
     """
     with open_run(f"evaluate · {config.model}") as run:
         run.log_params(config)
-        checkpoint = read_finished(config.model)
+        members = read_models(config.model)
+        checkpoint = combine(members)
         run.set_tags(
             {
-                "model.run_id": checkpoint["run_id"],
-                "model.arch": checkpoint["arch"],
-                "model.epoch": checkpoint["epoch"],
+                **{
+                    f"model.{key}": ", ".join(dict.fromkeys(str(each[key]) for each in members))
+                    for key in ("run_id", "arch", "epoch")
+                },
                 "split.leaks": str(checkpoint["leaks"]).lower(),
             }
         )
@@ -54,7 +58,7 @@ def evaluate(config: EvaluateConfig) -> None:
         warning = ""
         split = _get_split(checkpoint)
         if set(split.test) & set(images.image_id):
-            warning = log_test_access(run.run_id, split.hash, checkpoint["run_id"])
+            warning = max(log_test_access(run.run_id, split.hash, each["run_id"]) for each in members)
         summary, page = assess_and_log(run, checkpoint, images, store, config, warning)
         run.describe(f"{summary}\n\n{page}")
         print_markdown(page)
@@ -78,7 +82,7 @@ def _read_images(checkpoint: dict[str, Any], config: EvaluateConfig) -> tuple[pd
     if is_same:  # without images that were in no split
         unseen = unseen[unseen.image_id.isin(split.test)].reset_index(drop=True)
     reason = "not in its test split" if is_same else "their lesions were trained on"
-    print(f"model    {config.model}: {checkpoint['arch']}, epoch {checkpoint['epoch']}")
+    print(f"model    {config.model}: {_describe(checkpoint)}")
     print(f"data     {data}: {len(unseen)} images; {len(table) - len(unseen)} left out: {reason}")
     return unseen, store
 
@@ -99,6 +103,48 @@ def _get_split(checkpoint: dict[str, Any]) -> Split:
     return Split(**{name: tuple(ids) for name, ids in checkpoint["split"].items()})
 
 
+def read_models(models: str) -> list[dict[str, Any]]:
+    """Read the checkpoints that names stand for, separated by commas; see `read_finished`.
+
+    Raises:
+        UserError: One cannot be read, or they were not trained on one split at one image size.
+    """
+    names = [each.strip() for each in models.split(",") if each.strip()]
+    checkpoints = {name: read_finished(name) for name in names}
+    if not checkpoints:
+        raise UserError(f"model: {models!r} names no model; pass a run id, models:/NAME@ALIAS or a file")
+    first = checkpoints[names[0]]
+    for name, each in checkpoints.items():
+        for key in ("classes", "split", "image_size"):
+            if each[key] != first[key]:
+                raise UserError(
+                    f"model: {name} and {names[0]} differ in {key}; average models that were trained on one "
+                    "split at one image size"
+                )
+    return list(checkpoints.values())
+
+
+def combine(checkpoints: list[dict[str, Any]]) -> dict[str, Any]:
+    """Return a checkpoint that stands for the mean probabilities of several, calibrated for that mean."""
+    first = checkpoints[0]
+    if len(checkpoints) == 1:
+        return first
+    val = Predictions(
+        probabilities=np.mean([each["val_probabilities"].numpy() for each in checkpoints], axis=0),
+        targets=first["val_targets"].numpy(),
+        image_ids=tuple(first["split"]["val"]),
+    )
+    counts = np.array(first["class_counts"])
+    calibration = fit_calibration(val, tuple(first["classes"]), first["calibration"]["coverage"], counts)
+    return {**first, "members": checkpoints, "calibration": calibration}
+
+
+def _describe(checkpoint: dict[str, Any]) -> str:
+    if "members" in checkpoint:
+        return f"mean of {len(checkpoint['members'])} networks"
+    return f"{checkpoint['arch']} epoch {checkpoint['epoch']}"
+
+
 def read_finished(model: str) -> dict[str, Any]:
     """Read the checkpoint that a name stands for: a run id, a model's URI or a file.
 
@@ -113,6 +159,7 @@ def read_finished(model: str) -> dict[str, Any]:
     try:
         TrainConfig.model_validate(checkpoint["config"])
         _get_split(checkpoint).to_frame()
+        checkpoint["calibration"]["decision_weights"], checkpoint["val_targets"]
         build_network(checkpoint)
     except Exception as error:  # what another version, or a user, has written can raise any
         reason = (str(error).splitlines() or [""])[0]
@@ -135,7 +182,7 @@ def _match_classes(table: pd.DataFrame, classes: tuple[str, ...]) -> pd.DataFram
 
 
 def _predict(
-    network: ResNet, table: pd.DataFrame, store: ImageStore, config: TrainConfig | EvaluateConfig
+    networks: list[ResNet], table: pd.DataFrame, store: ImageStore, config: TrainConfig | EvaluateConfig
 ) -> Predictions:
     if table.empty:
         raise UserError("there are no images the model was not trained on; pass other data.")
@@ -147,8 +194,11 @@ def _predict(
         targets=torch.tensor(table.target.to_numpy()),
         batch_size=config.batch_size,
     )
+    views = getattr(config, "tta", 1)
     return Predictions(
-        probabilities=predict(network.to(fabric.device), loader, fabric, getattr(config, "tta", 1)),
+        probabilities=np.mean(
+            [predict(network.to(fabric.device), loader, fabric, views) for network in networks], axis=0
+        ),
         targets=table.target.to_numpy(),
         image_ids=tuple(table.image_id),
     )
@@ -170,7 +220,7 @@ def assess_and_log(
     config: TrainConfig | EvaluateConfig,
     warning: str = "",
 ) -> tuple[str, str]:
-    """Evaluate a checkpoint's network on a table's images, log everything on a run.
+    """Evaluate the network of a checkpoint, or its members, on a table's images; log everything on a run.
 
     Returns:
         The headline metrics in a sentence, and the page.
@@ -178,11 +228,11 @@ def assess_and_log(
     Raises:
         UserError: There is no image, or the network's output is not finite.
     """
-    network = build_network(checkpoint)
-    raw = _predict(network, table, store, config)
+    networks = [build_network(each) for each in checkpoint.get("members", [checkpoint])]
+    raw = _predict(networks, table, store, config)
     classes, calibration = tuple(checkpoint["classes"]), checkpoint["calibration"]
     assessment = assess(raw, table, classes, checkpoint["baseline_class"], calibration)
-    title = f"Test, {checkpoint['arch']} epoch {checkpoint['epoch']}"
+    title = f"Test, {_describe(checkpoint)}"
     views = getattr(config, "tta", 1)
     notes = [
         warning,
@@ -191,5 +241,5 @@ def assess_and_log(
     ]
     run.log_metrics(assessment.metrics("test"), step=checkpoint["epoch"])
     files = list_artifacts(assessment, "test", title, notes)
-    run.log_artifacts(files | show_images(assessment, "test", title, network.cpu(), store))
+    run.log_artifacts(files | show_images(assessment, "test", title, networks[0].cpu(), store))
     return format_summary(assessment, "test"), str(files["test/evaluation.md"])

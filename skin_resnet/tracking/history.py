@@ -58,7 +58,7 @@ def read_run(run_id: str, split: str) -> FinishedRun:
     with _explain(f"run {run_id} is not a training with predictions on {split}"):
         run = _get_training(run_id)
         path = _download(run_id, f"{split}/predictions.csv")
-        texts = {"image_id": str, "lesion_id": str, "dx": str}
+        texts = {"image_id": str, "lesion_id": str, "dx": str, "prediction": str}
         return FinishedRun(
             run_id=run_id,
             name=run.info.run_name,
