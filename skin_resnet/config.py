@@ -55,8 +55,10 @@ class ModelOptions(FrozenConfig):
     """Which network."""
 
     arch: Arch = Field("resnet50", description="Network architecture.")
-    weights: Annotated[Text, MustExist(("none", "imagenet"))] = Field(
-        "none", description="Initial weights: none (random), imagenet, or a .pth or .safetensors file."
+    weights: Annotated[Text, MustExist(("none", "imagenet", "imagenet_v1"))] = Field(
+        "none",
+        description="Initial weights: none (random), imagenet (torchvision's latest, V2), imagenet_v1, or a "
+        ".pth or .safetensors file.",
     )
     dropout: float = Field(0.0, ge=0, lt=1, description="Dropout probability before the classifier.")
     stochastic_depth: float = Field(
@@ -122,7 +124,9 @@ class RuntimeOptions(FrozenConfig):
 
     device: Device = Field("auto", description="Device type; auto: a GPU if there is one.")
     devices: int = Field(1, ge=1, le=64, description="Number of devices (DDP, one process each).")
-    precision: Precision = Field("auto", description="Numeric precision; auto: bf16 where it is faster.")
+    precision: Precision = Field(
+        "auto", description="Numeric precision; auto: bf16 where the GPU or CPU has units for it."
+    )
     cache_dir: FolderPath = Field(
         Path("~/.cache/skin-resnet"), description="Folder for decoded images and demo data."
     )

@@ -55,6 +55,20 @@ def test_safetensors_and_a_head_of_the_same_size_are_loaded_whole(tmp_path) -> N
     assert torch.equal(network.fc.weight, source.fc.weight)
 
 
+@pytest.mark.parametrize(("weights", "version"), [("imagenet", "V2"), ("imagenet_v1", "V1")])
+def test_either_version_of_torchvisions_weights_can_be_had(
+    weights: str, version: str, imagenet, tmp_path, monkeypatch
+) -> None:
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path))
+    url = torchvision.models.ResNet50_Weights[f"IMAGENET1K_{version}"].url
+    downloaded = tmp_path / "hub" / "checkpoints" / Path(url).name
+    downloaded.parent.mkdir(parents=True)
+    torch.save(imagenet, downloaded)
+    network = build_resnet("resnet50")
+    assert f"IMAGENET1K_{version}" in load_weights(network, weights, "resnet50")
+    assert torch.equal(network.conv1.weight, imagenet["conv1.weight"])
+
+
 def test_imagenet_without_a_network_says_what_else_one_can_do(tmp_path, monkeypatch) -> None:
     monkeypatch.setenv("TORCH_HOME", str(tmp_path))
     monkeypatch.setenv(

@@ -12,6 +12,8 @@ from torch import Tensor, nn
 
 from skin_resnet.errors import UserError
 
+# V2 comes from a longer training with a heavier recipe; what transfers better depends on the data.
+_IMAGENET = {"imagenet": "IMAGENET1K_V2", "imagenet_v1": "IMAGENET1K_V1"}
 HEAD_KEYS = ("fc.weight", "fc.bias")
 
 
@@ -22,7 +24,8 @@ def load_weights(network: nn.Module, weights: str, arch: str) -> str:
 
     Args:
         network: From `build_resnet(arch, ...)`.
-        weights: `none`, `imagenet`, or the path of a state dict (`.pth`, `.pt`, `.safetensors`).
+        weights: `none`, `imagenet` (torchvision's IMAGENET1K_V2), `imagenet_v1`, or the path of a state dict
+            (`.pth`, `.pt`, `.safetensors`).
         arch: As given to `build_resnet`.
 
     Returns:
@@ -33,8 +36,9 @@ def load_weights(network: nn.Module, weights: str, arch: str) -> str:
     """
     if weights == "none":
         return "random weights"
-    is_file = weights != "imagenet"
-    state = _read_state_dict(Path(weights).expanduser()) if is_file else _download_imagenet(arch)
+    is_file = weights not in _IMAGENET
+    name = weights if is_file else f"torchvision's {_IMAGENET[weights]}"
+    state = _read_state_dict(Path(weights).expanduser()) if is_file else _download_imagenet(arch, weights)
     expected = network.state_dict()
     fresh = [key for key in HEAD_KEYS if key not in state or state[key].shape != expected[key].shape]
     state = {key: value for key, value in state.items() if key not in fresh}
@@ -57,8 +61,8 @@ def load_weights(network: nn.Module, weights: str, arch: str) -> str:
             f"unknown, such as {[*missing, *unknown][0]!r}"
         )
     if not fresh:
-        return f"weights from {weights}, head included"
-    return f"weights from {weights}; random head ({expected['fc.bias'].numel()} classes)"
+        return f"weights from {name}, head included"
+    return f"weights from {name}; random head ({expected['fc.bias'].numel()} classes)"
 
 
 def _read_state_dict(path: Path) -> dict[str, Tensor]:
@@ -104,13 +108,15 @@ def read_torch_file(path: Path) -> Any:
         return torch.load(path, map_location="cpu", weights_only=True)
 
 
-def _download_imagenet(arch: str) -> dict[str, Tensor]:
+def _download_imagenet(arch: str, weights: str) -> dict[str, Tensor]:
     enum = torchvision.models.get_model_weights(arch)
     try:
-        state: dict[str, Tensor] = enum["DEFAULT"].get_state_dict(progress=os.isatty(2), check_hash=True)
+        state: dict[str, Tensor] = enum[_IMAGENET[weights]].get_state_dict(
+            progress=os.isatty(2), check_hash=True
+        )
     except (OSError, RuntimeError) as error:
         raise UserError(
-            f"weights=imagenet: cannot download torchvision's {arch} ({error}); pass weights=FILE with a "
+            f"weights={weights}: cannot download torchvision's {arch} ({error}); pass weights=FILE with a "
             "state dict, or weights=none"
         ) from None
     return state
