@@ -39,6 +39,11 @@ class SearchConfig(TrainConfig):
         description="Number of seeds to retrain winner and baseline recipe with before the test; 0: no "
         "retraining.",
     )
+    retrain: Text = Field(
+        "none",
+        description="Training options that change when winner and baseline recipe are retrained, so that "
+        "trials can be cheaper: image_size=128,epochs=20,train_fraction=1.",
+    )
     study_name: Text = Field("search", description="Name of the Optuna study; an existing one is resumed.")
     storage: Text = Field(
         "sqlite:///optuna.db",
@@ -105,7 +110,25 @@ class SearchConfig(TrainConfig):
                 f"best_by: {self.best_by!r} contradicts objectives={self.objectives}; leave it out, or use "
                 f"objectives=val_{self.best_by}"
             )
+        self.change_for_retraining(self.training)
         return self
+
+    def change_for_retraining(self, recipe: TrainConfig) -> TrainConfig:
+        """Return a recipe with the options that `retrain` changes.
+
+        Raises:
+            UserError: `retrain` names no training option, or a value it cannot have.
+        """
+        changes: dict[str, str] = {}
+        for entry in [] if self.retrain == "none" else self.retrain.split(","):
+            name, _, text = (piece.strip() for piece in entry.partition("="))
+            if name not in TrainConfig.model_fields or not text:
+                raise UserError(f"retrain: {entry!r} is not OPTION=VALUE of a training option")
+            changes[name] = text
+        try:
+            return recipe.with_changes(**changes)
+        except UserError as error:
+            raise UserError(f"retrain: {error}") from None
 
     def to_params(self) -> dict[str, str]:
         """Return every field as text, without the storage's user and password: others can read the run."""

@@ -136,19 +136,16 @@ def compare_recipes(recipes: Mapping[str, Sequence[Predictions]], lesions: NDArr
     return pd.concat([scores, difference.set_index(["model", "metric"])[scores.columns]])
 
 
-def describe_winner(retrained: pd.DataFrame, scores: pd.DataFrame | None, best: FrozenTrial) -> str:
+def describe_winner(retrained: pd.DataFrame, scores: pd.DataFrame | None, best: FrozenTrial | None) -> str:
     """Describe the results of retraining and test of winner and baseline recipe.
 
     Args:
         retrained: A row per recipe and seed; columns recipe, val (balanced accuracy) and gap.
         scores: From `compare_recipes`; None without a test.
-        best: The winning trial.
+        best: The winning trial; None if it was trained with other options.
     """
     means = retrained.groupby("recipe", sort=False)[["val", "gap"]].mean()
     winner, seeds = means.index[-1], len(retrained) // len(means)
-    mean, in_study = means.val[winner], best.user_attrs["val/balanced_accuracy"]
-    is_biased = round(mean, 3) < round(in_study, 3)
-    luck = ": the best of many trials is partly luck (selection bias)" if is_biased else ""
     columns = means.index if scores is None else scores.index.unique("model")
     rows = [
         ["val balanced accuracy", *(f"{means.val[c]:.3f}" if c in means.index else "" for c in columns)],
@@ -159,18 +156,25 @@ def describe_winner(retrained: pd.DataFrame, scores: pd.DataFrame | None, best: 
             cells = [scores.loc[(column, name)] for column in columns]
             formatted = [format_score(each.value, (each.low, each.high)) for each in cells]
             rows.append([f"test {spell_metric(name)}", *formatted])
-    return "\n".join(
-        [
-            f"Mean of {seeds} seed{'s' * (seeds > 1)}; intervals (95 %) by bootstrap over lesions.",
+    parts = [
+        f"Mean of {seeds} seed{'s' * (seeds > 1)}; intervals (95 %) by bootstrap over lesions.",
+        "",
+        format_table(["", *columns], rows),
+        "",
+        f"**{_judge(winner, scores)}**",
+    ]
+    if best:
+        mean, in_study = means.val[winner], best.user_attrs["val/balanced_accuracy"]
+        is_biased = round(mean, 3) < round(in_study, 3)
+        luck = ": the best of many trials is partly luck (selection bias)" if is_biased else ""
+        parts += [
             "",
-            format_table(["", *columns], rows),
-            "",
-            f"**{_judge(winner, scores)}**",
-            "",
-            f"- The winner's balanced accuracy on val was {in_study:.3f} in the study and is {mean:.3f} "
-            f"retrained{luck}.",
+            (
+                f"- The winner's balanced accuracy on val was {in_study:.3f} in the study and is {mean:.3f} "
+                f"retrained{luck}."
+            ),
         ]
-    )
+    return "\n".join(parts)
 
 
 def _judge(winner: str, scores: pd.DataFrame | None) -> str:

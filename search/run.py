@@ -91,9 +91,9 @@ def _conclude(config: SearchConfig, study: Study, run: TrackedRun) -> str:
 
 
 def choose_recipes(config: SearchConfig, best: FrozenTrial) -> dict[str, TrainConfig]:
-    """Return baseline recipe and winner; the baseline recipe alone if it won."""
-    baseline = config.training.with_changes(**BASELINE_RECIPE)
-    winner = TrainConfig.model_validate_json(best.user_attrs["config"])
+    """Return baseline recipe and winner as they are retrained; the baseline recipe alone if it won."""
+    baseline = config.change_for_retraining(config.training.with_changes(**BASELINE_RECIPE))
+    winner = config.change_for_retraining(TrainConfig.model_validate_json(best.user_attrs["config"]))
     if winner == baseline or best.user_attrs.get("baseline") == BASELINE:
         return {BASELINE: baseline}
     return {BASELINE: baseline, WINNER: winner}
@@ -128,7 +128,8 @@ def _retrain_and_test(
     _log_curves(run, retrained.drop_duplicates("recipe").set_index("recipe").run_id.to_dict())
     scores, warning = _test(run, retrained) if config.test == "at_end" else (None, "")
     registered = register(config, retrained, scores)
-    parts = [report.describe_winner(retrained, scores, best), warning, registered]
+    in_study = best if config.retrain == "none" else None
+    parts = [report.describe_winner(retrained, scores, in_study), warning, registered]
     page = "\n\n".join(filter(None, parts))
     study.set_user_attr("verdict", {"settings": settings, "page": page, "run_id": run.run_id})
     return page

@@ -1,6 +1,7 @@
 """The study: its storage and locks, its sampler and pruner, and what its trials say."""
 
 import contextlib
+import copy
 import uuid
 import warnings
 import zlib
@@ -33,8 +34,8 @@ _GRACE = 4  # heartbeats that a trial may miss before it counts as killed
 _LOCKED_S = 60.0  # how long to wait for a SQLite file that another process has locked
 # Options that a resumed study may change: where and how much is trained, not what.
 _MAY_CHANGE = {
-    "n_trials", "workers", "seeds", "storage", "sampler", "pruner", "heartbeat_s", "model_name", "test",
-    "device", "precision", "checkpoint_dir", "checkpoint_minutes", "cache_dir",
+    "n_trials", "workers", "seeds", "retrain", "storage", "sampler", "pruner", "heartbeat_s", "model_name",
+    "test", "device", "precision", "checkpoint_dir", "checkpoint_minutes", "cache_dir",
 }  # fmt: skip
 
 
@@ -163,11 +164,28 @@ def build_sampler(config: SearchConfig, trials_so_far: int) -> BaseSampler:
     return sampler(seed=seed, n_startup_trials=min(10, max(3, config.n_trials // 3)))
 
 
+class PatientMedianPruner(MedianPruner):
+    """Prunes a trial that is below the median in two epochs in a row: one bad epoch may be jitter.
+
+    Optuna's `PatientPruner` waits until a trial stops improving, which under a falling learning rate it never
+    does.
+    """
+
+    def prune(self, study: Study, trial: FrozenTrial) -> bool:
+        """Return whether to prune the trial at its last step."""
+        before = sorted(trial.intermediate_values)[:-1]
+        if not before or not super().prune(study, trial):
+            return False
+        earlier = copy.copy(trial)
+        earlier.intermediate_values = {step: trial.intermediate_values[step] for step in before}
+        return super().prune(study, earlier)
+
+
 def build_pruner(config: SearchConfig) -> BasePruner:
     """Build the pruner; none stops a trial in its first epoch."""
     first = max(2, config.epochs // 8)
     pruners: dict[str, BasePruner] = {
-        "median": MedianPruner(n_startup_trials=4, n_warmup_steps=max(1, config.epochs // 4)),
+        "median": PatientMedianPruner(n_startup_trials=4, n_warmup_steps=max(1, config.epochs // 4)),
         "hyperband": HyperbandPruner(min_resource=first, max_resource=max(first, config.epochs)),
         "halving": SuccessiveHalvingPruner(min_resource=first),
         "none": NopPruner(),

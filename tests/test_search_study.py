@@ -391,3 +391,25 @@ def test_every_pruner_is_built_and_lets_a_first_epoch_be(tmp_path: Path, pruner:
             trial.report(score, step)
             assert step > 1 or not trial.should_prune()
         study.tell(trial, score)
+
+
+@pytest.mark.parametrize(
+    ("losses", "pruned_at"), [((-1, -2, -2, -4.5, -4.5, -6), []), ((-1, -2, -2, -2), [4]), ((-9,) * 8, [])]
+)
+def test_one_epoch_on_the_wrong_side_of_the_median_does_not_prune(
+    tmp_path: Path, losses: tuple[float, ...], pruned_at: list[int]
+) -> None:
+    config = make_config(tmp_path, epochs=8)
+    study = optuna.create_study(pruner=build_pruner(config), sampler=build_sampler(config, 0))
+    for _ in range(5):
+        trial = study.ask()
+        for step in range(1, 9):
+            trial.report(-step, step)
+        study.tell(trial, 0)
+    trial = study.ask()
+    found = []
+    for step, loss in enumerate(losses, 1):
+        trial.report(loss, step)
+        if trial.should_prune():
+            found.append(step)
+    assert found == pruned_at

@@ -43,7 +43,7 @@ def config(folder: Path, class_folders: Path) -> SearchConfig:
     config = SearchConfig(
         data=str(class_folders), image_size=32, epochs=1, batch_size=8, device="cpu", augment="light",
         n_trials=3, seeds=2, cache_dir=folder / "cache", checkpoint_dir=folder / "checkpoints",
-        fix="augment=none|standard",
+        fix="augment=none|standard", retrain="epochs=2,coverage=0.8",
     )  # fmt: skip
     with mlflow.start_run() as parent:
         run(config, parent.info.run_id, let_the_defaults_win)
@@ -78,7 +78,7 @@ def test_winner_and_baseline_recipe_are_retrained_with_every_seed_and_tested(
     assert set(children) == {(recipe, seed) for recipe in ("baseline recipe", "winner") for seed in (1, 2)}
     for (recipe, seed), child in children.items():
         wanted = config.training.with_changes(
-            **(BASELINE_RECIPE if recipe == "baseline recipe" else {}), seed=seed
+            **(BASELINE_RECIPE if recipe == "baseline recipe" else {}), seed=seed, epochs=2, coverage=0.8
         )
         assert child.data.params == wanted.to_params()
         assert child.info.status == "FINISHED"
