@@ -140,7 +140,7 @@ def describe_winner(retrained: pd.DataFrame, scores: pd.DataFrame | None, best: 
     """Describe the results of retraining and test of winner and baseline recipe.
 
     Args:
-        retrained: A row per recipe and seed; columns recipe, val (balanced accuracy) and gap.
+        retrained: A row per recipe and seed; columns recipe, val (balanced accuracy) and gap (the final gap).
         scores: From `compare_recipes`; None without a test.
         best: The winning trial; None if it was trained with other options.
     """
@@ -149,7 +149,7 @@ def describe_winner(retrained: pd.DataFrame, scores: pd.DataFrame | None, best: 
     columns = means.index if scores is None else scores.index.unique("model")
     rows = [
         ["val balanced accuracy", *(f"{means.val[c]:.3f}" if c in means.index else "" for c in columns)],
-        ["train-val gap", *(f"{means.gap[c]:+.3f}" if c in means.index else "" for c in columns)],
+        ["gap, last epoch", *(f"{means.gap[c]:+.3f}" if c in means.index else "" for c in columns)],
     ]
     if scores is not None:
         for name in HEADLINES:

@@ -149,7 +149,7 @@ def _retrain(study: Study, recipe: str, config: TrainConfig, parent_run_id: str)
         model_uri = wait_for_server(lambda: run.log_model(result.checkpoint_path, result.data.classes))
     retrained = {
         "recipe": recipe, "config": config.model_dump_json(), "run_id": run.run_id, "model_uri": model_uri,
-        "val": result.best.val.balanced_accuracy, "gap": result.best.gap,
+        "val": result.best.val.balanced_accuracy, "gap": result.final_gap,
     }  # fmt: skip
     study.set_user_attr(f"retrained {name}", retrained)
     return retrained

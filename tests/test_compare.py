@@ -100,7 +100,7 @@ def runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[dict[str, 
                 {
                     "best_val_balanced_accuracy": skill,
                     "test_balanced_accuracy": skill,
-                    "best_gap": 0.1,
+                    "final_gap": 0.1,
                     "best_epoch": 2,
                 }
             )

@@ -6,6 +6,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import mlflow
 import numpy as np
@@ -17,6 +18,7 @@ from mlflow.entities import Run
 from skin_resnet.commands.evaluate import evaluate
 from skin_resnet.commands.train import train
 from skin_resnet.config import EvaluateConfig, TrainConfig
+from skin_resnet.data.loader import Loader
 from skin_resnet.data.prepare import HIDDEN, open_test, prepare_data
 from skin_resnet.data.split import Split
 from skin_resnet.errors import UserError
@@ -253,13 +255,23 @@ def test_the_weights_of_a_finished_run_are_in_its_model_only(run: Run, config: T
     assert len(list(path.parent.parent.rglob("*.pt"))) == 1
 
 
-def test_val_is_predicted_once_an_epoch(config: TrainConfig, monkeypatch: pytest.MonkeyPatch) -> None:
-    calls = []
+def test_val_is_predicted_once_an_epoch_and_train_once_at_the_end_without_augmentation(
+    config: TrainConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rows: list[list[int]] = []
     predict = engine.predict
-    monkeypatch.setattr(engine, "predict", lambda *args, **more: calls.append(1) or predict(*args, **more))
+
+    def watch(network: torch.nn.Module, loader: Loader, *args: Any, **more: Any) -> Any:
+        rows.append(loader.rows.tolist())
+        return predict(network, loader, *args, **more)
+
+    monkeypatch.setattr(engine, "predict", watch)
     result = run_training(config)
-    assert len(calls) == config.epochs
+    val, train = (result.data.store.find_rows(getattr(result.data.split, name)) for name in ("val", "train"))
+    assert rows == [val.tolist()] * config.epochs + [train[:: len(train) // len(val)].tolist()]
     assert compute_metrics(result.val_predictions) == result.best.val
+    final = result.final_train.balanced_accuracy - result.history[-1].val.balanced_accuracy
+    assert result.final_gap == final
 
 
 def test_patience_stops_a_training_that_no_longer_improves(config: TrainConfig, capsys) -> None:

@@ -107,7 +107,7 @@ def _tabulate(runs: dict[str, FinishedRun], scores: pd.DataFrame) -> str:
             [
                 name,
                 *(format_score(each.value, (each.low, each.high)) for each in cells),
-                f"{run.metrics['best_gap']:+.3f}",
+                f"{run.metrics['final_gap']:+.3f}",
                 str(len(run.history)),
                 f"{run.history['epoch_s'].sum() / 60:.1f}",
                 f"{run.history['images_per_s'].median():.0f}",

@@ -101,6 +101,11 @@ def report(run: TrackedRun, result: TrainResult) -> str:
     """Log and return a training's report."""
     classes_in_val = result.data.select(result.data.split.val).dx.nunique()
     text = describe_training(to_frame(result.history), result.best.epoch, result.config, classes_in_val)
+    train, val = result.final_train.balanced_accuracy, result.history[-1].val.balanced_accuracy
+    text += (
+        f"\n\nWithout augmentation, the last epoch's network has a balanced accuracy of {train:.3f} on as "
+        f"many train images as val has, and of {val:.3f} on val: a final gap of {result.final_gap:+.3f}."
+    )
     if result.data.leakage.leaks:
         text = f"{LEAK_BANNER}\n\n{text}"
     run.log_artifacts({"report.md": text})

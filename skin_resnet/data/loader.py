@@ -2,7 +2,7 @@
 
 import warnings
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -67,6 +67,11 @@ class Loader:
         BatchNorm cannot train on one image per process, so some batches of a tiny size have one image more.
         """
         return max(1, min(-(-len(self.rows) // self.batch_size), len(self.rows) // (2 * self.world_size)))
+
+    def thin(self, count: int) -> "Loader":
+        """Return a loader of about `count` of the images, evenly spaced in the split's order."""
+        kept = np.arange(0, len(self.rows), max(1, len(self.rows) // count))
+        return replace(self, rows=self.rows[kept], targets=self.targets[kept])
 
     def shuffled(self, seed: int, epoch: int, first_step: int = 0) -> Iterator[Batch]:
         """Yield every image once, in the order that `seed` and `epoch` fix: for training.

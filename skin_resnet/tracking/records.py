@@ -82,11 +82,11 @@ class EpochLog:
             del self._pending[0]
 
 
-def log_best(run_id: str, result: EpochResult) -> None:
-    """Log the best epoch's metrics under names of their own, for sorting tables of runs."""
+def log_best(run_id: str, result: EpochResult, final_gap: float) -> None:
+    """Log the best epoch's metrics, and the final gap, under names of their own, for tables of runs."""
     metrics = {
         "best_epoch": float(result.epoch),
-        "best_gap": result.gap,
+        "final_gap": final_gap,
         "best_val_balanced_accuracy": result.val.balanced_accuracy,
         "best_val_macro_auc": result.val.macro_auc,
     }

@@ -233,7 +233,7 @@ class TrackedRun:
     def on_end(self, result: TrainResult) -> None:
         """Log the best epoch, the curves and the evaluation on val."""
         self._epochs.finish()
-        records.log_best(self.run_id, result.best)
+        records.log_best(self.run_id, result.best, result.final_gap)
         self.set_tags({"best.sha256": result.weights_sha256})
         best, val = result.best.epoch, result.data.select(result.data.split.val)
         assessment = assess(

@@ -248,6 +248,11 @@ def predict(
     )
 
 
+def measure(network: nn.Module, loader: Loader, fabric: Fabric) -> Metrics:
+    """Measure a network on a loader's images, without augmentation."""
+    return _measure(predict(network, loader, fabric), loader.targets)
+
+
 def _sum_over_ranks(values: Tensor, fabric: Fabric) -> Tensor:
     # Each rank has filled the rows of its own images and left the others zero.
     return fabric.all_reduce(values, reduce_op="sum")  # type: ignore[return-value]

@@ -16,13 +16,13 @@ from skin_resnet.data.loader import Loader
 from skin_resnet.data.prepare import PreparedData, prepare_data
 from skin_resnet.data.split import SPLITS
 from skin_resnet.evaluation.calibration import Calibration, fit_calibration
-from skin_resnet.evaluation.metrics import Predictions
+from skin_resnet.evaluation.metrics import Metrics, Predictions
 from skin_resnet.model.resnet import build_resnet
 from skin_resnet.model.weights import load_weights
 from skin_resnet.training import get_worker_task, interrupts, start_workers_with
 from skin_resnet.training.checkpoint import RunFolder, hash_network, read_checkpoint, save_checkpoint
 from skin_resnet.training.device import build_fabric
-from skin_resnet.training.engine import EpochResult, NonFiniteLossError, find_best, fit
+from skin_resnet.training.engine import EpochResult, NonFiniteLossError, find_best, fit, measure
 from skin_resnet.training.progress import describe_epoch, describe_start, show_progress
 from skin_resnet.training.resume import ResumePoint, describe_state, restore
 from skin_resnet.training.state import TrainingState, build_state
@@ -50,6 +50,8 @@ class TrainResult:
     Attributes:
         best: The epoch that val chose.
         history: All epochs, in order.
+        final_train: The last epoch's network on training images, about as many as val has, evaluated as val
+            is: without augmentation.
         checkpoint_path: The best epoch's network; a tracked run removes the file when it ends.
         data: What it was trained on.
         val_predictions: Of the best epoch, before temperature, in the order of the val split.
@@ -60,11 +62,17 @@ class TrainResult:
     config: TrainConfig
     best: EpochResult
     history: tuple[EpochResult, ...]
+    final_train: Metrics
     checkpoint_path: Path
     data: PreparedData
     val_predictions: Predictions
     calibration: Calibration
     weights_sha256: str
+
+    @property
+    def final_gap(self) -> float:
+        """Train minus val balanced accuracy of the last epoch's network, both without augmentation."""
+        return self.final_train.balanced_accuracy - self.history[-1].val.balanced_accuracy
 
 
 class Tracker(Protocol):
@@ -208,6 +216,7 @@ class _Training:
             config=self._config,
             best=find_best(self._history, self._config.best_by),
             history=tuple(self._history),
+            final_train=measure(self._state.scored_network, self._train.thin(len(val)), self._fabric),
             checkpoint_path=path,
             data=self._data,
             val_predictions=predictions,
