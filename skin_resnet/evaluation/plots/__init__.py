@@ -4,6 +4,7 @@ The width is that at which the MLflow UI shows an artifact, about 900 pixels. Fi
 and rcParams: nothing stays in memory, no backend is chosen for the caller.
 """
 
+import textwrap
 from collections.abc import Sequence
 from functools import cache
 
@@ -12,12 +13,16 @@ from matplotlib.figure import Figure
 from matplotlib.font_manager import FontProperties, findfont, get_font
 from matplotlib.layout_engine import ConstrainedLayoutEngine
 
+from skin_resnet.labels import DIAGNOSES, HAM10000_CLASSES
+
 # Okabe, Ito, "Color Universal Design" (2008): hues that every kind of color vision tells apart.
 BLUE, ORANGE, GREEN, PURPLE = "#0072B2", "#D55E00", "#009E73", "#CC79A7"
-HUES = (BLUE, ORANGE, GREEN, PURPLE, "#E69F00", "#56B4E9", "#000000")
-COLORS = {"train": BLUE, "val": ORANGE}
+COLORS = {"train": BLUE, "val": ORANGE, "test": GREEN}
+# Of models; the first four are no split's.
+HUES = ("#000000", "#E69F00", "#56B4E9", PURPLE, BLUE, GREEN, ORANGE)
 QUIET, GRID, EMPTY = "#666666", "#E6E6E6", "#F2F2F2"
 WIDTH_INCH, DPI, FONT = 9.0, 100, 11
+_FULL_NAMES = [f"{each.name[0].upper()}{each.name[1:]} ({each.code})" for each in DIAGNOSES]
 
 
 def build_layout() -> ConstrainedLayoutEngine:
@@ -49,13 +54,20 @@ def literal(text: str) -> str:
     return "".join(char if ord(char) in known or char == "\n" else "?" for char in text).replace("$", r"\$")
 
 
-def name_classes(classes: Sequence[str], longest: int = 24) -> list[str]:
-    """Return class names for figures: cut where too long, `class 3` where the font lacks a character."""
+def name_classes(classes: Sequence[str], longest: int = 24, lines: int = 1) -> list[str]:
+    """Return class names for figures, in lines of at most `longest` characters.
+
+    Of the seven diagnoses this is `Melanoma (mel)`, or the code alone where there is no room. Other names are
+    cut, or `class 3` where the font lacks a character.
+    """
     known = _list_characters()
-    return [
-        literal(shorten(name, longest)) if all(ord(char) in known for char in name) else f"class {index}"
-        for index, name in enumerate(classes)
-    ]
+    names = []
+    for index, name in enumerate(classes):
+        full = _FULL_NAMES[index] if tuple(classes) == HAM10000_CLASSES else name
+        text = shorten(full if len(full) <= longest * lines else name, longest * lines)
+        wrapped = "\n".join(textwrap.wrap(text, longest)[:lines]) if lines > 1 else text
+        names.append(literal(wrapped) if all(ord(char) in known for char in name) else f"class {index}")
+    return names
 
 
 def shorten(text: str, length: int) -> str:
