@@ -40,10 +40,8 @@ def list_artifacts(
         Values are a data frame (a CSV file), a matplotlib figure (PNG), or a text.
     """
     title += f": {len(assessment.lesions):,} images"
-    scores = (
-        f"balanced accuracy {assessment.get('balanced_accuracy').value:.3f} "
-        f"(always {assessment.baseline_class} {assessment.get('baseline_balanced_accuracy').value:.3f})"
-    )
+    score, baseline = (assessment.get(f"{name}balanced_accuracy").value for name in ("", "baseline_"))
+    heading = f"{title}, balanced accuracy {score:.3f} (always {assessment.baseline_class} {baseline:.3f})"
     files: dict[str, Any] = {
         "evaluation.md": format_assessment(assessment, split, notes),
         "metrics.csv": assessment.table,
@@ -53,9 +51,7 @@ def list_artifacts(
         "reliability.csv": assessment.reliability,
         "referral.csv": assessment.referral,
         "predictions.csv": assessment.tabulate_predictions(),
-        "confusion.png": plots.plot_confusion(
-            assessment.predictions, assessment.classes, f"{title}, {scores}"
-        ),
+        "confusion.png": plots.plot_confusion(assessment.predictions, assessment.classes, heading),
         "reliability.png": plots.plot_reliability(assessment, title, COLORS[split]),
     }
     if plots.find_roc_groups(assessment):
@@ -86,14 +82,9 @@ def show_images(
         files[f"{split}/missed_melanomas.csv"] = missed
         shown = missed.head(_MAX_MISSED)
         if len(shown):
-            heading = (
-                f"{title}: {len(missed):,} of {is_positive(predictions, melanoma).sum():,} melanomas missed; "
-                + (
-                    f"the {len(shown)} with the lowest p(mel)"
-                    if len(shown) < len(missed)
-                    else "lowest p(mel) first"
-                )
-            )
+            total = is_positive(predictions, melanoma).sum()
+            more = f", the first {len(shown)}" if len(shown) < len(missed) else ""
+            heading = f"{title}: {len(missed):,} of {total:,} melanomas missed, lowest p(mel) first{more}"
             captions = [
                 f"{row.image_id}\np({row.prediction}) {row.confidence:.2f}\np(mel) {row.score:.2f}"
                 for row in shown.itertuples()

@@ -54,17 +54,19 @@ def literal(text: str) -> str:
     return "".join(char if ord(char) in known or char == "\n" else "?" for char in text).replace("$", r"\$")
 
 
-def name_classes(classes: Sequence[str], longest: int = 24, lines: int = 1) -> list[str]:
+def name_classes(
+    classes: Sequence[str], longest: int = 24, lines: int = 1, *, full: bool = True
+) -> list[str]:
     """Return class names for figures, in lines of at most `longest` characters.
 
-    Of the seven diagnoses this is `Melanoma (mel)`, or the code alone where there is no room. Other names are
-    cut, or `class 3` where the font lacks a character.
+    Of the seven diagnoses this is `Melanoma (mel)`, or the code alone where there is no room or not `full`.
+    Other names are cut, or `class 3` where the font lacks a character.
     """
     known = _list_characters()
     names = []
     for index, name in enumerate(classes):
-        full = _FULL_NAMES[index] if tuple(classes) == HAM10000_CLASSES else name
-        text = shorten(full if len(full) <= longest * lines else name, longest * lines)
+        long = _FULL_NAMES[index] if full and tuple(classes) == HAM10000_CLASSES else name
+        text = shorten(long if len(long) <= longest * lines else name, longest * lines)
         wrapped = "\n".join(textwrap.wrap(text, longest)[:lines]) if lines > 1 else text
         names.append(literal(wrapped) if all(ord(char) in known for char in name) else f"class {index}")
     return names

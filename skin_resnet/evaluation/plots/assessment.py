@@ -73,7 +73,7 @@ def _write_cells(axes: Axes, counts: NDArray[np.int64]) -> None:
 
 
 def _name_cells(axes: Axes, classes: tuple[str, ...], images: NDArray[np.int64]) -> None:
-    codes, names = name_classes(classes, 10), name_classes(classes, 26, lines=2)
+    codes, names = name_classes(classes, full=False), name_classes(classes, 26, lines=2)
     axes.set_xticks(range(len(codes)), codes)
     axes.set_yticks(range(len(names)), [f"{name}, n = {n:,}" for name, n in zip(names, images, strict=True)])
     axes.tick_params(labelsize=FONT, length=0)
@@ -183,6 +183,8 @@ def plot_gradcam(
     shown = np.unique(predictions.targets[rows])
     names, labels = name_classes(classes, 26), name_classes(classes, 26, lines=2)
     is_right = predictions.predicted == predictions.targets
+    if len(shown) < (occurring := len(np.unique(predictions.targets))):
+        title += f"\n{len(shown)} of {occurring} classes: those with most images"
     figure = build_figure(1.9 * len(shown) + 0.7, title)
     for panels, target in zip(figure.subplots(len(shown), 2, squeeze=False), shown, strict=True):
         of_class = predictions.targets == target

@@ -97,5 +97,7 @@ def plot_curves_of_models(histories: Mapping[str, pd.DataFrame]) -> Figure:
         axes.set_ylim(bottom=0)
     panels[0].set_ylim(0, 1.02)
     mark_epochs(panels[1], longest)
-    figure.legend(*panels[0].get_legend_handles_labels(), frameon=False, loc="outside lower center", ncols=3)
+    columns = max(1, 110 // (max(map(len, histories)) + 8))
+    handles = panels[0].get_legend_handles_labels()
+    figure.legend(*handles, frameon=False, loc="outside lower center", ncols=columns)
     return figure
