@@ -160,7 +160,7 @@ def test_the_curves_of_several_trainings_name_each_once() -> None:
     [
         ("benign", "malignant melanoma of the skin of the trunk"),
         SEVEN,
-        tuple(f"class number {index}" for index in range(20)),
+        tuple(f"class number {index}" for index in range(12)),
     ],
 )
 def test_no_text_of_the_confusion_lies_on_another_or_leaves_the_page(classes: tuple[str, ...]) -> None:

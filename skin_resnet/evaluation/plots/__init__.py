@@ -20,22 +20,24 @@ BLUE, ORANGE, GREEN, PURPLE = "#0072B2", "#D55E00", "#009E73", "#CC79A7"
 COLORS = {"train": BLUE, "val": ORANGE, "test": GREEN}
 # Of models; the first four are no split's.
 HUES = ("#000000", "#E69F00", "#56B4E9", PURPLE, BLUE, GREEN, ORANGE)
-QUIET, GRID, EMPTY = "#666666", "#E6E6E6", "#F2F2F2"
+QUIET, GRID = "#666666", "#E6E6E6"
 WIDTH_INCH, DPI, FONT = 9.0, 100, 11
 _FULL_NAMES = [f"{each.name[0].upper()}{each.name[1:]} ({each.code})" for each in DIAGNOSES]
 
 
-def build_layout() -> ConstrainedLayoutEngine:
-    """Return the margins around a figure's panels."""
-    return ConstrainedLayoutEngine(w_pad=0.1, h_pad=0.08)
-
-
-def build_figure(height: float, title: str = "", width: float = WIDTH_INCH) -> Figure:
+def build_figure(height: float, title: str) -> Figure:
     """Return an empty figure of a height in inches; its title is written literally."""
-    figure = Figure(figsize=(width, height), dpi=DPI, layout=build_layout())
-    if title:
-        figure.suptitle(literal(title), fontsize=FONT + 2)
+    layout = ConstrainedLayoutEngine(w_pad=0.1, h_pad=0.08)
+    figure = Figure(figsize=(WIDTH_INCH, height), dpi=DPI, layout=layout)
+    figure.suptitle(literal(title), fontsize=FONT + 2)
     return figure
+
+
+def draw_legend(figure: Figure) -> None:
+    """Write the legend of a figure's first panel below all panels, in the columns that there is room for."""
+    handles, labels = figure.axes[0].get_legend_handles_labels()
+    columns = max(1, 110 // (max(map(len, labels)) + 8))
+    figure.legend(handles, labels, frameon=False, loc="outside lower center", ncols=columns)
 
 
 def style_axes(axes: Axes, title: str) -> None:
@@ -54,9 +56,7 @@ def literal(text: str) -> str:
     return "".join(char if ord(char) in known or char == "\n" else "?" for char in text).replace("$", r"\$")
 
 
-def name_classes(
-    classes: Sequence[str], longest: int = 24, lines: int = 1, *, full: bool = True
-) -> list[str]:
+def name_classes(classes: Sequence[str], longest: int, lines: int = 1, *, full: bool = True) -> list[str]:
     """Return class names for figures, in lines of at most `longest` characters.
 
     Of the seven diagnoses this is `Melanoma (mel)`, or the code alone where there is no room or not `full`.

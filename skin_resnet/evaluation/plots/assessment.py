@@ -17,34 +17,31 @@ from skin_resnet.evaluation.operating import find_positives, is_positive, score_
 from skin_resnet.evaluation.plots import (
     FONT,
     QUIET,
-    WIDTH_INCH,
     build_figure,
     literal,
     name_classes,
     shorten,
     style_axes,
-)
+)  # fmt: skip
 
-_MOST_NUMBERS = 25  # classes of a confusion matrix whose cells still have room for numbers
+_MOST_NUMBERS = 12  # classes of a confusion matrix whose cells still have room for numbers
+_FEWEST_FOR_ROC = 5  # images of each kind; with fewer, the curve is a few steps
 _COLUMNS = 6  # of the gallery
 
 
 def plot_confusion(predictions: Predictions, classes: tuple[str, ...], title: str) -> Figure:
     """Plot images by true (rows) and predicted class (columns): their number, and share of the row.
 
-    On the diagonal the share is the class's sensitivity. Above 25 classes there are colors only.
+    On the diagonal the share is the class's sensitivity. Above 12 classes there are colors only.
     """
     counts = compute_confusion(predictions)
     images = counts.sum(axis=1)
     shares = counts / np.maximum(images, 1)[:, None]
-    shown = min(len(classes), _MOST_NUMBERS)
-    width = max(WIDTH_INCH, 0.52 * shown + 1.5)
-    caption = "Rows: true class. Images, and their share of the row: on the diagonal the sensitivity."
-    if len(classes) > _MOST_NUMBERS:
-        caption = (
-            f"Rows: true class. {len(classes)} classes by number; the darker, the larger the row's share."
-        )
-    figure = build_figure(min(0.86 * width, 0.72 * shown + 2.2), f"{title}\n{caption}", width)
+    height, caption = 7.4, f"{len(classes)} classes by number, in the order of per_class.csv"
+    if len(classes) <= _MOST_NUMBERS:
+        height = min(7.4, 0.72 * len(classes) + 2.2)
+        caption = "images, and their share of the row: on the diagonal the sensitivity"
+    figure = build_figure(height, f"{title}\nRows: true class; {caption}")
     axes = figure.add_subplot()
     axes.imshow(shares, cmap="Blues", vmin=0, vmax=1.15, aspect="auto", interpolation="nearest")
     axes.set_xlabel("Predicted", fontsize=FONT + 1)
@@ -57,11 +54,7 @@ def plot_confusion(predictions: Predictions, classes: tuple[str, ...], title: st
 
 def _write_cells(axes: Axes, counts: NDArray[np.int64]) -> None:
     """Write count and share where there are images; the diagonal is bold."""
-    style: dict[str, Any] = {
-        "ha": "center",
-        "va": "center",
-        "fontsize": FONT if len(counts) <= 10 else FONT - 2,
-    }
+    style: dict[str, Any] = {"ha": "center", "va": "center", "fontsize": FONT}
     for row, images in enumerate(counts.sum(axis=1)):
         if not images:
             axes.text((len(counts) - 1) / 2, row, "no images", color=QUIET, **style)
@@ -73,7 +66,7 @@ def _write_cells(axes: Axes, counts: NDArray[np.int64]) -> None:
 
 
 def _name_cells(axes: Axes, classes: tuple[str, ...], images: NDArray[np.int64]) -> None:
-    codes, names = name_classes(classes, full=False), name_classes(classes, 26, lines=2)
+    codes, names = name_classes(classes, 24, full=False), name_classes(classes, 26, lines=2)
     axes.set_xticks(range(len(codes)), codes)
     axes.set_yticks(range(len(names)), [f"{name}, n = {n:,}" for name, n in zip(names, images, strict=True)])
     axes.tick_params(labelsize=FONT, length=0)
@@ -98,13 +91,11 @@ def plot_reliability(assessment: Assessment, title: str, color: str) -> Figure:
     label = "accuracy, with its 95 % interval (Wilson)"
     upper.plot([0, 1], [0, 1], color=QUIET, linewidth=1, linestyle="--", label="calibrated")
     upper.errorbar(bins.confidence, bins.accuracy, errors, fmt="o", color=color, markersize=7, label=label)
-    upper.set(xlim=(0, 1), ylim=(-0.02, 1.02))
+    upper.set(xlim=(0, 1), ylim=(-0.02, 1.03))
     upper.legend(frameon=False, fontsize=FONT, loc="upper left")
     upper.set_ylabel("Accuracy", fontsize=FONT)
     style_axes(lower, "")
-    bars = lower.bar(
-        bins.low, bins.images, bins.high - bins.low, align="edge", color=QUIET, edgecolor="white"
-    )
+    bars = lower.bar((bins.low + bins.high) / 2, bins.images, 0.98 * (bins.high - bins.low), color=QUIET)
     lower.bar_label(bars, fontsize=FONT - 1, padding=2, fmt="{:,.0f}")
     lower.set_ylim(0, 1.4 * bins.images.max())
     lower.set_ylabel("Images", fontsize=FONT)
@@ -113,13 +104,11 @@ def plot_reliability(assessment: Assessment, title: str, color: str) -> Figure:
 
 
 def find_roc_groups(assessment: Assessment) -> dict[str, frozenset[int]]:
-    """Return the positive classes of each ROC that these images have: both positives and negatives."""
+    """Return the positive classes of each ROC that there are enough positive and negative images for."""
     groups = find_positives(assessment.classes)
-    return {
-        name: positives
-        for name, positives in groups.items()
-        if len(np.unique(is_positive(assessment.predictions, positives))) == 2
-    }
+    positive = {name: is_positive(assessment.predictions, each).sum() for name, each in groups.items()}
+    most = len(assessment.lesions) - _FEWEST_FOR_ROC
+    return {name: each for name, each in groups.items() if _FEWEST_FOR_ROC <= positive[name] <= most}
 
 
 def plot_roc(assessment: Assessment, title: str, color: str) -> Figure:
@@ -137,7 +126,7 @@ def _draw_roc(axes: Axes, assessment: Assessment, positives: Collection[int], na
     scores = score_positives(assessment.predictions, positives)
     auc = sk.roc_auc_score(positive, scores)
     style_axes(axes, f"{name.capitalize()}: {positive.sum():,} images, AUC {auc:.3f}")
-    axes.set(xlim=(-0.02, 1.02), ylim=(-0.02, 1.02), xlabel="1 - specificity", ylabel="Sensitivity")
+    axes.set(xlim=(-0.03, 1.03), ylim=(-0.03, 1.03), xlabel="1 - specificity", ylabel="Sensitivity")
     falls, rises, _ = sk.roc_curve(positive, scores, drop_intermediate=False)
     axes.plot([0, 1], [0, 1], color=QUIET, linewidth=1, linestyle="--")
     axes.plot(falls, rises, color=color, linewidth=2)
@@ -146,20 +135,12 @@ def _draw_roc(axes: Axes, assessment: Assessment, positives: Collection[int], na
     for marker, size, point in zip("os", (11, 5), chosen, strict=False):
         y, x = (assessment.get(f"{point}_{metric}") for metric in ("sensitivity", "specificity"))
         goal = float(point.partition("_at_")[2])
-        axes.errorbar(
-            1 - x.value,
-            y.value,
-            xerr=[[x.high - x.value], [x.value - x.low]],
-            yerr=[[y.value - y.low], [y.high - y.value]],
-            fmt=marker,
-            markersize=size,
-            fillstyle="none",
-            color="black",
-            elinewidth=1,
-            label=f"threshold for {goal:.0%} on val:\nsensitivity {y.value:.2f}, specificity {x.value:.2f}",
-        )
+        xerr, yerr = [[x.high - x.value], [x.value - x.low]], [[y.value - y.low], [y.high - y.value]]
+        label = f"threshold for {goal:.0%} on val:\nsensitivity {y.value:.2f}, specificity {x.value:.2f}"
+        style: dict[str, Any] = {"color": "black", "fillstyle": "none", "markersize": size, "elinewidth": 1}
+        axes.errorbar(1 - x.value, y.value, yerr, xerr, marker, label=label, **style)
     if chosen:
-        axes.legend(loc="lower right", fontsize=FONT - 1, frameon=False)
+        axes.legend(loc="lower right", fontsize=FONT - 1, edgecolor="white", framealpha=0.85)
 
 
 def plot_gradcam(

@@ -8,7 +8,16 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
-from skin_resnet.evaluation.plots import COLORS, FONT, HUES, QUIET, build_figure, literal, style_axes
+from skin_resnet.evaluation.plots import (
+    COLORS,
+    FONT,
+    HUES,
+    QUIET,
+    build_figure,
+    draw_legend,
+    literal,
+    style_axes,
+)
 
 _MOST_DOTS = 25  # epochs whose values are marked; on a long run dots only thicken the line
 
@@ -40,8 +49,8 @@ def plot_curves(
     lr.set_ylim(0, 1.1 * max(history.lr.max(), 1e-12))
     lr.yaxis.set_major_formatter("{x:g}")
     for axes in (accuracy, lr):
-        mark_epochs(axes, history)
-    figure.legend(*score.get_legend_handles_labels(), frameon=False, loc="outside lower center", ncols=4)
+        mark_epochs(axes, history.index[-1])
+    draw_legend(figure)
     return figure
 
 
@@ -60,9 +69,9 @@ def draw_splits(axes: Axes, history: pd.DataFrame, metric: str, best_epoch: int,
     axes.plot(best_epoch, best["val"], "o", color=color, markersize=9, mec="white", label="best epoch")
 
 
-def mark_epochs(axes: Axes, history: pd.DataFrame) -> None:
+def mark_epochs(axes: Axes, last: int) -> None:
     """Label the axis of epochs, which starts at 1."""
-    axes.set_xlim(0.5, history.index[-1] + 0.5)
+    axes.set_xlim(0.5, last + 0.5)
     axes.xaxis.set_major_locator(MaxNLocator("auto", integer=True, steps=[1, 2, 5, 10], min_n_ticks=1))
     axes.set_xlabel("Epoch", fontsize=FONT)
 
@@ -96,8 +105,6 @@ def plot_curves_of_models(histories: Mapping[str, pd.DataFrame]) -> Figure:
             axes.plot(history[f"train/{metric}"], "--", linewidth=1.2, **style)
         axes.set_ylim(bottom=0)
     panels[0].set_ylim(0, 1.02)
-    mark_epochs(panels[1], longest)
-    columns = max(1, 110 // (max(map(len, histories)) + 8))
-    handles = panels[0].get_legend_handles_labels()
-    figure.legend(*handles, frameon=False, loc="outside lower center", ncols=columns)
+    mark_epochs(panels[1], longest.index[-1])
+    draw_legend(figure)
     return figure
