@@ -116,7 +116,7 @@ def test_the_best_epoch_is_marked_and_its_values_are_named() -> None:
 def test_what_the_majority_class_scores_is_marked() -> None:
     figure = plot_curves(make_history(5), 3, BASELINE, "nv")
     for axes, metric in ((figure.axes[0], "balanced_accuracy"), (figure.axes[2], "accuracy")):
-        (line,) = [line for line in axes.lines if "always nv" in str(line.get_label())]
+        (line,) = [line for line in axes.lines if "majority class nv" in str(line.get_label())]
         assert set(line.get_ydata()) == {BASELINE[metric]}
 
 

@@ -15,7 +15,7 @@ from skin_resnet.evaluation.assess import Assessment
 from skin_resnet.evaluation.metrics import Predictions
 from skin_resnet.evaluation.operating import find_positives, is_positive, tabulate_missed
 from skin_resnet.evaluation.page import format_assessment
-from skin_resnet.evaluation.plots import COLORS
+from skin_resnet.evaluation.plots import COLORS, shorten
 from skin_resnet.evaluation.plots import assessment as plots
 from skin_resnet.model.preprocess import normalize, to_float
 from skin_resnet.model.resnet import ResNet
@@ -41,7 +41,8 @@ def list_artifacts(
     """
     title += f": {len(assessment.lesions):,} images"
     score, baseline = (assessment.get(f"{name}balanced_accuracy").value for name in ("", "baseline_"))
-    heading = f"{title}, balanced accuracy {score:.3f} (always {assessment.baseline_class} {baseline:.3f})"
+    majority = shorten(assessment.baseline_class, 24)
+    heading = f"{title}, balanced accuracy {score:.3f} (always {majority} {baseline:.3f})"
     files: dict[str, Any] = {
         "evaluation.md": format_assessment(assessment, split, notes),
         "metrics.csv": assessment.table,

@@ -19,7 +19,7 @@ from skin_resnet.labels import DIAGNOSES, HAM10000_CLASSES
 BLUE, ORANGE, GREEN, PURPLE = "#0072B2", "#D55E00", "#009E73", "#CC79A7"
 COLORS = {"train": BLUE, "val": ORANGE, "test": GREEN}
 # Of models; the first four are no split's.
-HUES = ("#000000", "#E69F00", "#56B4E9", PURPLE, BLUE, GREEN, ORANGE)
+HUES = ("#000000", "#E69F00", "#56B4E9", PURPLE, BLUE, GREEN, ORANGE, "#F0E442")
 QUIET, GRID = "#666666", "#E6E6E6"
 WIDTH_INCH, DPI, FONT = 9.0, 100, 11
 _FULL_NAMES = [f"{each.name[0].upper()}{each.name[1:]} ({each.code})" for each in DIAGNOSES]
@@ -36,7 +36,8 @@ def build_figure(height: float, title: str) -> Figure:
 def draw_legend(figure: Figure) -> None:
     """Write the legend of a figure's first panel below all panels, in the columns that there is room for."""
     handles, labels = figure.axes[0].get_legend_handles_labels()
-    columns = max(1, 110 // (max(map(len, labels)) + 8))
+    widths = [len(label) + 8 for label in labels]
+    columns = len(labels) if sum(widths) <= 110 else max(1, 110 // max(widths))
     figure.legend(handles, labels, frameon=False, loc="outside lower center", ncols=columns)
 
 

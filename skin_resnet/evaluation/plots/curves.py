@@ -16,8 +16,9 @@ from skin_resnet.evaluation.plots import (
     build_figure,
     draw_legend,
     literal,
+    shorten,
     style_axes,
-)
+)  # fmt: skip
 
 _MOST_DOTS = 25  # epochs whose values are marked; on a long run dots only thicken the line
 
@@ -35,11 +36,10 @@ def plot_curves(
     """
     figure = build_figure(6.8, f"Best epoch {best_epoch} of {history.index[-1]}, chosen on val")
     (score, loss), (accuracy, lr) = figure.subplots(2, 2, sharex=True)
+    majority = literal(f"majority class {shorten(baseline_class, 24)} (val)")
     for axes, metric in ((score, "balanced_accuracy"), (accuracy, "accuracy")):
         draw_splits(axes, history, metric, best_epoch)
-        axes.axhline(
-            baseline[metric], color=QUIET, linestyle="--", label=literal(f"always {baseline_class} (val)")
-        )
+        axes.axhline(baseline[metric], color=QUIET, linestyle="--", label=majority)
         axes.set_ylim(0, 1.02)
     draw_splits(loss, history, "loss", best_epoch)
     _limit_loss(loss, history)
