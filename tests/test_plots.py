@@ -229,8 +229,10 @@ def test_the_roc_marks_what_each_threshold_reaches(assessment: Assessment) -> No
         assert drawn == [(1 - specificity, sensitivity) for specificity, sensitivity in rows]
 
 
-def test_a_roc_is_drawn_only_where_there_are_images_of_both_kinds() -> None:
+def test_a_roc_is_drawn_only_where_there_are_enough_images_of_both_kinds() -> None:
     table = make_table(lesions_per_class=5)
+    few = pd.concat([table[table.dx == "mel"].head(4), table[table.dx == "nv"]], ignore_index=True)
+    assert "test/roc.png" not in list_artifacts(evaluate(few), "test", "Test")
     assert "test/roc.png" not in list_artifacts(evaluate(table[table.dx == "mel"]), "test", "Test")
     # All are malignant, some are melanomas.
     some = evaluate(table[table.dx.isin(["mel", "bcc"])].reset_index(drop=True))
