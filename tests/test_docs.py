@@ -10,6 +10,7 @@ import re
 import shlex
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -29,8 +30,8 @@ from skin_resnet.model.resnet import build_resnet
 
 ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
-# Options of `train` and `search` that decide how long they take, given in a command or not.
-SMALL = {"image_size": "32", "epochs": "1", "batch_size": "8", "n_trials": "3", "workers": "1", "seeds": "1"}
+# Options that decide how long a command takes, given in it or not.
+SMALL = {"arch": "resnet50", "image_size": "32", "epochs": "1", "n_trials": "3", "workers": "1", "seeds": "1"}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -121,7 +122,7 @@ def shrink(text: str, placeholders: dict[str, str]) -> str:
     for name, value in {"weights=imagenet": "weights=FILE", **placeholders}.items():
         text = re.sub(rf"\b{name}\b", value, text)
     for name, value in SMALL.items():
-        text = re.sub(rf"\b{name}([= ])[\d.]+", rf"{name}\g<1>{value}", text)
+        text = re.sub(rf"\b{name}([= ])\w+", rf"{name}\g<1>{value}", text)
 
     def add(found: re.Match[str]) -> str:
         missing = {name: SMALL[name] for name in SMALL if name in load_config_type(found[1]).model_fields}
@@ -201,6 +202,9 @@ def project(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Project]:
     write_class_folders(folder / "images")
     Image.new("RGB", (32, 32), (60, 80, 200)).save(folder / "lesion.jpg")
     torch.save(build_resnet("resnet50", num_classes=1000).state_dict(), folder / "resnet50.pth")
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = str(free.getsockname()[1])
     environment = {
         **os.environ,
         "HOME": str(folder),
@@ -212,7 +216,7 @@ def project(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Project]:
         project = Project(
             folder=folder,
             environment=environment,
-            placeholders={"FOLDER": "images", "FILE.csv": "split.csv", "FILE": "resnet50.pth"},
+            placeholders={"FOLDER": "images", "FILE.csv": "split.csv", "FILE": "resnet50.pth", "5001": port},
             servers=servers,
         )
         project.run("python -m skin_resnet train --data FOLDER")
