@@ -122,14 +122,14 @@ def shrink(text: str, placeholders: dict[str, str]) -> str:
     for name, value in {"weights=imagenet": "weights=FILE", **placeholders}.items():
         text = re.sub(rf"\b{name}\b", value, text)
     for name, value in SMALL.items():
-        text = re.sub(rf"\b{name}([= ])\w+", rf"{name}\g<1>{value}", text)
+        text = re.sub(rf"(-P {name}=|--{name} )\w+", rf"\g<1>{value}", text)
 
     def add(found: re.Match[str]) -> str:
         missing = {name: SMALL[name] for name in SMALL if name in load_config_type(found[1]).model_fields}
         options = [f" --{name} {value}" for name, value in missing.items() if f"--{name} " not in found[0]]
-        return found[0] + "".join(options)
+        return found[0].rstrip() + "".join(options) + " "  # before a comment
 
-    return re.sub(r"python -m skin_resnet (train|search)(?:\\\n|[^\n|;&])*", add, text)
+    return re.sub(r"python -m skin_resnet (train|search)(?:\\\n|[^\n|;&#])*", add, text)
 
 
 @dataclass(frozen=True, kw_only=True)
