@@ -217,7 +217,9 @@ def test_the_reliability_plot_carries_both_errors_and_every_bins_accuracy_and_co
 
 
 def test_the_roc_marks_what_each_threshold_reaches(assessment: Assessment) -> None:
-    panels = plot_roc(assessment, "Test", COLORS["test"]).axes
+    figure = plot_roc(assessment, "Test", COLORS["test"])
+    assert_texts_are_apart(figure)
+    panels = figure.axes
     for axes, name in zip(panels, find_positives(SEVEN), strict=True):
         drawn = [
             (line.get_xdata()[0], line.get_ydata()[0]) for line in axes.lines if line.get_marker() in "os"

@@ -113,7 +113,7 @@ def find_roc_groups(assessment: Assessment) -> dict[str, frozenset[int]]:
 
 def plot_roc(assessment: Assessment, title: str, color: str) -> Figure:
     """Plot the ROC of melanoma and of malignant, and what the thresholds chosen on val reach here."""
-    figure = build_figure(5, title)
+    figure = build_figure(5.8, title)
     groups = find_roc_groups(assessment)
     panels = figure.subplots(1, len(groups), squeeze=False)[0]
     for axes, (name, positives) in zip(panels, groups.items(), strict=True):
@@ -140,7 +140,7 @@ def _draw_roc(axes: Axes, assessment: Assessment, positives: Collection[int], na
         style: dict[str, Any] = {"color": "black", "fillstyle": "none", "markersize": size, "elinewidth": 1}
         axes.errorbar(1 - x.value, y.value, yerr, xerr, marker, label=label, **style)
     if chosen:
-        axes.legend(loc="lower right", fontsize=FONT - 1, edgecolor="white", framealpha=0.85)
+        axes.legend(loc="upper center", bbox_to_anchor=(0.5, -0.13), fontsize=FONT - 1, frameon=False)
 
 
 def plot_gradcam(
