@@ -38,7 +38,7 @@ lint: .venv/ready ## check style, formatting and types
 	$(BIN)/ruff format --check
 	$(BIN)/mypy
 
-bench: .venv/ready ## measure the speeds in the README
+bench: .venv/ready ## measure the speeds in docs/scale.md
 	$(BIN)/python -m benchmarks.epoch
 	$(BIN)/python -m benchmarks.store
 	$(BIN)/python -m benchmarks.augment

@@ -1,57 +1,78 @@
-"""Figures of a search: Optuna's own of its trials, and ours of how the winner learns."""
+"""Figures of a search: its trials, their hyperparameters, and how baseline recipe and winner learn."""
 
 import warnings
 from collections.abc import Callable, Mapping
-from typing import Any
 
-import matplotlib
 import optuna
 import pandas as pd
-from matplotlib import pyplot as plt
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.ticker import MaxNLocator
+from matplotlib.ticker import MaxNLocator, NullFormatter
 from optuna import Study
+from optuna.distributions import CategoricalDistribution
 from optuna.trial import FrozenTrial, TrialState
-from optuna.visualization import matplotlib as optuna_plots
 
 from search.config import DIRECTIONS, SearchConfig
-from skin_resnet.evaluation.plots import COLORS, DPI, FONT, QUIET, WIDTH_INCH, build_layout, style_axes
+from search.space import BASELINES, FACTOR
+from search.study import choose_best, drop_retried
+from skin_resnet.evaluation.page import spell_metric
+from skin_resnet.evaluation.plots import FONT, HUES, QUIET, build_figure, draw_legend, style_axes
+from skin_resnet.evaluation.plots.curves import draw_splits, mark_epochs
 
 _FEWEST_FOR_IMPORTANCES = 8  # finished trials
-_MOST_PANELS = 4  # hyperparameters side by side; with more, labels overlap
+_PANELS = 2, 3  # hyperparameters: the most important ones
+_BEST, _OTHERS = "best", "other trials"
+_COLORS = {_OTHERS: "#999999", **dict(zip(BASELINES, HUES[1:], strict=False)), _BEST: HUES[0]}
 
 
-def plot_trials(config: SearchConfig, study: Study) -> dict[str, Figure]:
-    """Return Optuna's figures of a study by name, without those that too few trials have finished for."""
-    first, *others = config.objective_names
-    # Of several objectives, the first one is shown.
-    options: dict[str, Any] = {"target": lambda trial: trial.values[0]} if others else {}
-    options["target_name"] = first.replace("_", " ")
-    figures = {"history": _draw(optuna_plots.plot_optimization_history, study, **options)}
-    if not others:
-        curves = _draw(optuna_plots.plot_intermediate_values, study)
-        curves.axes[0].set(title="Learning curves", xlabel="Epoch", ylabel=options["target_name"])
-        if legend := curves.axes[0].get_legend():
-            legend.remove()  # it has an entry per trial
-        figures["learning_curves"] = curves
-    finished = study.get_trials(deepcopy=False, states=(TrialState.COMPLETE,))
-    if len(finished) < 2:
-        return figures
-    shown = [name for name, each in finished[-1].distributions.items() if not each.single()]
-    if len(finished) >= _FEWEST_FOR_IMPORTANCES:
-        target = build_target(config)
-        importances = _draw(optuna_plots.plot_param_importances, study, target=target, params=shown)
-        importances.axes[0].set(title=f"Importance (PED-ANOVA) over {len(finished)} finished trials")
-        importances.axes[0].legend().remove()
-        figures["importances"] = importances
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # of a target that is not maximized
-            shown = list(optuna.importance.get_param_importances(study, target=target, params=shown))
-    if shown:
-        figures["hyperparameters"] = _draw(
-            optuna_plots.plot_slice, study, params=shown[:_MOST_PANELS], **options
-        )
-    return figures
+def plot_trials(config: SearchConfig, study: Study, majority: float) -> dict[str, Figure]:
+    """Return the figures of a study by name: `trials`, and `hyperparameters` if enough trials finished.
+
+    Of several objectives, the first one is shown. `majority`: balanced accuracy of the majority class on val.
+    """
+    trials, best = drop_retried(study.get_trials(deepcopy=False)), choose_best(config, study)
+    groups: dict[str, list[FrozenTrial]] = {name: [] for name in _COLORS}
+    for trial in trials:
+        is_best = best is not None and trial.number == best.number
+        groups[_BEST if is_best else trial.user_attrs.get("baseline", _OTHERS)].append(trial)
+    finished = [trial for trial in trials if trial.state == TrialState.COMPLETE]
+    objective = spell_metric(config.objective_names[0]).capitalize()
+    figure = build_figure(4.8, f"{objective} of {len(trials)} trials, {len(finished)} of them finished")
+    has_curves = len(config.objective_names) == 1 and config.epochs > 1
+    panels = figure.subplots(1, 1 + has_curves, sharey=True, squeeze=False)[0]
+    for axes, draw in zip(panels, (_draw_values, _draw_learning), strict=False):
+        draw(axes, groups)
+        if config.objective_names[0] == "val_balanced_accuracy":
+            axes.axhline(majority, color=QUIET, linestyle="--", label="majority class")
+    draw_legend(figure)
+    if len(finished) < _FEWEST_FOR_IMPORTANCES or not _list_tuned(finished[-1]):
+        return {"trials": figure}
+    title = f"{objective} of {len(finished)} finished trials, by hyperparameter (importance: PED-ANOVA)"
+    return {"trials": figure, "hyperparameters": _plot_hyperparameters(config, study, groups, title)}
+
+
+def _draw_values(axes: Axes, groups: Mapping[str, list[FrozenTrial]]) -> None:
+    style_axes(axes, "Trials (crosses: pruned)")
+    for name, trials in groups.items():
+        done = {trial.number: trial.values[0] for trial in trials if trial.state == TrialState.COMPLETE}
+        pruned = [t for t in trials if t.state == TrialState.PRUNED and t.intermediate_values]
+        last = {trial.number: trial.intermediate_values[max(trial.intermediate_values)] for trial in pruned}
+        if done:
+            baseline = trials[0].user_attrs.get("baseline") if name == _BEST else None
+            label = f"{name}: {baseline}" if baseline else name
+            axes.plot([*done], [*done.values()], "o", color=_COLORS[name], label=label)
+        axes.plot([*last], [*last.values()], "x", color=_COLORS[name])
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+    axes.set_xlabel("Trial", fontsize=FONT)
+
+
+def _draw_learning(axes: Axes, groups: Mapping[str, list[FrozenTrial]]) -> None:
+    style_axes(axes, "Over the epochs")
+    curves = [(name, pd.Series(t.intermediate_values)) for name, trials in groups.items() for t in trials]
+    for name, curve in curves:
+        width = 1 if name == _OTHERS else 2
+        axes.plot(curve.sort_index(), color=_COLORS[name], linewidth=width, marker="o" * (len(curve) == 1))
+    mark_epochs(axes, max((curve.index.max() for _, curve in curves if len(curve)), default=1))
 
 
 def build_target(config: SearchConfig) -> Callable[[FrozenTrial], float]:
@@ -60,41 +81,61 @@ def build_target(config: SearchConfig) -> Callable[[FrozenTrial], float]:
     return lambda trial: sign * trial.values[0]
 
 
-def _draw(plot: Callable[..., Any], study: Study, **options: object) -> Figure:
-    """Draw one of Optuna's figures, and restore the style that it sets for all figures."""
-    size: Any = {"figure.figsize": (WIDTH_INCH, 4.5), "figure.dpi": DPI}
-    with matplotlib.rc_context(size), warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # they are marked experimental
-        plt.switch_backend("agg")
-        axes = plot(study, **options)
-    figure: Figure = getattr(axes, "flat", [axes])[0].figure
-    plt.close(figure)
-    figure.set_layout_engine("constrained")
-    figure.set_size_inches(WIDTH_INCH, 4.5)
+def _list_tuned(trial: FrozenTrial) -> list[str]:
+    return [name for name, space in trial.distributions.items() if not space.single()]
+
+
+def _plot_hyperparameters(
+    config: SearchConfig, study: Study, groups: Mapping[str, list[FrozenTrial]], title: str
+) -> Figure:
+    groups = {name: [t for t in each if t.state == TrialState.COMPLETE] for name, each in groups.items()}
+    last = max((t for each in groups.values() for t in each), key=lambda t: t.number)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of a target that is not maximized
+        importances = optuna.importance.get_param_importances(
+            study, target=build_target(config), params=_list_tuned(last)
+        )
+    figure = build_figure(6, title)
+    panels = figure.subplots(*_PANELS, sharey=True).flat
+    for axes, name in zip(panels, importances, strict=False):
+        style_axes(axes, f"{name.removesuffix(FACTOR)}: {importances[name]:.2f}")
+        for group, trials in groups.items():
+            x = [last.distributions[name].to_internal_repr(trial.params[name]) for trial in trials]
+            axes.plot(x, [trial.values[0] for trial in trials], "o", color=_COLORS[group], label=group)
+        _label_values(axes, last.distributions[name], name)
+    for axes in list(panels)[len(importances) :]:
+        axes.remove()
+    draw_legend(figure)
     return figure
 
 
-def plot_recipes(histories: Mapping[str, pd.DataFrame], images: str) -> Figure:
+def _label_values(axes: Axes, space: optuna.distributions.BaseDistribution, name: str) -> None:
+    if isinstance(space, CategoricalDistribution):
+        axes.set_xticks(range(len(space.choices)), map(str, space.choices))
+        axes.set_xlim(-0.5, len(space.choices) - 0.5)
+    elif getattr(space, "log", False):
+        axes.set_xscale("log")
+        axes.xaxis.set_major_formatter("{x:g}")
+        axes.xaxis.set_minor_formatter(NullFormatter())
+    if name.endswith(FACTOR):
+        axes.set_xlabel("multiple of its typical value", fontsize=FONT - 1)
+
+
+def plot_recipes(histories: Mapping[str, pd.DataFrame], images: str, majority: float) -> Figure:
     """Plot balanced accuracy on train and val, one panel per recipe, with the gap between them shaded.
 
     Args:
         histories: By recipe, a row per epoch with the columns of `engine.to_frame`.
         images: How many images val has, in words.
+        majority: Balanced accuracy of the majority class on val.
     """
-    figure = Figure(figsize=(WIDTH_INCH, 4.2), dpi=DPI, layout=build_layout())
+    figure = build_figure(4.6, f"Balanced accuracy, its values in the best epoch (val: {images})")
     panels = figure.subplots(1, len(histories), sharey=True, squeeze=False)[0]
     for axes, (name, history) in zip(panels, histories.items(), strict=True):
-        train, val = (history[f"{split}/balanced_accuracy"] for split in COLORS)
-        best = val.idxmax()
-        style_axes(axes, f"{name}: gap {train[best] - val[best]:+.3f} at best epoch {best}")
-        for split, line in zip(COLORS, (train, val), strict=True):
-            marker = "o" if len(line) <= 25 else ""
-            axes.plot(line, color=COLORS[split], linewidth=2, marker=marker, ms=4, label=split)
-        axes.fill_between(history.index, train, val, color=QUIET, alpha=0.12)
-        axes.axvline(best, color=QUIET, linewidth=1, linestyle=":")
+        best = int(history["val/balanced_accuracy"].idxmax())
+        draw_splits(axes, history, "balanced_accuracy", best, name.capitalize())
+        axes.axhline(majority, color=QUIET, linestyle="--", label="majority class (val)")
         axes.set_ylim(0, 1.02)
-        axes.set_xlabel("Epoch", fontsize=FONT)
-        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
-    panels[0].set_ylabel(f"Balanced accuracy (val: {images})", fontsize=FONT)
-    figure.legend(*panels[0].get_legend_handles_labels(), frameon=False, loc="outside lower center", ncols=2)
+        mark_epochs(axes, history.index[-1])
+    draw_legend(figure)
     return figure

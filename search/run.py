@@ -71,7 +71,8 @@ def _conclude(config: SearchConfig, study: Study, run: TrackedRun) -> str:
         raise UserError("no trial finished; see the tag `failure` of the trials' runs")
     recipes = choose_recipes(config, best)
     command = write_command(list(recipes.values())[-1])
-    figures = {f"figures/{name}.png": each for name, each in plots.plot_trials(config, study).items()}
+    drawn = plots.plot_trials(config, study, _score_majority(config))
+    figures = {f"figures/{name}.png": each for name, each in drawn.items()}
     wait_for_server(lambda: run.log_artifacts({**figures, "retrain.sh": f"{command}\n"}))
     if config.seeds > 0:
         verdict = _retrain_and_test(config, study, run, recipes, best)
@@ -80,7 +81,7 @@ def _conclude(config: SearchConfig, study: Study, run: TrackedRun) -> str:
         finished = study.get_trials(deepcopy=False, states=(TrialState.COMPLETE,))
         run_ids = {trial.user_attrs.get("baseline"): trial.user_attrs["run_id"] for trial in finished}
         shown = {BASELINE: run_ids.get(BASELINE), WINNER: best.user_attrs["run_id"]}
-        _log_curves(run, {name: run_id for name, run_id in shown.items() if run_id})
+        _log_curves(config, run, {name: run_id for name, run_id in shown.items() if run_id})
     pages = [
         f"### Search {config.study_name}: {config.arch} on {config.data}",
         report.describe_trials(config, study, best),
@@ -125,7 +126,7 @@ def _retrain_and_test(
         for number in range(1, config.seeds + 1)
         for name, each in recipes.items()
     )
-    _log_curves(run, retrained.drop_duplicates("recipe").set_index("recipe").run_id.to_dict())
+    _log_curves(config, run, retrained.drop_duplicates("recipe").set_index("recipe").run_id.to_dict())
     scores, warning = _test(run, retrained) if config.test == "at_end" else (None, "")
     registered = register(config, retrained, scores)
     in_study = best if config.retrain == "none" else None
@@ -155,13 +156,22 @@ def _retrain(study: Study, recipe: str, config: TrainConfig, parent_run_id: str)
     return retrained
 
 
-def _log_curves(run: TrackedRun, run_ids: dict[str, str]) -> None:
-    """Log the curves of the recipes side by side, from their runs."""
+def _score_majority(config: SearchConfig) -> float:
+    """Return the balanced accuracy on val of always predicting the majority class."""
+    data = prepare_data(config.training)
+    return 1 / int(data.select(data.split.val).dx.nunique())
+
+
+def _log_curves(config: SearchConfig, run: TrackedRun, run_ids: dict[str, str]) -> None:
+    """Log the curves of the recipes side by side, from their runs; not those of one epoch."""
+    majority = _score_majority(config)
 
     def log() -> None:
         histories = {name: finished_runs.read_history(run_id) for name, run_id in run_ids.items()}
         images = finished_runs.read_tags(next(iter(run_ids.values())))["split.val"]
-        run.log_artifacts({"figures/recipes.png": plots.plot_recipes(histories, images)})
+        if any(len(history) > 1 for history in histories.values()):
+            figure = plots.plot_recipes(histories, images, majority)
+            run.log_artifacts({"figures/recipes.png": figure})
 
     wait_for_server(log)
 

@@ -157,7 +157,7 @@ def test_class_names_in_any_script_and_with_tex_are_drawn_and_have_metrics_of_th
     pixels = np.zeros((len(rows), 8, 8, 3), np.uint8)
     files = list_artifacts(result, "test", "Test")
     heats = pixels[..., 0].astype(np.float32)
-    files["gradcam"] = plot_gradcam(pixels, heats, result.predictions, rows, ODD_CLASSES)
+    files["gradcam"] = plot_gradcam(pixels, heats, result.predictions, rows, ODD_CLASSES, "Test")
     for content in files.values():
         if isinstance(content, Figure):
             content.draw_without_rendering()  # raises for broken TeX, and warns of what the font lacks

@@ -107,11 +107,10 @@ def test_missed_melanomas_are_listed_the_most_confidently_missed_first() -> None
     assert set(malignant.dx) == {"akiec", "bcc", "mel"}
 
 
-@pytest.mark.parametrize(("shown", "total", "title"), [(0, 0, "none"), (7, 7, "7"), (24, 30, "24 of 30")])
-def test_a_gallery_shows_its_images_and_says_of_how_many(shown: int, total: int, title: str) -> None:
-    captions = [f"ISIC_{row:07}\nan overlong caption {row}" for row in range(total)]
+@pytest.mark.parametrize("shown", [1, 7, 24])
+def test_a_gallery_shows_each_image_under_its_caption(shown: int) -> None:
+    captions = [f"ISIC_{row:07}\nan overlong caption {row}" for row in range(shown)]
     figure = plot_gallery(np.zeros((shown, 8, 8, 3), np.uint8), captions, "Missed melanomas")
     figure.draw_without_rendering()
-    assert figure._suptitle.get_text() == f"Missed melanomas: {title}"
     texts = [axes.get_title() for axes in figure.axes if axes.images]
     assert texts == [f"ISIC_{row:07}\nan overlong captio…" for row in range(shown)]

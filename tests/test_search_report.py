@@ -3,7 +3,6 @@
 import shlex
 import warnings
 from datetime import datetime
-from pathlib import Path
 from types import SimpleNamespace
 from unittest.mock import MagicMock
 
@@ -28,6 +27,7 @@ from skin_resnet.evaluation.metrics import (
     compute_intervals,
     compute_metrics,
 )
+from tests.test_plots import assert_texts_are_apart
 
 CONFIG = SearchConfig(n_trials=12, epochs=8)
 LESIONS = np.array([f"L{i // 2:03}" for i in range(200)])
@@ -203,14 +203,25 @@ def test_what_the_best_trials_share_is_the_most_important(objective: str, decide
     assert set(importances) == set(build_space(CONFIG))
 
 
-@pytest.mark.parametrize("finished", [0, 1, 2, 9])
-def test_every_figure_that_there_are_enough_trials_for_is_drawn(tmp_path: Path, finished: int) -> None:
+@pytest.mark.parametrize("finished", [0, 1, 7, 8])
+def test_every_figure_that_there_are_enough_trials_for_is_drawn(finished: int) -> None:
     states = [TrialState.COMPLETE] * finished + [TrialState.PRUNED] * 3 + [TrialState.FAIL]
-    figures = plots.plot_trials(CONFIG, make_study(states))
-    wanted = {"history", "learning_curves"} | ({"hyperparameters"} if finished > 1 else set())
-    assert set(figures) == wanted | ({"importances"} if finished > 8 else set())
+    figures = plots.plot_trials(CONFIG, make_study(states), 0.14)
+    assert set(figures) == {"trials"} | ({"hyperparameters"} if finished == 8 else set())
     curves = pd.DataFrame({f"{split}/balanced_accuracy": {1: 0.3, 2: 0.5} for split in ("train", "val")})
-    figures["recipes"] = plots.plot_recipes({BASELINE: curves, WINNER: curves}, "9 images")
-    for name, figure in figures.items():
-        figure.savefig(tmp_path / f"{name}.png")
+    figures["recipes"] = plots.plot_recipes({BASELINE: curves, WINNER: curves}, "9 images", 0.14)
+    for figure in figures.values():
+        assert_texts_are_apart(figure)
         assert figure.get_size_inches()[0] * figure.dpi == 900
+        assert figure.legends[0].get_texts()
+    for name in ("trials", "recipes"):
+        for axes in figures[name].axes:
+            assert 0.14 in [line.get_ydata()[0] for line in axes.lines if len(line.get_ydata())]
+
+
+def test_of_several_objectives_the_first_is_drawn() -> None:
+    config = CONFIG.with_changes(objectives="val_loss,gap")
+    study = optuna.create_study(directions=["minimize", "minimize"])
+    study.add_trial(create_trial(values=[0.7, 0.1], user_attrs={"gap": 0.1}))
+    (panel,) = plots.plot_trials(config, study, 0.14)["trials"].axes
+    assert [list(line.get_ydata()) for line in panel.lines if len(line.get_ydata())] == [[0.7]]

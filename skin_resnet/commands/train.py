@@ -88,7 +88,8 @@ def _train_and_test(run: TrackedRun, point: ResumePoint) -> str:
     text = report(run, result)
     summary, page = _test(run, result) if config.test == "at_end" else ("Test was not evaluated.", "")
     # The page of a run shows the first lines only.
-    run.describe("\n\n".join([summary, text, _CURVES.format(run_id=run.run_id), page]).strip())
+    curves = _CURVES.format(run_id=run.run_id) if len(result.history) > 1 else ""
+    run.describe("\n\n".join(filter(None, [summary, text, curves, page])))
     run.log_model(result.checkpoint_path, result.data.classes)
     if config.print_report == "true":
         print_markdown(f"{text}\n\n{page}")

@@ -15,6 +15,7 @@ from skin_resnet.evaluation.assess import Assessment
 from skin_resnet.evaluation.metrics import Predictions
 from skin_resnet.evaluation.operating import find_positives, is_positive, tabulate_missed
 from skin_resnet.evaluation.page import format_assessment
+from skin_resnet.evaluation.plots import COLORS, shorten
 from skin_resnet.evaluation.plots import assessment as plots
 from skin_resnet.model.preprocess import normalize, to_float
 from skin_resnet.model.resnet import ResNet
@@ -38,6 +39,10 @@ def list_artifacts(
     Returns:
         Values are a data frame (a CSV file), a matplotlib figure (PNG), or a text.
     """
+    title += f": {len(assessment.lesions):,} images"
+    score, baseline = (assessment.get(f"{name}balanced_accuracy").value for name in ("", "baseline_"))
+    majority = shorten(assessment.baseline_class, 24)
+    heading = f"{title}, balanced accuracy {score:.3f} (always {majority} {baseline:.3f})"
     files: dict[str, Any] = {
         "evaluation.md": format_assessment(assessment, split, notes),
         "metrics.csv": assessment.table,
@@ -47,50 +52,58 @@ def list_artifacts(
         "reliability.csv": assessment.reliability,
         "referral.csv": assessment.referral,
         "predictions.csv": assessment.tabulate_predictions(),
-        "confusion.png": plots.plot_confusion(assessment.predictions, assessment.classes, title),
-        "reliability.png": plots.plot_reliability(assessment, title),
+        "confusion.png": plots.plot_confusion(assessment.predictions, assessment.classes, heading),
+        "reliability.png": plots.plot_reliability(assessment, title, COLORS[split]),
     }
-    if find_positives(assessment.classes):
-        files["roc.png"] = plots.plot_roc(assessment, title)
+    if plots.find_roc_groups(assessment):
+        files["roc.png"] = plots.plot_roc(assessment, title, COLORS[split])
     return {f"{split}/{name}": content for name, content in files.items()}
 
 
 def show_images(
     assessment: Assessment, split: str, title: str, network: ResNet, store: ImageStore
 ) -> dict[str, Any]:
-    """Return the files that show images: Grad-CAM of a few of each class, and the missed melanomas."""
+    """Return the files that show images: Grad-CAM of two of each class, and the missed melanomas.
+
+    Neither is made where there is nothing to see.
+    """
     predictions, classes = assessment.predictions, assessment.classes
-    ids = np.array(predictions.image_ids)
-    rows = choose_examples(predictions)
-    pixels = store.pixels[store.find_rows(tuple(ids[rows]))]
-    images = normalize(to_float(torch.from_numpy(np.array(pixels))))
-    heats = compute_gradcam(network, images, torch.from_numpy(predictions.predicted[rows]))
-    files: dict[str, Any] = {
-        f"{split}/gradcam.png": plots.plot_gradcam(pixels, heats, predictions, rows, classes)
-    }
+    files: dict[str, Any] = {}
+    if stage := choose_stage(store.pixels.shape[1]):
+        rows = choose_examples(predictions)
+        pixels = store.pixels[store.find_rows(tuple(np.array(predictions.image_ids)[rows]))]
+        images = normalize(to_float(torch.from_numpy(np.array(pixels))))
+        heats = compute_gradcam(network, images, torch.from_numpy(predictions.predicted[rows]), stage)
+        heading = f"{title}: what supports the predicted class (Grad-CAM of stage {stage}, brighter: more)"
+        figure = plots.plot_gradcam(pixels, heats, predictions, rows, classes, heading)
+        files[f"{split}/gradcam.png"] = figure
     melanoma = find_positives(classes).get("melanoma")
     if melanoma:
         missed = tabulate_missed(predictions, melanoma, classes)
-        pixels = store.pixels[store.find_rows(tuple(missed.image_id[:_MAX_MISSED]))]
-        captions = [
-            f"{row.image_id}\n{row.prediction} {row.confidence:.2f}, mel {row.score:.2f}"
-            for row in missed.itertuples()
-        ]
-        heading = f"{title}: missed of {is_positive(predictions, melanoma).sum():,} melanomas, lowest p first"
         files[f"{split}/missed_melanomas.csv"] = missed
-        files[f"{split}/missed_melanomas.png"] = plots.plot_gallery(pixels, captions, heading)
+        shown = missed.head(_MAX_MISSED)
+        if len(shown):
+            total = is_positive(predictions, melanoma).sum()
+            more = f", the first {len(shown)}" if len(shown) < len(missed) else ""
+            heading = f"{title}: {len(missed):,} of {total:,} melanomas missed, lowest p(mel) first{more}"
+            captions = [
+                f"{row.image_id}\np({row.prediction}) {row.confidence:.2f}\np(mel) {row.score:.2f}"
+                for row in shown.itertuples()
+            ]
+            pixels = store.pixels[store.find_rows(tuple(shown.image_id))]
+            files[f"{split}/missed_melanomas.png"] = plots.plot_gallery(pixels, captions, heading)
     return files
 
 
-def choose_examples(predictions: Predictions, per_class: int = 2) -> NDArray[np.int64]:
-    """Choose images of each class: half of them predicted right, half wrong, where there are as many.
+def choose_examples(predictions: Predictions) -> NDArray[np.int64]:
+    """Choose two images of each class, one predicted right and one wrong, where there are such.
 
     Images are ordered by a hash of their id, not by the predictions: none is picked for its looks,
     and two models are shown on the same images where both are right. Of more than `MAX_CLASSES` classes,
     those with most images are shown.
 
     Returns:
-        Rows of `predictions`, int64 (M,), by class, the right ones first.
+        Rows of `predictions`, int64 (M,), by class, the right one first.
     """
     ids = predictions.image_ids
     order = np.array(sorted(range(len(ids)), key=lambda row: hashlib.sha256(ids[row].encode()).digest()))
@@ -98,23 +111,30 @@ def choose_examples(predictions: Predictions, per_class: int = 2) -> NDArray[np.
     occurring, counts = np.unique(targets, return_counts=True)
     largest = np.sort(occurring[np.argsort(-counts, kind="stable")[:MAX_CLASSES]])
     chosen = [
-        order[(targets == target) & (is_right == right)][: (per_class + right) // 2]
-        for target in largest
-        for right in (True, False)
+        order[(targets == target) & (is_right == right)][:1] for target in largest for right in (True, False)
     ]
     return np.concatenate(chosen).astype(np.int64)
 
 
-def compute_gradcam(network: ResNet, images: Tensor, classes: Tensor) -> NDArray[np.float32]:
+def choose_stage(image_size: int) -> int | None:
+    """Return the last stage whose features have 4 x 4 cells or more; None if that is not one of the last two.
+
+    At 64 pixels the last stage has 2 x 2 cells, and at 32 pixels 1 x 1: such a map has no regions.
+    """
+    return next((stage for stage, stride in ((4, 32), (3, 16)) if image_size > 3 * stride), None)
+
+
+def compute_gradcam(network: ResNet, images: Tensor, classes: Tensor, stage: int = 4) -> NDArray[np.float32]:
     """Compute which regions of each image support a class.
 
-    The map is as coarse as the last stage's features, 7 x 7 at 224 pixels.
+    The map is as coarse as the stage's features, 7 x 7 at 224 pixels for the last one.
     Source: Selvaraju et al., "Grad-CAM", ICCV 2017, section 3.
 
     Args:
         network: Ready to predict, on the images' device.
         images: Normalized, float (N, 3, S, S).
         classes: The class to explain, int64 (N,).
+        stage: Of the network, whose features are weighted.
 
     Returns:
         Maps float32 (N, S, S), scaled to a maximum of 1; all 0 where nothing supports the class.
@@ -122,7 +142,7 @@ def compute_gradcam(network: ResNet, images: Tensor, classes: Tensor) -> NDArray
     # Imported here because it takes a second, and loads pyplot.
     from captum.attr import LayerGradCam
 
-    gradcam = LayerGradCam(network, network.layer4)
+    gradcam = LayerGradCam(network, getattr(network, f"layer{stage}"))
     heats = [
         gradcam.attribute(batch, asked, relu_attributions=True).detach()
         for batch, asked in zip(torch.split(images, _BATCH), torch.split(classes, _BATCH), strict=True)

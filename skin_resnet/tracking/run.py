@@ -18,6 +18,7 @@ from mlflow.entities import LoggedModelStatus, Metric, Param, RunTag
 from skin_resnet.errors import UserError, hide_password
 from skin_resnet.evaluation.artifacts import list_artifacts
 from skin_resnet.evaluation.assess import assess
+from skin_resnet.evaluation.metrics import HEADLINES
 from skin_resnet.evaluation.page import LEAK_BANNER
 from skin_resnet.evaluation.plots.curves import plot_curves
 from skin_resnet.options import FrozenConfig
@@ -240,12 +241,12 @@ class TrackedRun:
             result.val_predictions, val, result.data.classes, result.data.baseline_class, result.calibration
         )
         notes = [LEAK_BANNER] if result.data.leakage.leaks else []
-        self.log_artifacts(
-            {
-                "figures/curves.png": plot_curves(to_frame(result.history), best),
-                **list_artifacts(assessment, "val", f"Val, {result.config.arch} epoch {best}", notes),
-            }
-        )
+        files = list_artifacts(assessment, "val", f"Val, {result.config.arch} epoch {best}", notes)
+        if len(result.history) > 1:
+            baseline = {name: assessment.get(f"baseline_{name}").value for name in HEADLINES}
+            history, majority = to_frame(result.history), result.data.baseline_class
+            files["figures/curves.png"] = plot_curves(history, best, baseline, majority)
+        self.log_artifacts(files)
 
     def remove_checkpoints(self, *, keep_state: bool = False) -> None:
         """Remove a training's checkpoints; with `keep_state` only if it cannot be resumed from them."""

@@ -4,6 +4,7 @@ The width is that at which the MLflow UI shows an artifact, about 900 pixels. Fi
 and rcParams: nothing stays in memory, no backend is chosen for the caller.
 """
 
+import textwrap
 from collections.abc import Sequence
 from functools import cache
 
@@ -12,25 +13,32 @@ from matplotlib.figure import Figure
 from matplotlib.font_manager import FontProperties, findfont, get_font
 from matplotlib.layout_engine import ConstrainedLayoutEngine
 
+from skin_resnet.labels import DIAGNOSES, HAM10000_CLASSES
+
 # Okabe, Ito, "Color Universal Design" (2008): hues that every kind of color vision tells apart.
 BLUE, ORANGE, GREEN, PURPLE = "#0072B2", "#D55E00", "#009E73", "#CC79A7"
-HUES = (BLUE, ORANGE, GREEN, PURPLE, "#E69F00", "#56B4E9", "#000000")
-COLORS = {"train": BLUE, "val": ORANGE}
-QUIET, GRID, EMPTY = "#666666", "#E6E6E6", "#F2F2F2"
+COLORS = {"train": BLUE, "val": ORANGE, "test": GREEN}
+# Of models; the first four are no split's.
+HUES = ("#000000", "#E69F00", "#56B4E9", PURPLE, BLUE, GREEN, ORANGE, "#F0E442")
+QUIET, GRID = "#666666", "#E6E6E6"
 WIDTH_INCH, DPI, FONT = 9.0, 100, 11
+_FULL_NAMES = [f"{each.name[0].upper()}{each.name[1:]} ({each.code})" for each in DIAGNOSES]
 
 
-def build_layout() -> ConstrainedLayoutEngine:
-    """Return the margins around a figure's panels."""
-    return ConstrainedLayoutEngine(w_pad=0.1, h_pad=0.08)
-
-
-def build_figure(height: float, title: str = "", width: float = WIDTH_INCH) -> Figure:
+def build_figure(height: float, title: str) -> Figure:
     """Return an empty figure of a height in inches; its title is written literally."""
-    figure = Figure(figsize=(width, height), dpi=DPI, layout=build_layout())
-    if title:
-        figure.suptitle(literal(title), fontsize=FONT + 2)
+    layout = ConstrainedLayoutEngine(w_pad=0.1, h_pad=0.08)
+    figure = Figure(figsize=(WIDTH_INCH, height), dpi=DPI, layout=layout)
+    figure.suptitle(literal(title), fontsize=FONT + 2)
     return figure
+
+
+def draw_legend(figure: Figure) -> None:
+    """Write the legend of a figure's first panel below all panels, in the columns that there is room for."""
+    handles, labels = figure.axes[0].get_legend_handles_labels()
+    widths = [len(label) + 8 for label in labels]
+    columns = len(labels) if sum(widths) <= 110 else max(1, 110 // max(widths))
+    figure.legend(handles, labels, frameon=False, loc="outside lower center", ncols=columns)
 
 
 def style_axes(axes: Axes, title: str) -> None:
@@ -49,13 +57,20 @@ def literal(text: str) -> str:
     return "".join(char if ord(char) in known or char == "\n" else "?" for char in text).replace("$", r"\$")
 
 
-def name_classes(classes: Sequence[str], longest: int = 24) -> list[str]:
-    """Return class names for figures: cut where too long, `class 3` where the font lacks a character."""
+def name_classes(classes: Sequence[str], longest: int, lines: int = 1, *, full: bool = True) -> list[str]:
+    """Return class names for figures, in lines of at most `longest` characters.
+
+    Of the seven diagnoses this is `Melanoma (mel)`, or the code alone where there is no room or not `full`.
+    Other names are cut, or `class 3` where the font lacks a character.
+    """
     known = _list_characters()
-    return [
-        literal(shorten(name, longest)) if all(ord(char) in known for char in name) else f"class {index}"
-        for index, name in enumerate(classes)
-    ]
+    names = []
+    for index, name in enumerate(classes):
+        long = _FULL_NAMES[index] if full and tuple(classes) == HAM10000_CLASSES else name
+        text = shorten(long if len(long) <= longest * lines else name, longest * lines)
+        wrapped = "\n".join(textwrap.wrap(text, longest)[:lines]) if lines > 1 else text
+        names.append(literal(wrapped) if all(ord(char) in known for char in name) else f"class {index}")
+    return names
 
 
 def shorten(text: str, length: int) -> str:

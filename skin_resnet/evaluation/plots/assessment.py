@@ -4,67 +4,57 @@ from collections.abc import Collection, Sequence
 from typing import Any
 
 import numpy as np
-import pandas as pd
 from matplotlib import colormaps
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from numpy.typing import NDArray
+from scipy.stats import binomtest
 from sklearn import metrics as sk
 
 from skin_resnet.evaluation.assess import Assessment
-from skin_resnet.evaluation.metrics import Predictions, compute_confusion, compute_metrics
+from skin_resnet.evaluation.metrics import Predictions, compute_confusion
 from skin_resnet.evaluation.operating import find_positives, is_positive, score_positives
 from skin_resnet.evaluation.plots import (
-    BLUE,
-    EMPTY,
     FONT,
-    ORANGE,
     QUIET,
-    WIDTH_INCH,
     build_figure,
     literal,
     name_classes,
     shorten,
     style_axes,
-)
+)  # fmt: skip
 
-_MOST_NUMBERS = 25  # classes of a confusion matrix whose cells still have room for numbers
+_MOST_NUMBERS = 12  # classes of a confusion matrix whose cells still have room for numbers
+_FEWEST_FOR_ROC = 5  # images of each kind; with fewer, the curve is a few steps
 _COLUMNS = 6  # of the gallery
 
 
 def plot_confusion(predictions: Predictions, classes: tuple[str, ...], title: str) -> Figure:
     """Plot images by true (rows) and predicted class (columns): their number, and share of the row.
 
-    On the diagonal the share is the class's sensitivity. Above 25 classes there are colors only.
+    On the diagonal the share is the class's sensitivity. Above 12 classes there are colors only.
     """
     counts = compute_confusion(predictions)
     images = counts.sum(axis=1)
     shares = counts / np.maximum(images, 1)[:, None]
-    shown = min(len(classes), _MOST_NUMBERS)
-    width = max(WIDTH_INCH, 0.52 * shown + 1.5)
-    figure = build_figure(min(0.86 * width, 0.85 * shown + 1.8), width=width)
+    height, caption = 7.4, f"{len(classes)} classes by number, in the order of per_class.csv"
+    if len(classes) <= _MOST_NUMBERS:
+        height = min(7.4, 0.72 * len(classes) + 2.2)
+        caption = "images, and their share of the row: on the diagonal the sensitivity"
+    figure = build_figure(height, f"{title}\nRows: true class; {caption}")
     axes = figure.add_subplot()
     axes.imshow(shares, cmap="Blues", vmin=0, vmax=1.15, aspect="auto", interpolation="nearest")
+    axes.set_xlabel("Predicted", fontsize=FONT + 1)
+    axes.spines[:].set_visible(False)
     if len(classes) <= _MOST_NUMBERS:
         _write_cells(axes, counts)
         _name_cells(axes, classes, images)
-    axes.set_xlabel("Predicted", fontsize=FONT + 1)
-    axes.set_ylabel("True (images)", fontsize=FONT + 1)
-    axes.spines[:].set_visible(False)
-    score = compute_metrics(predictions).balanced_accuracy
-    heading = f"{title}: {images.sum():,} images, balanced accuracy {score:.3f}"
-    caption = "Images, and their share of the row; on the diagonal this is the sensitivity."
-    axes.set_title(literal(f"{heading}\n{caption}"), fontsize=FONT + 1, loc="left")
     return figure
 
 
 def _write_cells(axes: Axes, counts: NDArray[np.int64]) -> None:
     """Write count and share where there are images; the diagonal is bold."""
-    style: dict[str, Any] = {
-        "ha": "center",
-        "va": "center",
-        "fontsize": FONT if len(counts) <= 10 else FONT - 2,
-    }
+    style: dict[str, Any] = {"ha": "center", "va": "center", "fontsize": FONT}
     for row, images in enumerate(counts.sum(axis=1)):
         if not images:
             axes.text((len(counts) - 1) / 2, row, "no images", color=QUIET, **style)
@@ -76,84 +66,81 @@ def _write_cells(axes: Axes, counts: NDArray[np.int64]) -> None:
 
 
 def _name_cells(axes: Axes, classes: tuple[str, ...], images: NDArray[np.int64]) -> None:
-    names = name_classes(classes)
-    axes.set_xticks(range(len(names)), names)
-    axes.set_yticks(range(len(names)), [f"{name} ({n:,})" for name, n in zip(names, images, strict=True)])
+    codes, names = name_classes(classes, 24, full=False), name_classes(classes, 26, lines=2)
+    axes.set_xticks(range(len(codes)), codes)
+    axes.set_yticks(range(len(names)), [f"{name}, n = {n:,}" for name, n in zip(names, images, strict=True)])
     axes.tick_params(labelsize=FONT, length=0)
-    if len(names) * max(map(len, names)) > 60:  # side by side they would touch
+    if len(codes) * max(map(len, codes)) > 60:  # side by side they would touch
         for label in axes.get_xticklabels():
             label.set(rotation=40, ha="right", rotation_mode="anchor")
 
 
-def plot_reliability(assessment: Assessment, title: str) -> Figure:
-    """Plot accuracy over confidence, before and after temperature, above the number of images in each bin."""
-    figure = build_figure(6, f"{title}: {len(assessment.lesions):,} images")
-    panels = figure.subplots(2, 2, sharex=True, sharey="row", height_ratios=[3, 1])
-    half = len(assessment.reliability) // 2
-    parts = assessment.reliability.iloc[:half], assessment.reliability.iloc[half:]
-    heads = ("Before temperature scaling", f"Temperature {assessment.calibration['temperature']:.2f}")
-    names = ("ece_before_temperature", "ece")
-    for (upper, lower), head, bins, name in zip(panels.T, heads, parts, names, strict=True):
-        style_axes(upper, f"{head}: ECE {assessment.get(name).value:.3f}")
-        style_axes(lower, "")
-        _draw_bins(upper, lower, bins)
-    panels[0, 0].set_ylabel("Bars: accuracy, dots: mean confidence", fontsize=FONT)
-    panels[1, 0].set_ylabel("Images", fontsize=FONT)
+def plot_reliability(assessment: Assessment, title: str, color: str) -> Figure:
+    """Plot accuracy over confidence after temperature scaling, above the number of images in each bin."""
+    figure = build_figure(6, title)
+    upper, lower = figure.subplots(2, 1, sharex=True, height_ratios=[3, 1])
+    before, after = (assessment.get(name).value for name in ("ece_before_temperature", "ece"))
+    style_axes(upper, f"Calibration error (ECE) {after:.3f}, before temperature scaling {before:.3f}")
+    bins = assessment.reliability.iloc[len(assessment.reliability) // 2 :]
+    bins = bins[bins.images > 0]
+    right = (bins.accuracy * bins.images).round().astype(int)
+    # Not by bootstrap, which would be certain of a bin of one image.
+    tests = [binomtest(*pair) for pair in zip(right, bins.images, strict=True)]
+    ends = np.array([test.proportion_ci(method="wilson") for test in tests])
+    errors = np.abs(bins.accuracy.to_numpy()[:, None] - ends).T
+    label = "accuracy, with its 95 % interval (Wilson)"
+    upper.plot([0, 1], [0, 1], color=QUIET, linewidth=1, linestyle="--", label="calibrated")
+    upper.errorbar(bins.confidence, bins.accuracy, errors, fmt="o", color=color, markersize=7, label=label)
+    upper.set(xlim=(0, 1), ylim=(-0.02, 1.03))
+    upper.legend(frameon=False, fontsize=FONT, loc="upper left")
+    upper.set_ylabel("Accuracy", fontsize=FONT)
+    style_axes(lower, "")
+    bars = lower.bar((bins.low + bins.high) / 2, bins.images, 0.98 * (bins.high - bins.low), color=QUIET)
+    lower.bar_label(bars, fontsize=FONT - 1, padding=2, fmt="{:,.0f}")
+    lower.set_ylim(0, 1.4 * bins.images.max())
+    lower.set_ylabel("Images", fontsize=FONT)
+    lower.set_xlabel("Confidence: the highest probability", fontsize=FONT)
     return figure
 
 
-def _draw_bins(upper: Axes, lower: Axes, bins: pd.DataFrame) -> None:
-    width = 1 / len(bins)
-    filled = bins[bins.images > 0]
-    upper.plot([0, 1], [0, 1], color=QUIET, linewidth=1, linestyle="--", zorder=1)
-    upper.bar(filled.low, filled.accuracy, width, align="edge", color=BLUE, edgecolor="white")
-    # The gap is drawn where the images are, which is rarely the middle of a bin.
-    upper.vlines(filled.confidence, filled.accuracy, filled.confidence, color=ORANGE, linewidth=2)
-    upper.plot(filled.confidence, filled.confidence, "o", color=ORANGE, markersize=5)
-    upper.set(xlim=(0, 1), ylim=(0, 1.02))
-    bars = lower.bar(filled.low, filled.images, width, align="edge", color=QUIET, edgecolor="white")
-    lower.bar_label(bars, fontsize=FONT - 4, padding=2)
-    lower.set_ylim(0, 1.25 * bins.images.max())
-    lower.set_xlabel("Confidence (highest probability)", fontsize=FONT)
-
-
-def plot_roc(assessment: Assessment, title: str) -> Figure:
-    """Plot a ROC for melanoma and for malignant, and what the thresholds chosen on val reach here."""
-    figure = build_figure(4.8, f"{title}: {len(assessment.lesions):,} images")
+def find_roc_groups(assessment: Assessment) -> dict[str, frozenset[int]]:
+    """Return the positive classes of each ROC that there are enough positive and negative images for."""
     groups = find_positives(assessment.classes)
-    for axes, (name, positives) in zip(figure.subplots(1, 2), groups.items(), strict=True):
-        _draw_roc(axes, assessment, positives, name)
-        axes.set(xlim=(-0.02, 1.02), ylim=(-0.02, 1.02), xlabel="1 - specificity", ylabel="Sensitivity")
+    positive = {name: is_positive(assessment.predictions, each).sum() for name, each in groups.items()}
+    most = len(assessment.lesions) - _FEWEST_FOR_ROC
+    return {name: each for name, each in groups.items() if _FEWEST_FOR_ROC <= positive[name] <= most}
+
+
+def plot_roc(assessment: Assessment, title: str, color: str) -> Figure:
+    """Plot the ROC of melanoma and of malignant, and what the thresholds chosen on val reach here."""
+    figure = build_figure(5.8, title)
+    groups = find_roc_groups(assessment)
+    panels = figure.subplots(1, len(groups), squeeze=False)[0]
+    for axes, (name, positives) in zip(panels, groups.items(), strict=True):
+        _draw_roc(axes, assessment, positives, name, color)
     return figure
 
 
-def _draw_roc(axes: Axes, assessment: Assessment, positives: Collection[int], name: str) -> None:
+def _draw_roc(axes: Axes, assessment: Assessment, positives: Collection[int], name: str, color: str) -> None:
     positive = is_positive(assessment.predictions, positives)
-    if positive.all() or not positive.any():
-        style_axes(axes, name.capitalize())
-        axes.text(0.5, 0.5, "needs positive and negative images", ha="center", fontsize=FONT, color=QUIET)
-        return
     scores = score_positives(assessment.predictions, positives)
     auc = sk.roc_auc_score(positive, scores)
     style_axes(axes, f"{name.capitalize()}: {positive.sum():,} images, AUC {auc:.3f}")
+    axes.set(xlim=(-0.03, 1.03), ylim=(-0.03, 1.03), xlabel="1 - specificity", ylabel="Sensitivity")
     falls, rises, _ = sk.roc_curve(positive, scores, drop_intermediate=False)
     axes.plot([0, 1], [0, 1], color=QUIET, linewidth=1, linestyle="--")
-    axes.plot(falls, rises, color=BLUE, linewidth=2)
+    axes.plot(falls, rises, color=color, linewidth=2)
     chosen = [point for point in assessment.calibration["thresholds"] if point.startswith(f"{name}_at_")]
-    for marker, point in zip("os", chosen, strict=False):
+    # Where both thresholds reach the same, the square lies in the circle.
+    for marker, size, point in zip("os", (11, 5), chosen, strict=False):
         y, x = (assessment.get(f"{point}_{metric}") for metric in ("sensitivity", "specificity"))
         goal = float(point.partition("_at_")[2])
-        axes.errorbar(
-            1 - x.value,
-            y.value,
-            xerr=[[x.high - x.value], [x.value - x.low]],
-            yerr=[[y.value - y.low], [y.high - y.value]],
-            fmt=marker,
-            color=ORANGE,
-            label=f"{goal:.0%} on val: sensitivity {y.value:.2f},\nspecificity {x.value:.2f} here",
-        )
+        xerr, yerr = [[x.high - x.value], [x.value - x.low]], [[y.value - y.low], [y.high - y.value]]
+        label = f"threshold for {goal:.0%} on val:\nsensitivity {y.value:.2f}, specificity {x.value:.2f}"
+        style: dict[str, Any] = {"color": "black", "fillstyle": "none", "markersize": size, "elinewidth": 1}
+        axes.errorbar(1 - x.value, y.value, yerr, xerr, marker, label=label, **style)
     if chosen:
-        axes.legend(loc="lower right", fontsize=FONT - 1, frameon=False)
+        axes.legend(loc="upper center", bbox_to_anchor=(0.5, -0.13), fontsize=FONT - 1, frameon=False)
 
 
 def plot_gradcam(
@@ -162,8 +149,9 @@ def plot_gradcam(
     predictions: Predictions,
     rows: NDArray[np.int64],
     classes: tuple[str, ...],
+    title: str,
 ) -> Figure:
-    """Plot examples, a row per class, the right predictions first.
+    """Plot an image predicted right and one predicted wrong of each class, each beside its heat map.
 
     Args:
         images: The examples' pixels (M, S, S, 3).
@@ -171,32 +159,32 @@ def plot_gradcam(
         predictions: Of all N images among which the examples were chosen.
         rows: Which of these the examples are, (M,), from `choose_examples`.
         classes: The class order.
+        title: What is shown.
     """
-    shown, counts = np.unique(predictions.targets[rows], return_counts=True)
-    columns = counts.max()
-    names = name_classes(classes, max(5, 46 // columns - 6))
-    cells = -(-images.shape[1] // 32)  # the last stage's features, from which the map is computed
-    heading = (
-        f"Images, and the regions that support the predicted class (Grad-CAM, {cells} x {cells})\n"
-        "true → predicted, with its probability"
-    )
-    height = (WIDTH_INCH - 0.6) / columns / 2 + 0.3
-    figure = build_figure(height * len(shown) + 0.8, heading)
-    grid = figure.subplots(len(shown), columns, squeeze=False)
-    for axes in grid.flat:
-        axes.set(xticks=[], yticks=[], facecolor=EMPTY)
-        axes.set_box_aspect(0.5)
-        axes.spines[:].set_visible(False)
+    shown = np.unique(predictions.targets[rows])
+    names, labels = name_classes(classes, 26), name_classes(classes, 26, lines=2)
     is_right = predictions.predicted == predictions.targets
-    for panels, target in zip(grid, shown, strict=True):
-        of_class = is_right[predictions.targets == target]
-        panels[0].set_ylabel(f"{names[target]}\n{of_class.sum():,} of {len(of_class):,} right", fontsize=FONT)
-        examples = np.flatnonzero(predictions.targets[rows] == target)
-        for axes, example in zip(panels, examples, strict=False):
-            predicted = predictions.predicted[rows[example]]
-            p = predictions.probabilities[rows[example], predicted]
-            axes.imshow(_overlay(images[example], heats[example]))
-            axes.set_title(f"{names[target]} → {names[predicted]}, p {p:.2f}", fontsize=FONT)
+    if len(shown) < (occurring := len(np.unique(predictions.targets))):
+        title += f"\n{len(shown)} of {occurring} classes: those with most images"
+    figure = build_figure(1.9 * len(shown) + 0.7, title)
+    for panels, target in zip(figure.subplots(len(shown), 2, squeeze=False), shown, strict=True):
+        of_class = predictions.targets == target
+        right, total = (is_right & of_class).sum(), of_class.sum()
+        label = f"{labels[target]}\n{right:,} of {total:,} right"
+        panels[0].set_ylabel(label, fontsize=FONT, rotation=0, ha="right", va="center")
+        for axes, kind in zip(panels, (True, False), strict=True):
+            axes.set(xticks=[], yticks=[])
+            axes.set_box_aspect(0.5)
+            axes.spines[:].set_visible(False)
+            word = "right" if kind else "wrong"
+            examples = np.flatnonzero((predictions.targets[rows] == target) & (is_right[rows] == kind))
+            if not len(examples):
+                axes.text(0.5, 0.5, f"none {word}", ha="center", fontsize=FONT, color=QUIET)
+            for example in examples[:1]:
+                predicted = predictions.predicted[rows[example]]
+                p = predictions.probabilities[rows[example], predicted]
+                axes.imshow(_overlay(images[example], heats[example]), aspect="auto")
+                axes.set_title(f"{word}: {names[predicted]}, p {p:.2f}", fontsize=FONT)
     return figure
 
 
@@ -210,18 +198,13 @@ def _overlay(image: NDArray[np.uint8], heat: NDArray[np.float32]) -> NDArray[np.
 
 
 def plot_gallery(images: NDArray[np.uint8], captions: Sequence[str], title: str) -> Figure:
-    """Show images (M, S, S, 3) in a grid with captions; the title counts captions without an image, too."""
-    shown, total = len(images), len(captions)
-    rows = -(-shown // _COLUMNS)
-    lines = captions[0].count("\n") + 1 if shown else 0
-    count = f"{shown} of {total:,}" if total > shown else f"{shown or 'none'}"
-    figure = build_figure(0.6 + (1.5 + 0.2 * lines) * rows, f"{title}: {count}")
-    if not shown:
-        return figure
+    """Show images (M, S, S, 3), one at least, in a grid, each under its caption."""
+    rows, lines = -(-len(images) // _COLUMNS), captions[0].count("\n") + 1
+    figure = build_figure(0.6 + (1.5 + 0.2 * lines) * rows, title)
     for axes in figure.subplots(rows, _COLUMNS, squeeze=False).flat:
         axes.set_axis_off()
     for axes, image, caption in zip(figure.axes, images, captions, strict=False):
         axes.imshow(image)
         short = "\n".join(shorten(line, 19) for line in caption.splitlines())
-        axes.set_title(literal(short), fontsize=FONT - 2)
+        axes.set_title(literal(short), fontsize=FONT - 1)
     return figure

@@ -8,78 +8,103 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
-from skin_resnet.evaluation.plots import COLORS, FONT, HUES, QUIET, build_figure, literal, style_axes
+from skin_resnet.evaluation.plots import (
+    COLORS,
+    FONT,
+    HUES,
+    QUIET,
+    build_figure,
+    draw_legend,
+    literal,
+    shorten,
+    style_axes,
+)  # fmt: skip
+
+_MOST_DOTS = 25  # epochs whose values are marked; on a long run dots only thicken the line
 
 
-def plot_curves(history: pd.DataFrame, best_epoch: int) -> Figure:
-    """Plot loss, balanced accuracy (thin: accuracy) and learning rate over the epochs; mark the best epoch.
+def plot_curves(
+    history: pd.DataFrame, best_epoch: int, baseline: Mapping[str, float], baseline_class: str
+) -> Figure:
+    """Plot balanced accuracy, accuracy, loss and learning rate over the epochs; mark the best epoch.
 
     Args:
         history: Indexed by epoch, with columns `train/loss`, `val/loss`, ..., `lr`.
         best_epoch: Which epoch val chose.
+        baseline: Val metrics, `accuracy` and `balanced_accuracy`, of always predicting the majority class.
+        baseline_class: The majority class.
     """
-    best, last = history.loc[best_epoch], history.index[-1]
-    title = (
-        f"Best epoch {best_epoch} of {last}: balanced accuracy {best['val/balanced_accuracy']:.3f} on val, "
-        f"{best['train/balanced_accuracy']:.3f} on train"
-    )
-    figure = build_figure(8, title)
-    loss, score, lr = figure.subplots(3, 1, sharex=True, height_ratios=[3, 3, 1])
-    for axes, name in ((loss, "Loss"), (score, "Balanced accuracy (thin: accuracy)"), (lr, "Learning rate")):
-        style_axes(axes, name)
-        axes.axvline(best_epoch, color=QUIET, linewidth=1, linestyle=":", zorder=1)
-    lr.set_xlim(history.index[0] - 0.5, last + 0.5)
-    lr.xaxis.set_major_locator(MaxNLocator("auto", integer=True, steps=[1, 2, 5, 10], min_n_ticks=1))
-    lr.set_xlabel("Epoch", fontsize=FONT)
-    score.set_ylim(0, 1)
+    figure = build_figure(6.8, f"Best epoch {best_epoch} of {history.index[-1]}, chosen on val")
+    (score, loss), (accuracy, lr) = figure.subplots(2, 2, sharex=True)
+    majority = literal(f"majority class {shorten(baseline_class, 24)} (val)")
+    for axes, metric in ((score, "balanced_accuracy"), (accuracy, "accuracy")):
+        draw_splits(axes, history, metric, best_epoch)
+        axes.axhline(baseline[metric], color=QUIET, linestyle="--", label=majority)
+        axes.set_ylim(0, 1.02)
+    draw_splits(loss, history, "loss", best_epoch)
     _limit_loss(loss, history)
-    # Dots show where a value was measured; on a long run they only thicken the line.
-    marker = "o" if len(history) <= 25 else ""
-    for axes, metric in ((loss, "loss"), (score, "balanced_accuracy")):
-        for split, color in COLORS.items():
-            values = history[f"{split}/{metric}"]
-            axes.plot(values, color=color, linewidth=2, marker=marker, markersize=4, label=split)
-        axes.fill_between(
-            history.index, history[f"train/{metric}"], values, color=QUIET, alpha=0.12, linewidth=0
-        )
-        value = best[f"val/{metric}"]
-        style = {"markersize": 9, "markeredgecolor": "white", "zorder": 3}
-        axes.plot(best_epoch, value, "o", color=color, label=f"epoch {best_epoch}: {value:.3f}", **style)
-        axes.legend(frameon=False, fontsize=FONT, loc="upper left", bbox_to_anchor=(1, 1))
-    for split, color in COLORS.items():
-        score.plot(history[f"{split}/accuracy"], color=color, linewidth=0.9)
-    lr.plot(history.lr, color=QUIET, linewidth=1.5, marker=marker, markersize=3)
-    lr.set_ylim(0, 1.2 * max(history.lr.max(), 1e-12))
-    lr.yaxis.set_major_locator(MaxNLocator(3))
+    style_axes(lr, "Learning rate")
+    lr.axvline(best_epoch, color=QUIET, linewidth=1, linestyle=":", zorder=1)
+    lr.plot(history.lr, color="black", linewidth=1.5, marker=_choose_marker(history), markersize=4)
+    lr.set_ylim(0, 1.1 * max(history.lr.max(), 1e-12))
+    lr.yaxis.set_major_formatter("{x:g}")
+    for axes in (accuracy, lr):
+        mark_epochs(axes, history.index[-1])
+    draw_legend(figure)
     return figure
 
 
+def draw_splits(axes: Axes, history: pd.DataFrame, metric: str, best_epoch: int, name: str = "") -> None:
+    """Draw a metric on train and val with the gap between them shaded; name its values in the best epoch."""
+    best = {split: history.loc[best_epoch, f"{split}/{metric}"] for split in ("val", "train")}
+    scores = ", ".join(f"{split} {value:.3f}" for split, value in best.items())
+    style_axes(axes, f"{name or metric.replace('_', ' ').capitalize()}: {scores}")
+    axes.axvline(best_epoch, color=QUIET, linewidth=1, linestyle=":", zorder=1)
+    marker = _choose_marker(history)
+    train, val = (history[f"{split}/{metric}"] for split in ("train", "val"))
+    for split, values in (("train", train), ("val", val)):
+        axes.plot(values, color=COLORS[split], linewidth=2, marker=marker, markersize=4, label=split)
+    axes.fill_between(history.index, train, val, color=QUIET, alpha=0.12, linewidth=0)
+    color = COLORS["val"]
+    axes.plot(best_epoch, best["val"], "o", color=color, markersize=9, mec="white", label="best epoch")
+
+
+def mark_epochs(axes: Axes, last: int) -> None:
+    """Label the axis of epochs, which starts at 1."""
+    axes.set_xlim(0.5, last + 0.5)
+    axes.xaxis.set_major_locator(MaxNLocator("auto", integer=True, steps=[1, 2, 5, 10], min_n_ticks=1))
+    axes.set_xlabel("Epoch", fontsize=FONT)
+
+
+def _choose_marker(history: pd.DataFrame) -> str:
+    return "o" if len(history) <= _MOST_DOTS else ""
+
+
 def _limit_loss(axes: Axes, history: pd.DataFrame) -> None:
-    """Start at 0, and cut off outliers that would flatten the curve: name the highest in the title."""
+    """Start at 0, and cut off outliers that would flatten the curve: name the highest below the title."""
     losses = history[["train/loss", "val/loss"]]
     values = losses.to_numpy()
     top = 1.2 * values[values <= 2.5 * np.quantile(values, 0.9)].max(initial=1e-3)
     axes.set_ylim(0, top)
     if values.max() > top:
         epoch, name = losses.stack().idxmax()
-        split = name.partition("/")[0]
-        note = f"off this axis: {split} loss {values.max():.3g} in epoch {epoch}"
-        axes.set_title(note, fontsize=FONT, loc="right", color=COLORS[split])
+        note = f"off this axis: {name.partition('/')[0]} loss {values.max():.3g} in epoch {epoch}"
+        axes.set_title(f"{axes.get_title(loc='left')}\n{note}", fontsize=FONT, loc="left")
 
 
 def plot_curves_of_models(histories: Mapping[str, pd.DataFrame]) -> Figure:
     """Plot loss and balanced accuracy of val and train over the epochs, a color per model."""
-    figure = build_figure(7, f"Curves of {len(histories)} trainings")
+    figure = build_figure(7, f"{len(histories)} trainings: val (solid) and train (dashed)")
     panels = figure.subplots(2, 1, sharex=True)
-    for axes, metric in zip(panels, ("loss", "balanced_accuracy"), strict=True):
-        style_axes(axes, f"{metric.replace('_', ' ').capitalize()} (solid: val, dashed: train)")
+    longest = max(histories.values(), key=len)
+    for axes, metric in zip(panels, ("balanced_accuracy", "loss"), strict=True):
+        style_axes(axes, metric.replace("_", " ").capitalize())
         for number, (name, history) in enumerate(histories.items()):
-            style = {"color": HUES[number % len(HUES)], "marker": "o" if len(history) == 1 else ""}
+            style = {"color": HUES[number % len(HUES)], "marker": _choose_marker(longest), "markersize": 4}
             axes.plot(history[f"val/{metric}"], "-", linewidth=2, label=literal(name), **style)
             axes.plot(history[f"train/{metric}"], "--", linewidth=1.2, **style)
         axes.set_ylim(bottom=0)
-    panels[1].set_ylim(0, 1)
-    panels[1].xaxis.set_major_locator(MaxNLocator("auto", integer=True))
-    panels[1].set_xlabel("Epoch", fontsize=FONT)
-    panels[0].legend(frameon=False, fontsize=FONT)
+    panels[0].set_ylim(0, 1.02)
+    mark_epochs(panels[1], longest.index[-1])
+    draw_legend(figure)
     return figure
