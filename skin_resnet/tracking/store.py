@@ -25,6 +25,7 @@ from skin_resnet.errors import UserError, hide_password
 OUTAGES = (mlflow.MlflowException, requests.RequestException, SQLAlchemyError)
 
 EXPERIMENT = "skin-resnet"  # of runs for which the user has not chosen one
+LOCAL_SERVER = "http://127.0.0.1:5000"  # of `make ui`, and of `mlflow server` as our output writes it
 _TIMEOUT_S = 4
 _DATABASES = {"sqlite", "postgresql", "mysql", "mssql"}
 _TABLES = {"experiments", "runs", "metrics", "params", "tags"}
@@ -35,6 +36,26 @@ _DRIVERS_WITH_TIMEOUT = {"psycopg", "psycopg2", "pymysql", "mysqldb"}
 def describe_uri() -> str:
     """Return where the tracking store is, without user name and password."""
     return hide_password(mlflow.get_tracking_uri())
+
+
+def build_link(page: str) -> str:
+    """Return the link to a page of the MLflow UI, on the tracking server or on a local one."""
+    uri = mlflow.get_tracking_uri()
+    server = uri.rstrip("/") if uri.startswith("http") else LOCAL_SERVER
+    # Without the workflow type, a new browser opens MLflow's pages for language models.
+    return f"{server}/#/{page}?workflowType=machine_learning"
+
+
+def describe_experiments() -> str:
+    """Return a line per experiment that has runs, the newest first, with the link to its page."""
+    pages = {"no runs yet": "experiments"}
+    file = _find_sqlite_file(mlflow.get_tracking_uri())
+    if file is None or _is_complete(file):  # a client would create it
+        client = mlflow.MlflowClient()
+        ids = {each.name: each.experiment_id for each in client.search_experiments()}
+        used = {name: key for name, key in ids.items() if client.search_runs([key], max_results=1)}
+        pages = {name: f"experiments/{key}/runs" for name, key in used.items()} or pages
+    return "\n".join(f"{name:12} {build_link(page)}" for name, page in pages.items())
 
 
 def prepare_store() -> None:
@@ -196,3 +217,7 @@ def _connect(uri: str) -> None:
             url = url.update_query_dict({"connect_timeout": str(_TIMEOUT_S)})
         sqlalchemy.create_engine(url, poolclass=NullPool).connect().close()
     mlflow.MlflowClient().search_experiments(max_results=1)
+
+
+if __name__ == "__main__":  # for `make ui`
+    print(describe_experiments())
