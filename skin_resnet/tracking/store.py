@@ -46,6 +46,18 @@ def build_link(page: str) -> str:
     return f"{server}/#/{page}?workflowType=machine_learning"
 
 
+def link_run(run_id: str, text: str = "") -> str:
+    """Return a Markdown link to a run's page for pages of the MLflow UI; its text is the run's name."""
+    info = mlflow.get_run(run_id).info
+    page = f"#/experiments/{info.experiment_id}/runs/{run_id}?workflowType=machine_learning"
+    return f"[{text or info.run_name}]({page})"
+
+
+def show_figure(run_id: str, path: str) -> str:
+    """Return Markdown that shows a run's figure in its description: the path is one that the server has."""
+    return f"![{Path(path).stem}](get-artifact?path={path}&run_uuid={run_id})"
+
+
 def describe_experiments() -> str:
     """Return a line per experiment that has runs, the newest first, with the link to its page."""
     pages = {"no runs yet": "experiments"}
