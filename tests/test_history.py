@@ -16,8 +16,8 @@ from skin_resnet.tracking.history import (
     read_history,
     read_run,
     read_training,
-    register_model,
 )
+from skin_resnet.tracking.registry import register_model
 from skin_resnet.tracking.store import prepare_store
 from skin_resnet.training.engine import EpochResult, to_frame
 from tests.test_outage import build_epoch
@@ -165,8 +165,9 @@ def register(val: float, test: float | None = 0.5, split_hash: str = "a") -> str
     mlflow.MlflowClient().log_text(run_id, "flavors: {}", "model/MLmodel")
     metrics = {"val/balanced_accuracy": val} | ({} if test is None else {"test/balanced_accuracy": test})
     return register_model(
-        f"runs:/{run_id}/model", get_name(), metrics=metrics, baseline=0.143, split_hash=split_hash
-    )
+        f"runs:/{run_id}/model", get_name(), metrics=metrics, baseline=0.143, split_hash=split_hash,
+        descriptions=(f"version of val {val}", f"champion of val {val}"),
+    )  # fmt: skip
 
 
 def get_name() -> str:
@@ -178,10 +179,14 @@ def find_champion() -> str:
 
 
 def test_only_a_better_model_on_the_same_split_becomes_champion() -> None:
-    champions = []
-    for val, split_hash in ((0.5, "a"), (0.5, "a"), (0.9, "b"), (0.6, "a")):
+    client, champions = mlflow.MlflowClient(), []
+    for version, (val, split_hash) in enumerate(((0.5, "a"), (0.4, "a"), (0.9, "b"), (0.6, "a")), start=1):
         register(val, split_hash=split_hash)
         champions.append(find_champion())
+        # Each version is described by its own run, the registered model by its champion's.
+        assert client.get_model_version(get_name(), str(version)).description == f"version of val {val}"
+        expected = "champion of val 0.6" if version == 4 else "champion of val 0.5"
+        assert client.get_registered_model(get_name()).description == expected
     assert champions == ["1", "1", "1", "4"]
 
 

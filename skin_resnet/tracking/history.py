@@ -1,7 +1,7 @@
 """What MLflow holds of earlier runs: histories, predictions, test accesses, checkpoints and models."""
 
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, fields
 from datetime import UTC, datetime
@@ -20,7 +20,6 @@ from skin_resnet.tracking.store import OUTAGES, describe_uri
 # Tags of a search's runs: the study, and of a trial's run the trial's number and how it ended.
 STUDY, TRIAL, STATE = "search.study_id", "search.trial", "search.state"
 REPRODUCES = "reproduces"  # the tag of a reproduction: the run that it repeats
-CHAMPION = "champion"  # the alias of a registered model's best version
 _SCORE = "balanced_accuracy"
 _EPOCH_METRICS = (
     *(f"{split}/{field.name}" for split in ("train", "val") for field in fields(Metrics)),
@@ -201,43 +200,6 @@ def close_abandoned(run_id: str) -> str:
     except OUTAGES:
         return ""  # it is in another store, or this one is away
     return status
-
-
-def register_model(
-    model_uri: str, name: str, *, metrics: Mapping[str, float], baseline: float, split_hash: str
-) -> str:
-    """Register a model; it becomes the champion if it beats the present one on val. Return what was done.
-
-    A model whose balanced accuracy is not above `baseline`, the majority class's, is not registered.
-
-    Args:
-        model_uri: From `log_model`.
-        name: Of the registered model.
-        metrics: Its `val/balanced_accuracy`, and `test/balanced_accuracy` if it was tested; tags of the
-            version.
-        baseline: See above.
-        split_hash: The split they were measured on: those of different splits cannot be compared.
-    """
-    split = "test" if f"test/{_SCORE}" in metrics else "val"
-    score, val = metrics[f"{split}/{_SCORE}"], metrics[f"val/{_SCORE}"]
-    if not score > baseline:
-        return (
-            f"**Not registered: its balanced accuracy on {split}, {score:.3f}, is not above {baseline:.3f}, "
-            "the majority class's.**"
-        )
-    tags = {**{key: repr(float(value)) for key, value in metrics.items()}, "split.hash": split_hash}
-    version = mlflow.register_model(model_uri, name, tags=tags).version
-    client = mlflow.MlflowClient()
-    done = f"Registered as {name}, version {version}"
-    with suppress(mlflow.MlflowException):  # the first of its name
-        champion = client.get_model_version_by_alias(name, CHAMPION)
-        kept = f"{done}; version {champion.version} remains the {CHAMPION}"
-        if champion.tags.get("split.hash") != split_hash:
-            return f"{kept}: it was measured on another split."
-        if val <= (present := float(champion.tags[f"val/{_SCORE}"])):
-            return f"{kept}, with a val balanced accuracy of {present:.3f} to {val:.3f}."
-    client.set_registered_model_alias(name, CHAMPION, version)
-    return f"{done}, the {CHAMPION}: models:/{name}@{CHAMPION}."
 
 
 def log_test_access(run_id: str, split_hash: str, model_run_id: str = "") -> str:

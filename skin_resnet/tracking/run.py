@@ -169,15 +169,14 @@ class TrackedRun:
         self.log_artifacts({"config.yaml": config.model_dump(mode="json")})
 
     def log_metrics(self, metrics: Mapping[str, float], step: int | None = None) -> None:
-        """Log finite metrics, without those that the run shows already: it may have been resumed."""
-        known = self._client.get_run(self.run_id).data.metrics
+        """Log finite metrics, unless the run shows all of them already: it may have been resumed."""
+        finite = {name: float(value) for name, value in metrics.items() if np.isfinite(value)}
+        if finite.items() <= self._client.get_run(self.run_id).data.metrics.items():
+            return
         now = int(1000 * time.time())
-        new = [
-            Metric(name, float(value), now, step or 0)
-            for name, value in metrics.items()
-            if np.isfinite(value) and known.get(name) != value
-        ]
-        self._client.log_batch(self.run_id, metrics=new)
+        self._client.log_batch(
+            self.run_id, metrics=[Metric(name, value, now, step or 0) for name, value in finite.items()]
+        )
 
     def set_tags(self, tags: Mapping[str, Any]) -> None:
         """Set tags, their values as text."""

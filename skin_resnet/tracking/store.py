@@ -7,6 +7,7 @@ import time
 from contextlib import closing, suppress
 from functools import cache
 from pathlib import Path
+from urllib.parse import quote, urlencode
 
 import mlflow
 import requests
@@ -51,6 +52,13 @@ def link_run(run_id: str, text: str = "") -> str:
     info = mlflow.get_run(run_id).info
     page = f"#/experiments/{info.experiment_id}/runs/{run_id}?workflowType=machine_learning"
     return f"[{text or info.run_name}]({page})"
+
+
+def link_children(run_id: str, text: str) -> str:
+    """Return a Markdown link to the table of a run's child runs."""
+    query = urlencode({"searchFilter": f"tags.`mlflow.parentRunId` = '{run_id}'"}, quote_via=quote)
+    page = f"#/experiments/{mlflow.get_run(run_id).info.experiment_id}/runs?workflowType=machine_learning"
+    return f"[{text}]({page}&{query})"
 
 
 def show_figure(run_id: str, path: str) -> str:
