@@ -124,7 +124,7 @@ class RuntimeOptions(FrozenConfig):
     devices: int = Field(1, ge=1, le=64, description="Number of devices (DDP, one process each).")
     precision: Precision = Field("auto", description="Numeric precision; auto: bf16 where it is faster.")
     cache_dir: FolderPath = Field(
-        Path("~/.cache/skin-resnet"), description="Folder for decoded images and demo data."
+        Path("auto"), description="Folder for decoded images and demo data; auto: ~/.cache/skin-resnet."
     )
     checkpoint_dir: FolderPath = Field(
         Path("checkpoints"), description="Folder for checkpoints of unfinished runs, by run id."

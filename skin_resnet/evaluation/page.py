@@ -84,12 +84,10 @@ def format_assessment(assessment: Assessment, split: str, notes: Sequence[str] =
 
 def format_summary(assessment: Assessment, split: str) -> str:
     """Write the headline metrics beside those of the majority class, in one sentence."""
-    scores = [
-        f"{spell_metric(name)} {_format_metric(assessment, name)} "
-        f"({format_score(assessment.get(f'baseline_{name}').value)})"
-        for name in HEADLINES
-    ]
-    return f"{split.capitalize()} {', '.join(scores)}; in parentheses: always {assessment.baseline_class}."
+    # No parenthesis after an interval: in Markdown that is a link.
+    scores = ", ".join(f"{spell_metric(name)} {_format_metric(assessment, name)}" for name in HEADLINES)
+    baseline = ", ".join(format_score(assessment.get(f"baseline_{name}").value) for name in HEADLINES)
+    return f"{split.capitalize()} {scores}; always {assessment.baseline_class}: {baseline}."
 
 
 def _format_metric(assessment: Assessment, name: str) -> str:
