@@ -95,10 +95,10 @@ class TrialProgress:
     def estimate_left_s(self) -> float:
         """Return how long the trials that are left will take; NaN before one of this process has ended."""
         ended = len(self._list_ended())
-        if ended == self._ended_before:
+        left = max(0, self._config.n_trials - ended)
+        if left and ended == self._ended_before:
             return math.nan
-        pace_s = (time.monotonic() - self._start_s) / (ended - self._ended_before)
-        return pace_s * max(0, self._config.n_trials - ended)
+        return left * (time.monotonic() - self._start_s) / max(1, ended - self._ended_before)
 
     def show(self) -> None:
         """Print the trials that have ended since the last call."""
