@@ -11,13 +11,14 @@ export MLFLOW_DISABLE_TELEMETRY ?= true
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-zA-Z-]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
-setup: .venv/ready ## make .venv from requirements.lock (once, and again when the lock changes)
+setup: .venv/ready ## make .venv from requirements.lock, and the command skin-resnet in it
 
 .venv/ready: requirements.lock
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' \
 	  || { echo "Python 3.11 or newer is needed, but $(PYTHON) is $$($(PYTHON) -V); use make PYTHON=python3.11" >&2; exit 2; }
 	$(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --requirement requirements.lock
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --no-build-isolation --editable .
 	@touch $@
 
 doctor: .venv/ready ## check device, package versions, disk and tracking store
@@ -43,7 +44,8 @@ bench: .venv/ready ## measure the speeds in docs/scale.md
 	$(BIN)/python -m benchmarks.store
 	$(BIN)/python -m benchmarks.augment
 
-ui: .venv/ready ## open the MLflow UI on http://127.0.0.1:5000
+ui: .venv/ready ## start the MLflow UI on http://127.0.0.1:5000, after links to the experiments in it
+	@MLFLOW_TRACKING_URI=sqlite:///mlflow.db $(BIN)/python -m skin_resnet.tracking.store
 	mlflow server --backend-store-uri sqlite:///mlflow.db --port 5000
 
 lock: ## pin the newest versions that pyproject.toml allows (needs uv)

@@ -15,7 +15,7 @@ from optuna.trial import FrozenTrial, TrialState
 
 from search.config import SearchConfig
 from search.space import BASELINE, Space, build_space
-from search.study import MAX_RETRIES, choose_best, drop_retried, find_front, find_to_retry
+from search.study import MAX_RETRIES, choose_best, drop_retried, find_front, find_to_retry, summarize
 from skin_resnet.evaluation.metrics import (
     HEADLINES,
     Predictions,
@@ -23,6 +23,7 @@ from skin_resnet.evaluation.metrics import (
     predict_always,
 )
 from skin_resnet.evaluation.page import format_score, format_table, spell_metric
+from skin_resnet.tracking.store import link_children, link_run
 
 MAJORITY, WINNER, DIFFERENCE = "majority class", "winner", "difference"
 _EDGE = 0.03  # share of a range that counts as its edge
@@ -60,6 +61,23 @@ def describe_trials(config: SearchConfig, study: Study, best: FrozenTrial) -> st
     return "\n".join(lines)
 
 
+def describe_progress(config: SearchConfig, study: Study, run_id: str, left_s: float) -> str:
+    """Describe the best trial so far, how many have ended, and how long the others take (NaN: unknown)."""
+    metrics, best = summarize(config, study), choose_best(config, study)
+    done, pruned, failed = (int(metrics[f"search/trials_{name}"]) for name in ("done", "pruned", "failed"))
+    head = f"Best so far: {link_trial(config, best)}" if best else "No trial has finished yet"
+    left = "" if math.isnan(left_s) else f"; about {left_s / 60:.0f} min left"
+    counts = f"{done - pruned - failed} finished, {pruned} pruned, {failed} failed"
+    runs = link_children(run_id, "the trials' runs")
+    return f"**{head}.** {done} of {config.n_trials} trials have ended: {counts}{left}. See {runs}."
+
+
+def link_trial(config: SearchConfig, trial: FrozenTrial) -> str:
+    """Return a link to a finished trial's run, with its objectives."""
+    link = link_run(trial.user_attrs["run_id"], f"trial {trial.number}")
+    return f"{link}, {_format_values(config, trial)}"
+
+
 class TrialProgress:
     """Prints a line for each trial of a study that ends: `trial 3/30 adam 4.5e-04 strong -> 0.612 ...`."""
 
@@ -74,15 +92,22 @@ class TrialProgress:
         killed = {trial.number for trial in find_to_retry(trials)}
         return [t for t in drop_retried(trials) if t.state.is_finished() and t.number not in killed]
 
+    def estimate_left_s(self) -> float:
+        """Return how long the trials that are left will take; NaN before one of this process has ended."""
+        ended = len(self._list_ended())
+        left = max(0, self._config.n_trials - ended)
+        if left and ended == self._ended_before:
+            return math.nan
+        return left * (time.monotonic() - self._start_s) / max(1, ended - self._ended_before)
+
     def show(self) -> None:
         """Print the trials that have ended since the last call."""
-        ended = self._list_ended()
-        for trial in ended:
+        for trial in self._list_ended():
             if trial.number not in self._shown:
                 self._shown.add(trial.number)
-                print(self._describe(trial, len(ended)), flush=True)
+                print(self._describe(trial), flush=True)
 
-    def _describe(self, trial: FrozenTrial, ended: int) -> str:
+    def _describe(self, trial: FrozenTrial) -> str:
         options = json.loads(trial.user_attrs.get("config", "{}"))
         recipe = "{optimizer} {lr:.2g} {augment}".format(**options) if options else "not started"
         outcome = {
@@ -92,9 +117,7 @@ class TrialProgress:
         line = f"trial {trial.number}/{self._config.n_trials} {recipe} -> {outcome}"
         if best := choose_best(self._config, self._study):
             line += f" (best {best.values[0]:.3f}, trial {best.number})"
-        pace_s = (time.monotonic() - self._start_s) / max(1, ended - self._ended_before)
-        left_min = pace_s * max(0, self._config.n_trials - ended) / 60
-        return f"{line}, {left_min:.0f} min left"
+        return f"{line}, {self.estimate_left_s() / 60:.0f} min left"
 
 
 def _format_values(config: SearchConfig, trial: FrozenTrial) -> str:
@@ -157,24 +180,19 @@ def describe_winner(retrained: pd.DataFrame, scores: pd.DataFrame | None, best: 
             formatted = [format_score(each.value, (each.low, each.high)) for each in cells]
             rows.append([f"test {spell_metric(name)}", *formatted])
     parts = [
-        f"Mean of {seeds} seed{'s' * (seeds > 1)}; intervals (95 %) by bootstrap over lesions.",
-        "",
-        format_table(["", *columns], rows),
-        "",
         f"**{_judge(winner, scores)}**",
+        f"Mean of {seeds} seed{'s' * (seeds > 1)}; intervals (95 %) by bootstrap over lesions.",
+        format_table(["", *columns], rows),
     ]
     if best:
         mean, in_study = means.val[winner], best.user_attrs["val/balanced_accuracy"]
         is_biased = round(mean, 3) < round(in_study, 3)
         luck = ": the best of many trials is partly luck (selection bias)" if is_biased else ""
-        parts += [
-            "",
-            (
-                f"- The winner's balanced accuracy on val was {in_study:.3f} in the study and is {mean:.3f} "
-                f"retrained{luck}."
-            ),
-        ]
-    return "\n".join(parts)
+        parts.append(
+            f"- The winner's balanced accuracy on val was {in_study:.3f} in the study and is {mean:.3f} "
+            f"retrained{luck}."
+        )
+    return "\n\n".join(parts)
 
 
 def _judge(winner: str, scores: pd.DataFrame | None) -> str:

@@ -2,6 +2,7 @@
 
 import shlex
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import pandas as pd
@@ -24,10 +25,12 @@ from skin_resnet.data.prepare import prepare_data
 from skin_resnet.data.split import join_lesions
 from skin_resnet.errors import UserError
 from skin_resnet.evaluation.metrics import Predictions
-from skin_resnet.evaluation.page import print_markdown
+from skin_resnet.evaluation.page import format_score, print_markdown
 from skin_resnet.options import format_value
 from skin_resnet.tracking import history as finished_runs
+from skin_resnet.tracking.registry import describe_champion, describe_version, register_model
 from skin_resnet.tracking.run import TrackedRun, describe_location, open_run
+from skin_resnet.tracking.store import link_children
 from skin_resnet.training.checkpoint import read_checkpoint
 from skin_resnet.training.run import run_training
 
@@ -47,9 +50,10 @@ def search(config: SearchConfig) -> None:
             # Of several searches on one study, the first to come here retrains, tests and reports.
             with lock(config.storage, f"winner-{get_study_id(study)}", wait=False) as is_first:
                 page = _conclude(config, study, run) if is_first else "Another search is testing the winner."
-        print_markdown(page)
-        wait_for_server(lambda: run.log_artifacts({"report.md": page}))
-        wait_for_server(lambda: run.describe(page))
+        titled = f"### Search {config.study_name}: {config.arch} on {config.data}\n\n{page}"
+        print_markdown(titled)
+        wait_for_server(lambda: run.log_artifacts({"report.md": titled}))
+        wait_for_server(lambda: run.describe(f"{_link_winner(config, study, run)}\n\n{page}"))
     print(f"\n{describe_location(run.run_id)}")
 
 
@@ -83,12 +87,17 @@ def _conclude(config: SearchConfig, study: Study, run: TrackedRun) -> str:
         shown = {BASELINE: run_ids.get(BASELINE), WINNER: best.user_attrs["run_id"]}
         _log_curves(config, run, {name: run_id for name, run_id in shown.items() if run_id})
     pages = [
-        f"### Search {config.study_name}: {config.arch} on {config.data}",
-        report.describe_trials(config, study, best),
         verdict,
+        report.describe_trials(config, study, best),
         f"To train it again:\n\n```sh\n{command}\n```",
     ]
     return "\n\n".join(filter(None, pages))
+
+
+def _link_winner(config: SearchConfig, study: Study, run: TrackedRun) -> str:
+    best = choose_best(config, study)
+    winner = f"**Winner: {report.link_trial(config, best)}.** " if best else ""
+    return f"{winner}See {link_children(run.run_id, 'the runs of its trials and retrainings')}."
 
 
 def choose_recipes(config: SearchConfig, best: FrozenTrial) -> dict[str, TrainConfig]:
@@ -206,11 +215,30 @@ def register(config: SearchConfig, retrained: pd.DataFrame, scores: pd.DataFrame
     best = retrained[retrained.recipe == retrained.recipe.iloc[-1]].nlargest(1, "val").iloc[0]
     data = prepare_data(TrainConfig.model_validate_json(best.config))
     metrics, majority = {"val/balanced_accuracy": best.val}, 1 / len(data.classes)
+    score = f"val balanced accuracy {best.val:.3f} (test was not evaluated)"
     if scores is not None:
-        metrics["test/balanced_accuracy"] = scores.value[best.recipe, "balanced_accuracy"]
+        test = scores.loc[(best.recipe, "balanced_accuracy")]
+        metrics["test/balanced_accuracy"] = test.value
         majority = scores.value[MAJORITY, "balanced_accuracy"]
-    return wait_for_server(
-        lambda: finished_runs.register_model(
-            best.model_uri, config.model_name, metrics=metrics, baseline=majority, split_hash=data.split.hash
+        score = (
+            f"test balanced accuracy {format_score(test.value, (test.low, test.high))}, mean of "
+            f"{config.seeds} seed{'s' * (config.seeds > 1)}, 95 % interval by bootstrap over lesions"
         )
-    )
+    score = f"{score}; always {data.baseline_class}: {majority:.3f}"
+    command = write_command(TrainConfig.model_validate_json(best.config))
+
+    def add() -> str:
+        descriptions = (
+            describe_version(score, command, best.run_id),
+            describe_champion(config.model_name, score, Path(config.data).stem, data),
+        )
+        return register_model(
+            best.model_uri,
+            config.model_name,
+            metrics=metrics,
+            baseline=majority,
+            split_hash=data.split.hash,
+            descriptions=descriptions,
+        )
+
+    return wait_for_server(add)

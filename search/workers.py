@@ -21,7 +21,7 @@ from optuna.trial import TrialState
 
 from search.config import SearchConfig
 from search.objective import Objective, TrialFailed
-from search.report import TrialProgress
+from search.report import TrialProgress, describe_progress
 from search.study import (
     CLAIM,
     MAX_RETRIES,
@@ -70,7 +70,7 @@ def run_workers(config: SearchConfig, study: Study, run: TrackedRun) -> None:
                 if (now := count_done(study.get_trials(deepcopy=False))) > done:
                     done, restarts = now, most
                     with suppress(*OUTAGES):  # the next time makes up for it
-                        log_progress(config, study, run)
+                        log_progress(config, study, run, progress.estimate_left_s())
                 for number, process in enumerate(processes):
                     if (process.exitcode or 0) < 0 and restarts:  # it was killed
                         restarts -= 1
@@ -84,10 +84,11 @@ def run_workers(config: SearchConfig, study: Study, run: TrackedRun) -> None:
         raise UserError(f"all workers exited with {trials} left; repeat the command to run them")
 
 
-def log_progress(config: SearchConfig, study: Study, run: TrackedRun) -> None:
-    """Log a study's progress on the search's run."""
-    metrics = summarize(config, study)
+def log_progress(config: SearchConfig, study: Study, run: TrackedRun, left_s: float = 0.0) -> None:
+    """Log a study's progress on the search's run: metrics by number of ended trials, a description."""
+    metrics = summarize(config, study) | {"search/eta_s": left_s}
     run.log_metrics(metrics, step=int(metrics["search/trials_done"]))
+    run.describe(describe_progress(config, study, run.run_id, left_s))
 
 
 def _start(config: SearchConfig, study: Study, parent_run_id: str, number: int) -> BaseProcess:

@@ -128,7 +128,7 @@ class RuntimeOptions(FrozenConfig):
         "auto", description="Numeric precision; auto: bf16 where the GPU or CPU has units for it."
     )
     cache_dir: FolderPath = Field(
-        Path("~/.cache/skin-resnet"), description="Folder for decoded images and demo data."
+        Path("auto"), description="Folder for decoded images and demo data; auto: ~/.cache/skin-resnet."
     )
     checkpoint_dir: FolderPath = Field(
         Path("checkpoints"), description="Folder for checkpoints of unfinished runs, by run id."

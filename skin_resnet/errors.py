@@ -29,6 +29,17 @@ def expand(path: str | Path) -> Path:
         ) from None
 
 
+def expand_cache(cache_dir: Path) -> Path:
+    """Return the folder of a cache_dir, whose default `auto` is `~/.cache/skin-resnet`.
+
+    `mlflow run` logs a default with `~` quoted as for a shell, and a param cannot be corrected.
+
+    Raises:
+        UserError: The user in it does not exist.
+    """
+    return expand("~/.cache/skin-resnet" if str(cache_dir) == "auto" else cache_dir)
+
+
 def hide_password(text: str) -> str:
     """Return a URI, or a text that contains some, without user names and passwords."""
     # A password may contain what otherwise ends the host: postgresql://user:a/b@host.

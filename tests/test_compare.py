@@ -13,7 +13,7 @@ import pytest
 from skin_resnet.commands.compare import compare, format_difference
 from skin_resnet.config import CompareConfig
 from skin_resnet.errors import UserError
-from skin_resnet.evaluation.metrics import Predictions, compare_models, compute_metrics
+from skin_resnet.evaluation.metrics import HEADLINES, Predictions, compare_models, compute_metrics
 from skin_resnet.labels import HAM10000_CLASSES
 
 LESIONS = np.array([f"L{i // 2:03}" for i in range(300)])
@@ -123,17 +123,28 @@ def test_the_best_run_of_each_arch_is_compared_in_a_run_with_links(runs, capsys)
     assert runs["deep"] in run.data.tags["mlflow.note.content"]
     path = mlflow.artifacts.download_artifacts(run_id=run.info.run_id, artifact_path="differences.csv")
     assert len(pd.read_csv(path)) == 3
+    # A chart each: the models side by side, and their difference.
+    assert set(run.data.metrics) == {
+        *(f"{name} {arch}" for name in HEADLINES for arch in ("resnet50", "resnet152")),
+        "balanced_accuracy resnet152 minus resnet50",
+    }
+    paths = {file.path for file in mlflow.MlflowClient().list_artifacts(run.info.run_id, "figures")}
+    assert "figures/differences.png" in paths
 
 
 def test_runs_of_one_arch_are_distinguished_by_name_or_else_by_id(runs, capsys) -> None:
     config = CompareConfig(runs=f"{runs['first']}, {runs['second']},{runs['deep']},")
     compare(config)
     assert "resnet50 second minus resnet50 first: +" in capsys.readouterr().out
+    for number, name in enumerate(("first", "second")):
+        mlflow.MlflowClient().set_tag(runs[name], "mlflow.runName", f"resnet50 · demo · seed {number}")
+    compare(config)
+    assert "resnet50 seed 1 minus resnet50 seed 0" in capsys.readouterr().out
     for name in ("first", "second"):
         mlflow.MlflowClient().set_tag(runs[name], "mlflow.runName", "lr=0.1 (v2), mixup")
     compare(config)
     page = capsys.readouterr().out
-    assert f"resnet50 {runs['second'][:24]} minus resnet50 {runs['first'][:24]}" in page
+    assert f"resnet50 {runs['second'][:8]} minus resnet50 {runs['first'][:8]}" in page
     assert "resnet152 minus resnet50" in page
 
 
@@ -143,6 +154,22 @@ def test_a_leaking_run_is_not_the_best_and_is_marked_where_it_is_named(runs, cap
     assert "leaks" not in capsys.readouterr().out
     compare(CompareConfig(runs=f"{runs['second']},{runs['deep']}"))
     assert "resnet50: The split of this training leaks" in capsys.readouterr().out
+
+
+def test_best_compares_within_the_split_of_most_architectures_and_names_the_others(runs, capsys) -> None:
+    client = mlflow.MlflowClient()
+    for name in runs:
+        client.log_param(runs[name], "data", "'/images/my clinic'")
+    client.set_tag(runs["first"], "split.hash", "def")
+    compare(CompareConfig(runs="best"))
+    page = " ".join(capsys.readouterr().out.split())
+    assert "resnet152 minus resnet50" in page
+    assert "2 runs on my clinic, split abc" in page
+    assert "Left out" in page
+    assert "1 run on my clinic, split def" in page
+    client.set_tag(runs["deep"], "split.hash", "ghi")
+    with pytest.raises(UserError, match=r"pass runs=ID,ID.*Left out.*split abc; .*split def"):
+        compare(CompareConfig(runs="best"))
 
 
 def test_runs_of_two_splits_are_refused_and_named(runs) -> None:

@@ -16,8 +16,8 @@ from skin_resnet.tracking.history import (
     read_history,
     read_run,
     read_training,
-    register_model,
 )
+from skin_resnet.tracking.registry import register_model
 from skin_resnet.tracking.store import prepare_store
 from skin_resnet.training.engine import EpochResult, to_frame
 from tests.test_outage import build_epoch
@@ -63,7 +63,7 @@ def record(
     return run_id
 
 
-def find_best(split: str = "test") -> list[str]:
+def find_best(split: str = "test") -> tuple[list[str], str]:
     with mlflow.start_run():
         return find_best_runs(split)
 
@@ -71,7 +71,7 @@ def find_best(split: str = "test") -> list[str]:
 def test_the_best_run_of_each_arch_is_found() -> None:
     record(0.5)
     expected = [record(0.6), record(0.4, "resnet101"), record(0.3, "resnet152")]
-    assert find_best() == expected
+    assert find_best()[0] == expected
 
 
 @pytest.mark.parametrize(
@@ -85,22 +85,23 @@ def test_the_best_run_of_each_arch_is_found() -> None:
         {"split": "other data"},
     ],
 )
-def test_only_finished_tested_trainings_of_one_split_are_compared(unfit: dict, capsys) -> None:
+def test_only_finished_tested_trainings_of_one_split_are_compared(unfit: dict) -> None:
     record(0.99, "resnet101", **unfit)
     expected = [record(0.5), record(0.6, "resnet152")]
-    assert find_best() == expected
-    assert ("other splits" in capsys.readouterr().out) == ("split" in unfit)
+    ids, note = find_best()
+    assert ids == expected
+    assert ("Left out" in note) == ("split" in unfit)
 
 
 def test_of_splits_with_as_many_runs_the_latest_is_taken() -> None:
     record(0.9, split="old")
     latest = record(0.5, split="new")
-    assert find_best() == [latest]
+    assert find_best()[0] == [latest]
 
 
 def test_runs_that_were_not_tested_are_compared_on_val_and_none_is_an_error() -> None:
     run_id = record(is_tested=False)
-    assert find_best("val") == [run_id]
+    assert find_best("val")[0] == [run_id]
     with pytest.raises(UserError, match="test"):
         find_best("test")
 
@@ -164,8 +165,9 @@ def register(val: float, test: float | None = 0.5, split_hash: str = "a") -> str
     mlflow.MlflowClient().log_text(run_id, "flavors: {}", "model/MLmodel")
     metrics = {"val/balanced_accuracy": val} | ({} if test is None else {"test/balanced_accuracy": test})
     return register_model(
-        f"runs:/{run_id}/model", get_name(), metrics=metrics, baseline=0.143, split_hash=split_hash
-    )
+        f"runs:/{run_id}/model", get_name(), metrics=metrics, baseline=0.143, split_hash=split_hash,
+        descriptions=(f"version of val {val}", f"champion of val {val}"),
+    )  # fmt: skip
 
 
 def get_name() -> str:
@@ -177,10 +179,14 @@ def find_champion() -> str:
 
 
 def test_only_a_better_model_on_the_same_split_becomes_champion() -> None:
-    champions = []
-    for val, split_hash in ((0.5, "a"), (0.5, "a"), (0.9, "b"), (0.6, "a")):
+    client, champions = mlflow.MlflowClient(), []
+    for version, (val, split_hash) in enumerate(((0.5, "a"), (0.4, "a"), (0.9, "b"), (0.6, "a")), start=1):
         register(val, split_hash=split_hash)
         champions.append(find_champion())
+        # Each version is described by its own run, the registered model by its champion's.
+        assert client.get_model_version(get_name(), str(version)).description == f"version of val {val}"
+        expected = "champion of val 0.6" if version == 4 else "champion of val 0.5"
+        assert client.get_registered_model(get_name()).description == expected
     assert champions == ["1", "1", "1", "4"]
 
 

@@ -1,6 +1,7 @@
 """`MLproject` and `conda.yaml` say what the configs and pyproject.toml say."""
 
 import re
+import shlex
 import tomllib
 from pathlib import Path
 
@@ -32,6 +33,8 @@ def test_mlflow_reads_every_option_with_its_default_and_passes_it_on() -> None:
                 assert parameter.default is None
             else:
                 assert str(parameter.default) == str(field.default)
+                # MLflow logs it quoted as for a shell; our own commands do not.
+                assert shlex.quote(str(parameter.default)) == str(field.default), option
 
 
 def read_requirements() -> dict[str, Requirement]:

@@ -70,7 +70,7 @@ def test_the_majority_class_is_a_column_of_the_table() -> None:
     assert scores.value[MAJORITY, "balanced_accuracy"] == 1 / 4
     assert scores.value[MAJORITY, "macro_auc"] == 0.5
     page = report.describe_winner(retrain(baseline_recipe=0.4), scores, make_trial(0))
-    assert [cell.strip() for cell in page.splitlines()[2].split("|")[2:-1]] == [MAJORITY, BASELINE]
+    assert [cell.strip() for cell in page.splitlines()[4].split("|")[2:-1]] == [MAJORITY, BASELINE]
 
 
 def retrain(**vals: float) -> pd.DataFrame:
@@ -88,7 +88,9 @@ def test_a_winner_no_better_than_the_majority_class_is_not_registered(
         mlflow, "register_model", lambda *_, **__: registered.append("m") or SimpleNamespace(version="1")
     )
     monkeypatch.setattr(mlflow, "MlflowClient", MagicMock())
-    data = SimpleNamespace(classes=("a", "b", "c", "d"), split=SimpleNamespace(hash="h"))
+    monkeypatch.setattr(story, "describe_version", MagicMock())
+    monkeypatch.setattr(story, "describe_champion", MagicMock())
+    data = SimpleNamespace(classes=("a", "b", "c", "d"), baseline_class="a", split=SimpleNamespace(hash="h"))
     monkeypatch.setattr(story, "prepare_data", lambda config: data)
     scores = None
     if test is not None:

@@ -1,6 +1,9 @@
 """The winner: retrained beside the baseline recipe, tested once, registered where better on val."""
 
 import os
+import re
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -8,6 +11,7 @@ import mlflow
 import optuna
 import pytest
 from mlflow.entities import Run
+from PIL import Image
 from test_search_study import make_epoch, run
 
 from search.config import SearchConfig
@@ -125,6 +129,34 @@ def test_the_winners_best_model_on_val_is_the_champion(parent: Run) -> None:
     winners = [r for r in find_children(parent) if r.data.tags["search.recipe"] == "winner"]
     best = max(run.data.metrics["best_val_balanced_accuracy"] for run in winners)
     assert float(champion.tags["val/balanced_accuracy"]) == best
+
+
+def test_the_registrys_pages_have_score_limits_and_a_snippet_that_works(parent: Run, folder: Path) -> None:
+    client = mlflow.MlflowClient()
+    page = client.get_registered_model("skin-resnet").description
+    champion = client.get_model_version_by_alias("skin-resnet", "champion")
+    score = re.search(r"Test balanced accuracy [\d.]+ \[[\d.]+, [\d.]+\].*always blue: [\d.]+", page)
+    assert score
+    assert score[0] in champion.description
+    assert f"runs/{champion.run_id}?workflowType" in champion.description
+    assert "skin-resnet train --data=" in champion.description
+    assert "not a medical device" in page
+    (snippet,) = re.findall("```python\n(.*?)```", page, re.DOTALL)
+    Image.new("RGB", (40, 40), (60, 80, 200)).save(folder / "lesion.jpg")
+    done = subprocess.run([sys.executable, "-c", snippet], cwd=folder, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.split()[:4] == ["prediction", "blue", "green", "red"]
+
+
+def test_the_searchs_run_shows_its_progress_its_winner_and_its_children(parent: Run) -> None:
+    client = mlflow.MlflowClient()
+    note = parent.data.tags["mlflow.note.content"]
+    first, *_ = note.splitlines()
+    assert first.startswith("**Winner: [trial 1](#/experiments/")
+    assert f"parentRunId%60%20%3D%20%27{parent.info.run_id}%27" in first
+    best = client.get_metric_history(parent.info.run_id, "search/best_val_balanced_accuracy")
+    assert [(point.step, point.value) for point in best] == [(3, pytest.approx(0.8))]
+    assert parent.data.metrics["search/eta_s"] == 0
 
 
 def test_the_same_command_again_tests_and_trains_nothing(parent: Run, config: SearchConfig) -> None:

@@ -12,10 +12,11 @@ import torch
 from PIL import Image
 from torchvision.transforms.v2 import functional as F
 
+from skin_resnet.config import TrainConfig
 from skin_resnet.data import store as store_module
 from skin_resnet.data.decode import decode_image
 from skin_resnet.data.store import ImageStore, fingerprint_images, open_store
-from skin_resnet.errors import UserError
+from skin_resnet.errors import UserError, expand_cache
 from skin_resnet.model.preprocess import IMAGENET_MEAN, IMAGENET_STD, normalize
 
 
@@ -230,6 +231,12 @@ def test_the_fingerprint_changes_with_ids_diagnoses_and_pixels(table: pd.DataFra
     assert fingerprint_images(table.assign(dx=["mel", "nv", "nv", "mel", "nv"]), store) != before
     Image.new("RGB", (60, 45)).save(table["path"][2])
     assert fingerprint_images(table, open_store(table, 32, cache, "stop")) != before
+
+
+def test_the_default_cache_is_in_the_home_folder_and_any_other_is_taken_as_typed() -> None:
+    assert expand_cache(TrainConfig().cache_dir) == Path.home() / ".cache/skin-resnet"
+    assert expand_cache(Path("~/images")) == Path.home() / "images"
+    assert expand_cache(Path("./auto/images")) == Path("auto/images")
 
 
 def test_a_cache_dir_that_is_a_file_is_refused(table: pd.DataFrame, cache: Path) -> None:

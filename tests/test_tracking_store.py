@@ -17,7 +17,7 @@ import pytest
 
 from skin_resnet.errors import UserError, hide_password
 from skin_resnet.tracking.run import open_run
-from skin_resnet.tracking.store import check_store, prepare_store
+from skin_resnet.tracking.store import check_store, describe_experiments, prepare_store
 
 ROOT = Path(__file__).parent.parent
 PREPARE = "from skin_resnet.tracking.store import prepare_store; prepare_store()"
@@ -169,3 +169,13 @@ def test_runs_go_to_an_experiment_of_their_own_and_keep_a_name_that_was_given(mo
         found = mlflow.get_run(run.run_id)
         assert mlflow.get_experiment(found.info.experiment_id).name == "skin-resnet"
         assert found.info.run_name == "evaluate · a model"
+
+
+def test_the_links_of_make_ui_lead_to_the_experiments_with_runs_and_create_no_store(folder: Path) -> None:
+    assert "#/experiments?workflowType=machine_learning" in describe_experiments()
+    assert not (folder / "mlflow.db").exists()
+    with open_run("run") as run:
+        experiment_id = mlflow.get_run(run.run_id).info.experiment_id
+    mlflow.create_experiment("empty")
+    (line,) = describe_experiments().splitlines()
+    assert f"/#/experiments/{experiment_id}/runs?workflowType=machine_learning" in line

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import skin_resnet
 from skin_resnet.config import DoctorConfig
-from skin_resnet.errors import UserError
+from skin_resnet.errors import UserError, expand_cache
 
 _SHOWN = ("torch", "torchvision", "lightning-fabric", "mlflow", "optuna")
 _MIN_FREE_GB = 2.0  # the decoded images and the checkpoints of one training
@@ -113,7 +113,7 @@ def has_nvidia_gpu() -> bool:
 
 def check_disk(option: str, folder: Path) -> str:
     """Return the free space for a folder; a UserError if it is full or cannot be written to."""
-    place = folder.expanduser().absolute()
+    place = (expand_cache(folder) if option == "cache_dir" else folder.expanduser()).absolute()
     while not os.path.lexists(place):
         place = place.parent
     if not place.is_dir() or not os.access(place, os.W_OK | os.X_OK):

@@ -13,15 +13,12 @@ from skin_resnet.evaluation.page import LEAK_BANNER, print_markdown
 from skin_resnet.evaluation.report import describe_training
 from skin_resnet.tracking.history import close_abandoned, log_test_access, read_tags
 from skin_resnet.tracking.run import TrackedRun, describe_location, is_project_run, open_run
-from skin_resnet.tracking.store import prepare_store
+from skin_resnet.tracking.store import prepare_store, show_figure
 from skin_resnet.training.checkpoint import RunFolder, clean_up_killed, read_checkpoint
 from skin_resnet.training.device import explain_out_of_memory, is_out_of_memory
 from skin_resnet.training.engine import NonFiniteLossError, to_frame
 from skin_resnet.training.resume import ResumePoint, find_resume_point
 from skin_resnet.training.run import TrainResult, run_training, take_part
-
-# The path is one that MLflow's server has, so that the run's description shows the figure.
-_CURVES = "![Training curves](get-artifact?path=figures/curves.png&run_uuid={run_id})"
 
 
 def train(config: TrainConfig) -> None:
@@ -88,7 +85,7 @@ def _train_and_test(run: TrackedRun, point: ResumePoint) -> str:
     text = report(run, result)
     summary, page = _test(run, result) if config.test == "at_end" else ("Test was not evaluated.", "")
     # The page of a run shows the first lines only.
-    curves = _CURVES.format(run_id=run.run_id) if len(result.history) > 1 else ""
+    curves = show_figure(run.run_id, "figures/curves.png") if len(result.history) > 1 else ""
     run.describe("\n\n".join(filter(None, [summary, text, curves, page])))
     run.log_model(result.checkpoint_path, result.data.classes)
     if config.print_report == "true":

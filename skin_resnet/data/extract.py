@@ -7,7 +7,7 @@ import pandas as pd
 
 from skin_resnet.data.sources import read_source
 from skin_resnet.data.tables import reject
-from skin_resnet.errors import UserError, expand
+from skin_resnet.errors import UserError, expand_cache
 from skin_resnet.labels import order_classes
 
 _OLDEST_AGE = 130  # tables write 999 for an unknown age
@@ -33,7 +33,7 @@ def extract(source: str, cache_dir: Path, fewest_classes: int = 2) -> pd.DataFra
         UserError: The source cannot be read, or breaks a rule that training relies on.
     """
     try:
-        raw = read_source(source, expand(cache_dir))
+        raw = read_source(source, expand_cache(cache_dir))
     except OSError as error:
         raise UserError(f"cannot read data={source}: {error}; check the path and its permissions.") from error
     _check_identities(raw)

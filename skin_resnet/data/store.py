@@ -23,7 +23,7 @@ from PIL import Image
 
 from skin_resnet.config import OnBadImage
 from skin_resnet.data.decode import BadImageError, decode_image, open_image
-from skin_resnet.errors import UserError, expand
+from skin_resnet.errors import UserError, expand_cache
 
 AUTO_IMAGE_SIZE = 224
 THUMBNAIL_SIDE = 16
@@ -86,7 +86,7 @@ def open_store(
     Raises:
         UserError: An image is bad (on_bad_image=stop), all are, or `cache_dir` cannot be used.
     """
-    folder = expand(cache_dir) / "stores" / _compute_key(table, image_size, on_bad_image)
+    folder = expand_cache(cache_dir) / "stores" / _compute_key(table, image_size, on_bad_image)
     started = time.perf_counter()
     build_s = 0.0
 

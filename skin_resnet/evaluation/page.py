@@ -84,19 +84,15 @@ def format_assessment(assessment: Assessment, split: str, notes: Sequence[str] =
 
 def format_summary(assessment: Assessment, split: str) -> str:
     """Write the headline metrics beside those of the majority class, in one sentence."""
-    scores = [
-        f"{spell_metric(name)} {_format_metric(assessment, name)} "
-        f"({format_score(assessment.get(f'baseline_{name}').value)})"
-        for name in HEADLINES
-    ]
+    # No parenthesis after an interval: in Markdown that is a link.
+    scores = ", ".join(f"{spell_metric(name)} {_format_metric(assessment, name)}" for name in HEADLINES)
+    baseline = ", ".join(format_score(assessment.get(f"baseline_{name}").value) for name in HEADLINES)
     plain = ", ".join(
         f"{spell_metric(name)} {format_score(assessment.get(f'plain_{name}').value)}"
         for name in ("balanced_accuracy", "accuracy")
     )
-    return (
-        f"{split.capitalize()} {', '.join(scores)}; in parentheses: always {assessment.baseline_class}. "
-        f"Plain decision: {plain}."
-    )
+    always = f"always {assessment.baseline_class}: {baseline}"
+    return f"{split.capitalize()} {scores}; {always}. Plain decision: {plain}."
 
 
 def _format_metric(assessment: Assessment, name: str) -> str:

@@ -1,7 +1,7 @@
 """What MLflow holds of earlier runs: histories, predictions, test accesses, checkpoints and models."""
 
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, fields
 from datetime import UTC, datetime
@@ -20,7 +20,6 @@ from skin_resnet.tracking.store import OUTAGES, describe_uri
 # Tags of a search's runs: the study, and of a trial's run the trial's number and how it ended.
 STUDY, TRIAL, STATE = "search.study_id", "search.trial", "search.state"
 REPRODUCES = "reproduces"  # the tag of a reproduction: the run that it repeats
-CHAMPION = "champion"  # the alias of a registered model's best version
 _SCORE = "balanced_accuracy"
 _EPOCH_METRICS = (
     *(f"{split}/{field.name}" for split in ("train", "val") for field in fields(Metrics)),
@@ -33,6 +32,7 @@ class FinishedRun:
     """A finished training and its predictions.
 
     Attributes:
+        data: Its data's name.
         split_hash: Which split it was trained and evaluated on.
         leaks: Whether that split leaks.
         history: As `read_history` returns it.
@@ -42,6 +42,7 @@ class FinishedRun:
     run_id: str
     name: str
     arch: str
+    data: str
     split_hash: str
     leaks: bool
     metrics: dict[str, float]
@@ -63,6 +64,7 @@ def read_run(run_id: str, split: str) -> FinishedRun:
             run_id=run_id,
             name=run.info.run_name,
             arch=run.data.params["arch"],
+            data=name_data(run.data.params.get("data", "")),
             split_hash=run.data.tags.get("split.hash", ""),
             leaks=run.data.tags.get("split.leaks") == "true",
             metrics=run.data.metrics,
@@ -108,12 +110,15 @@ def download_checkpoint(model: str) -> Path:
         return next(Path(mlflow.artifacts.download_artifacts(uri)).rglob("*.pt"))
 
 
-def find_best_runs(split: str = "test") -> list[str]:
-    """Return each architecture's run with the highest val balanced accuracy, in the open run's experiment.
+def find_best_runs(split: str = "test") -> tuple[list[str], str]:
+    """Find each architecture's run with the highest val balanced accuracy, in the open run's experiment.
 
     Only finished trainings that were evaluated on `split` qualify, no trials, no reproductions, and none
     whose split leaks. Scores on different splits cannot be compared: of several, the one with the most
-    runs is taken, of those with as many the one that was used last, and a line says so.
+    architectures, then runs, is taken, of those with as many the one that was used last.
+
+    Returns:
+        The ids, and a sentence that says among which runs they were chosen, and which are left out.
 
     Raises:
         UserError: None qualifies.
@@ -134,18 +139,34 @@ def find_best_runs(split: str = "test") -> list[str]:
             of_split[run.data.tags["split.hash"]].append(run)
     if not of_split:
         raise UserError(f"runs=best: this experiment has no finished training that was evaluated on {split}")
-    chosen, *others = sorted(of_split, key=lambda key: len(of_split[key]), reverse=True)
-    if others:
-        left_out = sum(len(of_split[key]) for key in others)
-        print(
-            f"runs=best: {len(of_split[chosen])} runs on split {chosen[:8]}; {left_out} runs on other splits "
-            "are left out, compare them with runs=ID,ID"
-        )
+    chosen, *others = sorted(
+        of_split,
+        key=lambda key: (len({run.data.params["arch"] for run in of_split[key]}), len(of_split[key])),
+        reverse=True,
+    )
     best: dict[str, Run] = {}
     for run in sorted(of_split[chosen], key=lambda run: -float(run.data.metrics[f"best_val_{_SCORE}"])):
         best.setdefault(run.data.params["arch"], run)
     # resnet50 before resnet101
-    return [best[arch].info.run_id for arch in sorted(best, key=lambda arch: (len(arch), arch))]
+    ids = [best[arch].info.run_id for arch in sorted(best, key=lambda arch: (len(arch), arch))]
+    archs, count = ", ".join(best), _count_runs(of_split[chosen])
+    note = f"runs=best: the best run of each architecture ({archs}), by val, of {count}"
+    if others:
+        left_out = "; ".join(_count_runs(of_split[key]) for key in others)
+        note += f". Left out, because other splits cannot be compared: {left_out}"
+    return ids, f"{note}."
+
+
+def _count_runs(runs: list[Run]) -> str:
+    """Write how many runs of one split there are: `3 runs on demo, split 72abaf7f`."""
+    run = runs[0].data
+    data = name_data(run.params.get("data", ""))
+    return f"{len(runs)} run{'s' * (len(runs) > 1)} on {data}, split {run.tags['split.hash'][:8]}"
+
+
+def name_data(param: str) -> str:
+    """Return a short name of the data in a run's param, which `mlflow run` logs quoted as for a shell."""
+    return Path(param.strip("'")).stem
 
 
 def close_killed(study_id: str, is_alive: Callable[[str, dict[str, str]], bool]) -> list[str]:
@@ -179,43 +200,6 @@ def close_abandoned(run_id: str) -> str:
     except OUTAGES:
         return ""  # it is in another store, or this one is away
     return status
-
-
-def register_model(
-    model_uri: str, name: str, *, metrics: Mapping[str, float], baseline: float, split_hash: str
-) -> str:
-    """Register a model; it becomes the champion if it beats the present one on val. Return what was done.
-
-    A model whose balanced accuracy is not above `baseline`, the majority class's, is not registered.
-
-    Args:
-        model_uri: From `log_model`.
-        name: Of the registered model.
-        metrics: Its `val/balanced_accuracy`, and `test/balanced_accuracy` if it was tested; tags of the
-            version.
-        baseline: See above.
-        split_hash: The split they were measured on: those of different splits cannot be compared.
-    """
-    split = "test" if f"test/{_SCORE}" in metrics else "val"
-    score, val = metrics[f"{split}/{_SCORE}"], metrics[f"val/{_SCORE}"]
-    if not score > baseline:
-        return (
-            f"**Not registered: its balanced accuracy on {split}, {score:.3f}, is not above {baseline:.3f}, "
-            "the majority class's.**"
-        )
-    tags = {**{key: repr(float(value)) for key, value in metrics.items()}, "split.hash": split_hash}
-    version = mlflow.register_model(model_uri, name, tags=tags).version
-    client = mlflow.MlflowClient()
-    done = f"Registered as {name}, version {version}"
-    with suppress(mlflow.MlflowException):  # the first of its name
-        champion = client.get_model_version_by_alias(name, CHAMPION)
-        kept = f"{done}; version {champion.version} remains the {CHAMPION}"
-        if champion.tags.get("split.hash") != split_hash:
-            return f"{kept}: it was measured on another split."
-        if val <= (present := float(champion.tags[f"val/{_SCORE}"])):
-            return f"{kept}, with a val balanced accuracy of {present:.3f} to {val:.3f}."
-    client.set_registered_model_alias(name, CHAMPION, version)
-    return f"{done}, the {CHAMPION}: models:/{name}@{CHAMPION}."
 
 
 def log_test_access(run_id: str, split_hash: str, model_run_id: str = "") -> str:

@@ -23,13 +23,12 @@ from skin_resnet.evaluation.page import LEAK_BANNER
 from skin_resnet.evaluation.plots.curves import plot_curves
 from skin_resnet.options import FrozenConfig
 from skin_resnet.tracking import records, serving
-from skin_resnet.tracking.store import OUTAGES, describe_uri, find_experiment, prepare_store
+from skin_resnet.tracking.store import OUTAGES, build_link, describe_uri, find_experiment, prepare_store
 from skin_resnet.training import interrupts
 from skin_resnet.training.engine import EpochResult, to_frame
 from skin_resnet.training.run import TrainResult, TrainStart
 
 _MADE_UP_NAME = re.compile(r"[a-z]+-[a-z]+-\d+")
-_LOCAL_SERVER = "http://127.0.0.1:5000"
 
 
 @contextmanager
@@ -171,15 +170,14 @@ class TrackedRun:
         self.log_artifacts({"config.yaml": config.model_dump(mode="json")})
 
     def log_metrics(self, metrics: Mapping[str, float], step: int | None = None) -> None:
-        """Log finite metrics, without those that the run shows already: it may have been resumed."""
-        known = self._client.get_run(self.run_id).data.metrics
+        """Log finite metrics, unless the run shows all of them already: it may have been resumed."""
+        finite = {name: float(value) for name, value in metrics.items() if np.isfinite(value)}
+        if finite.items() <= self._client.get_run(self.run_id).data.metrics.items():
+            return
         now = int(1000 * time.time())
-        new = [
-            Metric(name, float(value), now, step or 0)
-            for name, value in metrics.items()
-            if np.isfinite(value) and known.get(name) != value
-        ]
-        self._client.log_batch(self.run_id, metrics=new)
+        self._client.log_batch(
+            self.run_id, metrics=[Metric(name, value, now, step or 0) for name, value in finite.items()]
+        )
 
     def set_tags(self, tags: Mapping[str, Any]) -> None:
         """Set tags, their values as text."""
@@ -287,13 +285,10 @@ def describe_location(run_id: str) -> str:
     """Return a run's name, its id, and the link to its page in the MLflow UI."""
     run = mlflow.MlflowClient().get_run(run_id)
     uri = mlflow.get_tracking_uri()
-    is_server = uri.startswith("http")
-    # Without the workflow type, a new browser opens MLflow's pages for language models.
-    page = f"/#/experiments/{run.info.experiment_id}/runs/{run_id}?workflowType=machine_learning"
     lines = [
         f"run      {run.info.run_name}, {run_id}",
-        f"view     {uri.rstrip('/') if is_server else _LOCAL_SERVER}{page}",
+        f"view     {build_link(f'experiments/{run.info.experiment_id}/runs/{run_id}')}",
     ]
-    if not is_server:
+    if not uri.startswith("http"):
         lines.append(f"         after: mlflow server --backend-store-uri {hide_password(uri)}")
     return "\n".join(lines)

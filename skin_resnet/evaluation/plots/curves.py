@@ -8,6 +8,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
+from skin_resnet.evaluation.page import spell_metric
 from skin_resnet.evaluation.plots import (
     COLORS,
     FONT,
@@ -90,6 +91,33 @@ def _limit_loss(axes: Axes, history: pd.DataFrame) -> None:
         epoch, name = losses.stack().idxmax()
         note = f"off this axis: {name.partition('/')[0]} loss {values.max():.3g} in epoch {epoch}"
         axes.set_title(f"{axes.get_title(loc='left')}\n{note}", fontsize=FONT, loc="left")
+
+
+def plot_differences(differences: pd.DataFrame, split: str) -> Figure:
+    """Plot the paired differences of models with their 95 % intervals, a panel per metric, a row per pair.
+
+    Args:
+        differences: From `compare_models`.
+        split: What the models were evaluated on, for the title.
+    """
+    metrics = list(differences.metric.unique())
+    pairs = len(differences) // len(metrics)
+    title = f"{split}: differences in points with 95 % intervals, by paired bootstrap over lesions"
+    figure = build_figure(1.8 + 0.5 * pairs, title)
+    for axes, metric in zip(figure.subplots(1, len(metrics), sharey=True), metrics, strict=True):
+        rows = differences[differences.metric == metric]
+        value, low, high = (100 * rows[name].to_numpy() for name in ("value", "low", "high"))
+        style_axes(axes, spell_metric(metric))
+        axes.axvline(0, color=QUIET, linewidth=1, linestyle="--")
+        axes.errorbar(
+            value, range(pairs), xerr=[value - low, high - value], fmt="o", color=HUES[0], capsize=4
+        )
+        for place, number in enumerate(value):
+            axes.annotate(f"{number:+.1f}", (number, place), (0, 7), textcoords="offset points", ha="center")
+        names = [literal(f"{row.first}\nminus {row.second}") for row in rows.itertuples()]
+        axes.set_yticks(range(pairs), names)
+        axes.set_ylim(pairs - 0.4, -0.6)
+    return figure
 
 
 def plot_curves_of_models(histories: Mapping[str, pd.DataFrame]) -> Figure:

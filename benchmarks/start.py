@@ -1,0 +1,77 @@
+"""How long a training takes from its command to its first step: `python -m benchmarks.start`.
+
+Starts `mlflow run` and `python -m skin_resnet train` on the demo data in a terminal of their own, and waits
+until the bar of epoch 1 counts its first batch. The first start writes and decodes the demo's images, and
+creates the tracking database; the others find both.
+"""
+
+import contextlib
+import os
+import pty
+import re
+import signal
+import statistics
+import subprocess
+import sys
+import tempfile
+import termios
+import time
+from pathlib import Path
+
+ROOT = Path(__file__).parent.parent
+FIRST_BATCH = re.compile(rb"epoch 1/.*\| *[1-9][0-9.]*[kM]?/")
+TIMES = 5
+
+
+def measure(command: list[str], folder: Path) -> float:
+    """Return the seconds from a command's start to the end of its first training step, and end it."""
+    bin_folder = Path(sys.executable).parent
+    environment = {
+        **os.environ, "PATH": f"{bin_folder}:{os.environ['PATH']}", "PYTHONPATH": str(ROOT),
+        "MLFLOW_TRACKING_URI": f"sqlite:///{folder}/mlflow.db",
+    }  # fmt: skip
+    terminal, inner = pty.openpty()
+    termios.tcsetwinsize(inner, (24, 80))
+    start = time.perf_counter()
+    process = subprocess.Popen(
+        command, cwd=folder, env=environment, stdin=inner, stdout=inner, stderr=inner, start_new_session=True
+    )
+    os.close(inner)
+    output = b""
+    try:
+        while not FIRST_BATCH.search(output):
+            try:
+                output += os.read(terminal, 4096)
+            except OSError:  # the command has ended
+                raise SystemExit(output.decode()) from None
+        return time.perf_counter() - start
+    finally:
+        if process.poll() is None:
+            os.killpg(process.pid, signal.SIGTERM)
+        with contextlib.suppress(OSError):
+            while os.read(
+                terminal, 4096
+            ):  # until the training, which `mlflow run` has started, has ended too
+                pass
+        process.wait()
+        os.close(terminal)
+
+
+def main() -> None:
+    """Measure and print."""
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        options = {"image_size": 64, "cache_dir": folder / "cache", "checkpoint_dir": folder / "checkpoints"}
+        typed = [part for option, value in options.items() for part in ("-P", f"{option}={value}")]
+        project = ["mlflow", "run", str(ROOT), "--env-manager=local", *typed]
+        own = [f"--{option}={value}" for option, value in options.items()]
+        direct = [sys.executable, "-m", "skin_resnet", "train", *own]
+        print(f"first `mlflow run`, images and database yet to be made: {measure(project, folder):.1f} s")
+        for title, command in (("mlflow run", project), ("skin_resnet train", direct)):
+            seconds = [measure(command, folder) for _ in range(TIMES)]
+            spread = f"{min(seconds):.1f} to {max(seconds):.1f}"
+            print(f"{title}: {statistics.median(seconds):.1f} s (median of {TIMES}, {spread})")
+
+
+if __name__ == "__main__":
+    main()
