@@ -25,8 +25,7 @@ doctor: .venv/ready ## check device, package versions, disk and tracking store
 	@$(BIN)/python -m skin_resnet doctor
 
 demo: .venv/ready ## train and test a ResNet-50 on synthetic images (about 3 minutes on two CPU cores)
-	mlflow run . --env-manager=local --experiment-name demo
-	@echo 'or: make ui'
+	@MLFLOW_LOGGING_LEVEL=WARNING mlflow run . --env-manager=local --experiment-name demo
 
 test: .venv/ready ## run the tests (under six minutes on two CPU cores)
 	$(BIN)/python -m pytest -q --numprocesses=logical --dist=loadfile

@@ -159,7 +159,7 @@ def read_finished(model: str) -> dict[str, Any]:
     try:
         TrainConfig.model_validate(checkpoint["config"])
         _get_split(checkpoint).to_frame()
-        checkpoint["calibration"]["decision_weights"], checkpoint["val_targets"]
+        checkpoint["calibration"]["decision_weights"]
         build_network(checkpoint)
     except Exception as error:  # what another version, or a user, has written can raise any
         reason = (str(error).splitlines() or [""])[0]

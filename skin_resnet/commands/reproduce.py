@@ -10,7 +10,6 @@ from skin_resnet.evaluation.page import format_table, print_markdown
 from skin_resnet.tracking import history as finished_runs
 from skin_resnet.tracking.run import describe_location, open_run
 from skin_resnet.tracking.store import prepare_store
-from skin_resnet.training.engine import to_frame
 from skin_resnet.training.run import run_training, take_part
 
 _NOT_COMPARED = ("epoch_s", "images_per_s")  # durations are never the same twice
@@ -38,9 +37,9 @@ def reproduce(config: ReproduceConfig) -> int:
             }
         )  # fmt: skip
         with open_run(f"reproduce · {config.run}", parent_run_id=config.run) as run:
-            result = run_training(options, tracker=run)
-            first = finished_runs.read_history(config.run)
-            differences, compared = compare_histories(first, to_frame(result.history))
+            run_training(options, tracker=run)
+            histories = map(finished_runs.read_history, (config.run, run.run_id))
+            differences, compared = compare_histories(*histories)
             changes = find_changes(*map(finished_runs.read_tags, (config.run, run.run_id)))
             page = describe(config.run, differences, compared, changes)
             run.set_tags({finished_runs.REPRODUCES: config.run})

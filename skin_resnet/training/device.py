@@ -1,5 +1,7 @@
 """What a training runs on: devices and precision, and what to do when memory is full."""
 
+import logging
+
 import torch
 from lightning_fabric import Fabric
 from lightning_fabric.plugins.environments.lightning import LightningEnvironment
@@ -24,6 +26,7 @@ def build_fabric(device: str, precision: str, devices: int) -> Fabric:
     if accelerator == "cuda" and devices > torch.cuda.device_count():
         raise UserError(f"devices={devices}: this machine has {torch.cuda.device_count()} GPUs")
     bf16 = precision == "bf16" or (precision == "auto" and _is_bf16_fast(accelerator))
+    logging.getLogger("lightning_fabric").setLevel(logging.WARNING)  # what it uses is said elsewhere
     torch.backends.cudnn.benchmark = accelerator == "cuda"
     ignore_foreign_ranks()
     return Fabric(

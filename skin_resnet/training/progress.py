@@ -19,15 +19,16 @@ def describe_start(config: TrainConfig, data: PreparedData, fabric: Fabric, weig
     """Return what is about to be trained, on what data."""
     sizes = ", ".join(f"{len(getattr(data.split, name))} {name}" for name in SPLITS)
     skipped = f", {len(data.store.skipped)} skipped" if data.store.skipped else ""
+    precision = {"32-true": "fp32"}.get(fabric.strategy.precision.precision, "bf16")
     known = has_lesion_ids(data.table)
     lesions = f"{data.table.lesion_id.nunique()} lesions" if known else "no lesion ids"
     return (
         f"data      {config.data}: {len(data.table)} images, {lesions}{skipped}, {data.store.image_size} px\n"
         f"split     {sizes} ({data.split.hash})\n"
         f"model     {config.arch}, {weights}\n"
-        f"training  {config.epochs} epochs on {fabric.world_size} x {fabric.device.type}, "
+        f"training  {config.epochs} epochs on {fabric.world_size} x {fabric.device.type} ({precision}), "
         f"{config.optimizer} lr {config.lr:g}, augment {config.augment}\n"
-        "\nloss and balanced accuracy (bacc) are train/val, AUC is val's macro AUC, * is the best yet\n"
+        "\nloss and balanced accuracy (bacc) are train/val, AUC is val's; *: best so far\n"
     )
 
 
