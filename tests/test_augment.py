@@ -122,6 +122,23 @@ def test_flips_move_pixels_exactly_into_each_of_the_8_orientations_of_a_square()
     assert min(counts) > 25, "each of the eight should come about 50 times"
 
 
+def test_crops_shift_the_flipped_image_by_whole_pixels_and_mirror_it_at_its_border() -> None:
+    image = torch.rand((1, 3, 40, 40), generator=seeded())
+    changed = augment(image.expand(64, -1, -1, -1), RECIPES["crops"], seeded())
+    padded = np.pad(image.numpy(), ((0, 0), (0, 0), (4, 4), (4, 4)), mode="symmetric")
+    windows = [
+        np.rot90(each, turns, (2, 3))[..., top : top + 40, left : left + 40]
+        for each in (padded, padded[..., ::-1])
+        for turns in range(4)
+        for top in range(9)
+        for left in range(9)
+    ]
+    allowed = {window.tobytes() for window in windows}
+    found = {each.contiguous().numpy().tobytes() for each in changed}
+    assert found <= allowed
+    assert len(found) > 50
+
+
 def test_erasing_covers_the_drawn_box_with_the_mean_color_and_nothing_else() -> None:
     images = smooth_images(16, 64, 64)
     recipe = Recipe(erase_probability=1, erase_area_fraction=(0.1, 0.3))

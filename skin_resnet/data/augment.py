@@ -28,9 +28,9 @@ class Recipe:
         shift_fraction: Right and down, of width and height. Beyond its border an image is mirrored.
         flip_probability: Of a left-right flip, and independently of an upside-down flip.
         rotation_degrees: Clockwise about the center.
-        right_angles: Rotate by a random multiple of 90 degrees instead. With the flips, that gives the 8
-            orientations of a square, without resampling: pixels only change places. There is then no shift
-            or zoom.
+        right_angles: Rotate by a random multiple of 90 degrees instead, and shift by whole pixels: pixels
+            only change places, and nothing is blurred by resampling. With the flips, that gives the 8
+            orientations of a square. There is then no zoom.
         zoom: Enlargement about the center.
         brightness: Factor on all channels.
         contrast: Factor on the distance from the image's mean gray.
@@ -55,6 +55,7 @@ class Recipe:
 
 
 _FLIPS = Recipe(flip_probability=0.5, right_angles=True)
+_CROPS = replace(_FLIPS, shift_fraction=(-0.1, 0.1))
 _LIGHT = Recipe(
     shift_fraction=(-0.05, 0.05),
     flip_probability=0.5,
@@ -88,6 +89,7 @@ _STRONG = replace(
 RECIPES: Mapping[str, Recipe] = {
     "none": Recipe(),
     "flips": _FLIPS,
+    "crops": _CROPS,
     "light": _LIGHT,
     "standard": _STANDARD,
     "strong": _STRONG,
@@ -103,8 +105,7 @@ def augment(images: Tensor, recipe: Recipe, generator: torch.Generator) -> Tenso
         return images
     channels_last = images.is_contiguous(memory_format=torch.channels_last)
     parameters = draw_parameters(recipe, len(images), generator).to(images.device, non_blocking=True)
-    reposition = _reorient if recipe.right_angles else _warp
-    images = reposition(images, parameters[:, :6])
+    images = _warp(images, parameters[:, :6], "nearest" if recipe.right_angles else "bilinear")
     if _changes_color(recipe):
         images = _recolor(images, parameters[:, 6:16])
     if recipe.erase_probability > 0:
@@ -214,23 +215,14 @@ def _compose_boxes(recipe: Recipe, draws: Tensor) -> Tensor:
     return torch.stack([left, top, left + width, top + height], dim=1)
 
 
-def _warp(images: Tensor, geometry: Tensor) -> Tensor:
+def _warp(images: Tensor, geometry: Tensor, mode: str) -> Tensor:
     height, width = images.shape[2:]
     theta = geometry.reshape(-1, 2, 3).clone()
     # Half sides are units of different length if the image is not square.
     theta[:, 0, 1] *= height / width
     theta[:, 1, 0] *= width / height
     grid = F.affine_grid(theta, list(images.shape), align_corners=False)
-    return F.grid_sample(images.contiguous(), grid, padding_mode="reflection", align_corners=False)
-
-
-def _reorient(images: Tensor, geometry: Tensor) -> Tensor:
-    """Flip and transpose square images by maps that are signed permutations of the axes."""
-    (a, b), (c, d) = (geometry[:, row : row + 2].T for row in (0, 3))
-    is_transposed, flip_x, flip_y = (each.view(-1, 1, 1, 1) for each in (b.abs() > 0.5, a + b < 0, c + d < 0))
-    images = torch.where(flip_x, images.flip(3), images)
-    images = torch.where(flip_y, images.flip(2), images)
-    return torch.where(is_transposed, images.transpose(2, 3), images)
+    return F.grid_sample(images.contiguous(), grid, mode, padding_mode="reflection", align_corners=False)
 
 
 def _changes_color(recipe: Recipe) -> bool:
