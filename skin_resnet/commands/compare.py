@@ -59,7 +59,8 @@ def _read_runs(config: CompareConfig) -> tuple[list[FinishedRun], str]:
     if config.runs == "best":
         run_ids, note = finished_runs.find_best_runs(config.split)
     if len(run_ids) < 2:
-        raise UserError(f"compare needs two runs or more, not {len(run_ids)}; pass runs=ID,ID. {note}")
+        problem = f"compare needs two different runs or more; {config.runs!r} is {len(run_ids)}"
+        raise UserError(f"{problem}; pass runs=ID,ID. {note}".strip())
     runs = [finished_runs.read_run(each, config.split) for each in run_ids]
     of_split: dict[str, list[str]] = {}
     for run in runs:
