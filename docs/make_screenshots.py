@@ -75,7 +75,7 @@ def take_screenshot(address: str) -> Image.Image:
     """Return a picture of a page of MLflow's UI."""
     with sync_playwright() as playwright:
         browser = playwright.chromium.launch(executable_path=os.environ.get("CHROMIUM"), args=FLAGS)
-        context = browser.new_context(viewport={"width": 1400, "height": 1240})
+        context = browser.new_context(viewport={"width": 1400, "height": 1060})
         hide = "localStorage.setItem('mlflow.assistant.fab.autoOpenedOnFirstLoad_v1', 'true')"
         context.add_init_script(f"{hide}; localStorage.setItem('mlflow.assistant.panelOpen_v1', 'false')")
         page = context.new_page()
