@@ -179,3 +179,13 @@ def test_the_links_of_make_ui_lead_to_the_experiments_with_runs_and_create_no_st
     mlflow.create_experiment("empty")
     (line,) = describe_experiments().splitlines()
     assert f"/#/experiments/{experiment_id}/runs?workflowType=machine_learning" in line
+
+
+def test_a_description_that_mlflow_would_cut_ends_after_a_paragraph() -> None:
+    with open_run("long") as run:
+        run.describe("\n\n".join(f"Paragraph {number} ends." for number in range(600)))
+    note = mlflow.get_run(run.run_id).data.tags["mlflow.note.content"]
+    *paragraphs, last = note.split("\n\n")
+    assert len(note) <= 8_000
+    assert paragraphs == [f"Paragraph {number} ends." for number in range(len(paragraphs))]
+    assert "artifacts" in last

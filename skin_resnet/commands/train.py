@@ -56,7 +56,7 @@ def train(config: TrainConfig) -> None:
     print(
         f"\n{summary}\n{describe_location(run.run_id)}\n"
         f"serve    mlflow models serve --env-manager=local -m runs:/{run.run_id}/model\n"
-        f"compare  {compare}"
+        f"compare  {compare}  # 2+ runs"
     )
 
 

@@ -23,12 +23,6 @@ _ACRONYMS = {"auc", "ppv", "npv", "f1", "ap"}
 _MISSING = "–"  # noqa: RUF001 (an en dash marks an empty cell)
 # So that the table of the classes fits a terminal of 80 columns.
 _SHORT = {"sensitivity": "sens.", "specificity": "spec.", "coverage": "cover."}
-_RETEST = {
-    "agreement": "pairs of photos with the same prediction",
-    "unanimous": "lesions whose photos all have the same prediction",
-    "distance": "total variation distance of the probabilities",
-    "mel_difference": "absolute difference of the probability of mel",
-}
 _LISTED = 10  # pairs of a kind on the page; the JSON file has all
 
 
@@ -142,19 +136,13 @@ def _format_calibration(assessment: Assessment) -> Iterator[str]:
 def _format_thresholds(assessment: Assessment) -> Iterator[str]:
     thresholds, groups = assessment.calibration["thresholds"], find_positives(assessment.classes)
     if groups:
-        yield "### Decision thresholds, chosen on val"
+        yield "### Decision thresholds, chosen on val for a sensitivity"
     rows = []
     for name, threshold in thresholds.items():
         scores = [_format_metric(assessment, f"{name}_{kind}") for kind in ("sensitivity", "specificity")]
         rows.append([*name.split("_at_"), f"{threshold:.4f}", *scores])
     if rows:
-        header = [
-            "positive class",
-            "sensitivity on val",
-            "threshold",
-            "sensitivity [95 %]",
-            "specificity [95 %]",
-        ]
+        header = ["positive", "on val", "threshold", "sensitivity [95 %]", "specificity [95 %]"]
         yield format_table(header, rows)
     for group in groups:
         if not any(name.startswith(group) for name in thresholds):
@@ -175,16 +163,22 @@ def _format_retest(retest: pd.DataFrame) -> Iterator[str]:
     if retest.empty:
         yield "No lesion has several photos here."
         return
-    table = pd.DataFrame(
-        {
-            **retest[["dx", "lesions", "images"]],
-            "mean over lesions": retest.metric.map(_RETEST),
-            "same lesion [95 % interval]": _format_intervals(retest),
-            "different lesions, same class": retest.others,
-        }
+    pairs, unanimous = (
+        retest[(retest.metric == name) & retest.value.notna()] for name in ("agreement", "unanimous")
     )
-    yield format_frame(table)
-    yield f"Metrics need {MIN_LESIONS} lesions with several photos."
+    if len(pairs):
+        table = pd.DataFrame(
+            {
+                **pairs[["dx", "lesions"]],
+                "photos": pairs.images,
+                "pairs agree [95 %]": _format_intervals(pairs),
+                "of other lesions": pairs.others,
+                "all agree [95 %]": _format_intervals(unanimous),
+            }
+        )
+        yield format_frame(table)
+        yield "Means over lesions: pairs of photos with the same most probable class, and lesions with no other."
+    yield f"Shown from {MIN_LESIONS} lesions with several photos on."
 
 
 def _format_intervals(rows: pd.DataFrame) -> list[str]:

@@ -28,6 +28,7 @@ from skin_resnet.training import interrupts
 from skin_resnet.training.engine import EpochResult, to_frame
 from skin_resnet.training.run import TrainResult, TrainStart
 
+_LONGEST = 7_900  # characters of a description: MLflow cuts what is longer than 8,000, with a warning
 _MADE_UP_NAME = re.compile(r"[a-z]+-[a-z]+-\d+")
 
 
@@ -189,7 +190,9 @@ class TrackedRun:
             self.set_tags({"mlflow.runName": name})
 
     def describe(self, markdown: str) -> None:
-        """Set the description, which the run's page shows first."""
+        """Set the description, which the run's page shows first; a long one ends after a paragraph."""
+        if len(markdown) > _LONGEST:
+            markdown = markdown[:_LONGEST].rpartition("\n\n")[0] + "\n\nThe rest is in the run's artifacts."
         self.set_tags({"mlflow.note.content": markdown})
 
     def log_artifacts(self, files: Mapping[str, Any]) -> None:
