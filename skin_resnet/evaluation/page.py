@@ -177,7 +177,7 @@ def _format_retest(retest: pd.DataFrame) -> Iterator[str]:
             }
         )
         yield format_frame(table)
-        yield "Means over lesions: pairs of photos with the same most probable class; lesions where all agree."
+        yield "Means: pairs of photos with the same most probable class; lesions in which all agree."
     yield f"Shown from {MIN_LESIONS} lesions with several photos on."
 
 
