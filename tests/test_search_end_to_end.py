@@ -90,7 +90,8 @@ class Search:
         assert all(trial.state.is_finished() for trial in trials)
         kept = drop_retried(trials)
         assert len(kept) == count_done(trials) == n_trials
-        assert {trial.state for trial in kept} <= {TrialState.COMPLETE, TrialState.PRUNED}
+        failed = [trial for trial in kept if trial.state == TrialState.FAIL]
+        assert not failed, [trial.user_attrs for trial in failed]
         assert Counter(t.user_attrs.get("baseline") for t in kept) >= Counter(["baseline recipe", "defaults"])
         assert not [path for path in (self.folder / "cp").rglob("*") if path.is_file()]
         runs = {run.info.run_id: run for run in self.read_runs()}
