@@ -44,7 +44,7 @@ bench: .venv/ready ## measure the speeds in docs/scale.md
 	$(BIN)/python -m benchmarks.augment
 
 ui: .venv/ready ## start the MLflow UI on http://127.0.0.1:5000, after links to the experiments in it
-	@MLFLOW_TRACKING_URI=sqlite:///mlflow.db $(BIN)/python -m skin_resnet.tracking.store
+	@MLFLOW_TRACKING_URI=sqlite:///mlflow.db $(BIN)/python -m skin_resnet.tracking.links
 	mlflow server --backend-store-uri sqlite:///mlflow.db --port 5000
 
 lock: ## pin the newest versions that pyproject.toml allows (needs uv)

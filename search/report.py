@@ -23,7 +23,7 @@ from skin_resnet.evaluation.metrics import (
     predict_always,
 )
 from skin_resnet.evaluation.page import format_score, format_table, spell_metric
-from skin_resnet.tracking.store import link_children, link_run
+from skin_resnet.tracking.links import link_children, link_run
 
 MAJORITY, WINNER, DIFFERENCE = "majority class", "winner", "difference"
 _EDGE = 0.03  # share of a range that counts as its edge

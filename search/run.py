@@ -28,9 +28,9 @@ from skin_resnet.evaluation.metrics import Predictions
 from skin_resnet.evaluation.page import format_score, print_markdown
 from skin_resnet.options import format_value
 from skin_resnet.tracking import history as finished_runs
+from skin_resnet.tracking.links import describe_location, link_children
 from skin_resnet.tracking.registry import describe_champion, describe_version, register_model
-from skin_resnet.tracking.run import TrackedRun, describe_location, open_run
-from skin_resnet.tracking.store import link_children
+from skin_resnet.tracking.run import TrackedRun, open_run
 from skin_resnet.training.checkpoint import read_checkpoint
 from skin_resnet.training.run import run_training
 

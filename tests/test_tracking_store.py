@@ -16,8 +16,9 @@ import mlflow
 import pytest
 
 from skin_resnet.errors import UserError, hide_password
+from skin_resnet.tracking.links import describe_experiments, save_view
 from skin_resnet.tracking.run import open_run
-from skin_resnet.tracking.store import check_store, describe_experiments, prepare_store
+from skin_resnet.tracking.store import check_store, prepare_store
 
 ROOT = Path(__file__).parent.parent
 PREPARE = "from skin_resnet.tracking.store import prepare_store; prepare_store()"
@@ -178,7 +179,12 @@ def test_the_links_of_make_ui_lead_to_the_experiments_with_runs_and_create_no_st
         experiment_id = mlflow.get_run(run.run_id).info.experiment_id
     mlflow.create_experiment("empty")
     (line,) = describe_experiments().splitlines()
-    assert f"/#/experiments/{experiment_id}/runs?workflowType=machine_learning" in line
+    assert line.endswith(f"/#/experiments/{experiment_id}/runs?workflowType=machine_learning")
+    save_view(experiment_id)
+    save_view(experiment_id)
+    tags = mlflow.get_experiment(experiment_id).tags
+    (key,) = [name for name in tags if name.startswith("mlflow.sharedViewState.")]
+    assert describe_experiments() == f"{line}&viewStateShareKey={key.rpartition('.')[2]}"
 
 
 def test_a_description_that_mlflow_would_cut_ends_after_a_paragraph() -> None:

@@ -15,8 +15,8 @@ from skin_resnet.evaluation.page import LEAK_BANNER, format_score, format_table,
 from skin_resnet.evaluation.plots.curves import plot_curves_of_models, plot_differences
 from skin_resnet.tracking import history as finished_runs
 from skin_resnet.tracking.history import FinishedRun
-from skin_resnet.tracking.run import describe_location, open_run
-from skin_resnet.tracking.store import link_run, show_figure
+from skin_resnet.tracking.links import describe_location, link_run, show_figure
+from skin_resnet.tracking.run import open_run
 
 
 def compare(config: CompareConfig) -> None:

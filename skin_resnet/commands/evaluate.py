@@ -21,7 +21,8 @@ from skin_resnet.evaluation.page import LEAK_BANNER, format_summary, print_markd
 from skin_resnet.model.resnet import ResNet, build_resnet
 from skin_resnet.tracking import history as finished_runs
 from skin_resnet.tracking.history import log_test_access
-from skin_resnet.tracking.run import TrackedRun, describe_location, open_run
+from skin_resnet.tracking.links import describe_location
+from skin_resnet.tracking.run import TrackedRun, open_run
 from skin_resnet.training.checkpoint import read_checkpoint
 from skin_resnet.training.device import build_fabric
 from skin_resnet.training.engine import predict

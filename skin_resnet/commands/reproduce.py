@@ -8,7 +8,8 @@ import pandas as pd
 from skin_resnet.config import ReproduceConfig, TrainConfig
 from skin_resnet.evaluation.page import format_table, print_markdown
 from skin_resnet.tracking import history as finished_runs
-from skin_resnet.tracking.run import describe_location, open_run
+from skin_resnet.tracking.links import describe_location
+from skin_resnet.tracking.run import open_run
 from skin_resnet.tracking.store import prepare_store
 from skin_resnet.training.run import run_training, take_part
 

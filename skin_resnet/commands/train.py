@@ -12,8 +12,9 @@ from skin_resnet.data.prepare import PreparedData, open_test
 from skin_resnet.evaluation.page import LEAK_BANNER, print_markdown
 from skin_resnet.evaluation.report import describe_training
 from skin_resnet.tracking.history import close_abandoned, log_test_access, read_tags
-from skin_resnet.tracking.run import TrackedRun, describe_location, is_project_run, open_run
-from skin_resnet.tracking.store import prepare_store, show_figure
+from skin_resnet.tracking.links import describe_location, show_figure
+from skin_resnet.tracking.run import TrackedRun, is_project_run, open_run
+from skin_resnet.tracking.store import prepare_store
 from skin_resnet.training.checkpoint import RunFolder, clean_up_killed, read_checkpoint
 from skin_resnet.training.device import explain_out_of_memory, is_out_of_memory
 from skin_resnet.training.engine import NonFiniteLossError, to_frame

@@ -7,7 +7,8 @@ import mlflow
 
 from skin_resnet.data.prepare import PreparedData
 from skin_resnet.evaluation.page import LEAK_BANNER
-from skin_resnet.tracking.store import describe_uri, link_run
+from skin_resnet.tracking.links import link_run
+from skin_resnet.tracking.store import describe_uri
 
 CHAMPION = "champion"  # the alias of a registered model's best version
 _SCORE = "balanced_accuracy"

@@ -23,7 +23,8 @@ from skin_resnet.evaluation.page import LEAK_BANNER
 from skin_resnet.evaluation.plots.curves import plot_curves
 from skin_resnet.options import FrozenConfig
 from skin_resnet.tracking import records, serving
-from skin_resnet.tracking.store import OUTAGES, build_link, describe_uri, find_experiment, prepare_store
+from skin_resnet.tracking.links import save_view
+from skin_resnet.tracking.store import OUTAGES, describe_uri, find_experiment, prepare_store
 from skin_resnet.training import interrupts
 from skin_resnet.training.engine import EpochResult, to_frame
 from skin_resnet.training.run import TrainResult, TrainStart
@@ -225,6 +226,7 @@ class TrackedRun:
         self.rename(records.name_training(start))
         self.set_tags(records.describe_start(start))
         self.log_artifacts(records.list_data_files(start.data))
+        save_view(mlflow.get_run(self.run_id).info.experiment_id)
         for split, dataset in records.build_datasets(start.data, start.point.config.data):
             mlflow.log_input(dataset, context=split)
 
@@ -282,16 +284,3 @@ def _to_plain(value: Any) -> Any:
 def is_project_run() -> bool:
     """Return whether `mlflow run` started this process and created a run for it."""
     return "MLFLOW_RUN_ID" in os.environ
-
-
-def describe_location(run_id: str) -> str:
-    """Return a run's name, its id, and the link to its page in the MLflow UI."""
-    run = mlflow.MlflowClient().get_run(run_id)
-    uri = mlflow.get_tracking_uri()
-    lines = [
-        f"run      {run.info.run_name}, {run_id}",
-        f"view     {build_link(f'experiments/{run.info.experiment_id}/runs/{run_id}')}",
-    ]
-    if not uri.startswith("http"):
-        lines.append(f"         after: mlflow server --backend-store-uri {hide_password(uri)}")
-    return "\n".join(lines)

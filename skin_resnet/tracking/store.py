@@ -7,7 +7,6 @@ import time
 from contextlib import closing, suppress
 from functools import cache
 from pathlib import Path
-from urllib.parse import quote, urlencode
 
 import mlflow
 import requests
@@ -26,7 +25,6 @@ from skin_resnet.errors import UserError, hide_password
 OUTAGES = (mlflow.MlflowException, requests.RequestException, SQLAlchemyError)
 
 EXPERIMENT = "skin-resnet"  # of runs for which the user has not chosen one
-LOCAL_SERVER = "http://127.0.0.1:5000"  # of `make ui`, and of `mlflow server` as our output writes it
 _TIMEOUT_S = 4
 _DATABASES = {"sqlite", "postgresql", "mysql", "mssql"}
 _TABLES = {"experiments", "runs", "metrics", "params", "tags"}
@@ -37,45 +35,6 @@ _DRIVERS_WITH_TIMEOUT = {"psycopg", "psycopg2", "pymysql", "mysqldb"}
 def describe_uri() -> str:
     """Return where the tracking store is, without user name and password."""
     return hide_password(mlflow.get_tracking_uri())
-
-
-def build_link(page: str) -> str:
-    """Return the link to a page of the MLflow UI, on the tracking server or on a local one."""
-    uri = mlflow.get_tracking_uri()
-    server = uri.rstrip("/") if uri.startswith("http") else LOCAL_SERVER
-    # Without the workflow type, a new browser opens MLflow's pages for language models.
-    return f"{server}/#/{page}?workflowType=machine_learning"
-
-
-def link_run(run_id: str, text: str = "") -> str:
-    """Return a Markdown link to a run's page for pages of the MLflow UI; its text is the run's name."""
-    info = mlflow.get_run(run_id).info
-    page = f"#/experiments/{info.experiment_id}/runs/{run_id}?workflowType=machine_learning"
-    return f"[{text or info.run_name}]({page})"
-
-
-def link_children(run_id: str, text: str) -> str:
-    """Return a Markdown link to the table of a run's child runs."""
-    query = urlencode({"searchFilter": f"tags.`mlflow.parentRunId` = '{run_id}'"}, quote_via=quote)
-    page = f"#/experiments/{mlflow.get_run(run_id).info.experiment_id}/runs?workflowType=machine_learning"
-    return f"[{text}]({page}&{query})"
-
-
-def show_figure(run_id: str, path: str) -> str:
-    """Return Markdown that shows a run's figure in its description: the path is one that the server has."""
-    return f"![{Path(path).stem}](get-artifact?path={path}&run_uuid={run_id})"
-
-
-def describe_experiments() -> str:
-    """Return a line per experiment that has runs, the newest first, with the link to its page."""
-    pages = {"no runs yet": "experiments"}
-    file = _find_sqlite_file(mlflow.get_tracking_uri())
-    if file is None or _is_complete(file):  # a client would create it
-        client = mlflow.MlflowClient()
-        ids = {each.name: each.experiment_id for each in client.search_experiments()}
-        used = {name: key for name, key in ids.items() if client.search_runs([key], max_results=1)}
-        pages = {name: f"experiments/{key}/runs" for name, key in used.items()} or pages
-    return "\n".join(f"{name:12} {build_link(page)}" for name, page in pages.items())
 
 
 def prepare_store() -> None:
@@ -120,8 +79,8 @@ def check_store(*, create: bool = False) -> str:
     shown = hide_password(uri)
     _quiet_mlflow()
     try:
-        file = _find_sqlite_file(uri)
-        if file and not _is_complete(file):
+        file = find_sqlite_file(uri)
+        if file and not has_all_tables(file):
             if not create:
                 return f"{shown}, created by the first run"
             _create_database(make_url(uri), file)
@@ -150,7 +109,7 @@ def _quiet_mlflow() -> None:
     os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "2")
 
 
-def _find_sqlite_file(uri: str) -> Path | None:
+def find_sqlite_file(uri: str) -> Path | None:
     """Return the file of a sqlite URI; None for other stores, and for databases in memory."""
     if not uri.startswith("sqlite"):
         return None
@@ -160,7 +119,7 @@ def _find_sqlite_file(uri: str) -> Path | None:
     return None if name.startswith((":memory:", "file:")) else Path(name).absolute()
 
 
-def _is_complete(file: Path) -> bool:
+def has_all_tables(file: Path) -> bool:
     """Return whether a sqlite file is a database of MLflow; False if it is absent, empty or half created.
 
     Raises:
@@ -198,7 +157,7 @@ def _create_database(url: URL, file: Path) -> None:
     lock = Path(f"{file}.lock")
     with FileLock(lock, timeout=60):
         # `mlflow run` and `mlflow server` create it without our lock: wait as long as something writes to it.
-        while not (is_complete := _is_complete(file)) and file.exists():
+        while not (is_complete := has_all_tables(file)) and file.exists():
             if time.time() - file.stat().st_mtime > _TIMEOUT_S:
                 break
             time.sleep(0.2)
@@ -237,7 +196,3 @@ def _connect(uri: str) -> None:
             url = url.update_query_dict({"connect_timeout": str(_TIMEOUT_S)})
         sqlalchemy.create_engine(url, poolclass=NullPool).connect().close()
     mlflow.MlflowClient().search_experiments(max_results=1)
-
-
-if __name__ == "__main__":  # for `make ui`
-    print(describe_experiments())
