@@ -28,7 +28,7 @@ image = open("lesion.jpg", "rb").read()
 print(model.predict(pd.DataFrame({{"image": [image]}})))
 ```
 
-It returns the most probable class and the calibrated probability of each class.
+It returns the predicted class and the calibrated probability of each class.
 
 Limits:
 
