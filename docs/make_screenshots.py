@@ -4,8 +4,8 @@
     python docs/make_screenshots.py                           # the demo's synthetic images
     python docs/make_screenshots.py --data FOLDER --epochs 8  # any options of train; with absolute paths
 
-Those of the README: --data HAM10000 --weights FILE --image_size 64 --train_fraction 0.3 --epochs 8
---precision bf16
+Those of the README: --data HAM10000 --weights FILE --image_size 64 --train_fraction 0.2 --epochs 8
+--augment crops --class_weighting none --precision bf16
 
 Writes docs/images/metrics.png (the run's page "Model metrics") and docs/images/curves.png. The environment
 variable CHROMIUM names a browser to use instead of Playwright's own, FOLDER a folder that keeps the training:
