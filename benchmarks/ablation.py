@@ -26,12 +26,12 @@ EXPERIMENT = "ablation"
 BASE: dict[str, object] = {
     "image_size": 64, "epochs": 7, "batch_size": 64, "optimizer": "adamw", "lr": 0.0005, "weight_decay": 0.05,
     "lr_schedule": "onecycle", "warmup_epochs": 0, "class_weighting": "none", "label_smoothing": 0,
-    "ema_decay": 0.99, "augment": "flips", "test": "never",
+    "ema_decay": 0.99, "augment": "crops", "test": "never",
 }  # fmt: skip
 CHANGES: dict[str, dict[str, object]] = {
     "base": {},
     "augment none": {"augment": "none"},
-    "augment crops": {"augment": "crops"},
+    "augment flips": {"augment": "flips"},
     "augment light": {"augment": "light"},
     "augment standard": {"augment": "standard"},
     "augment strong": {"augment": "strong"},
@@ -44,6 +44,7 @@ CHANGES: dict[str, dict[str, object]] = {
     "dropout 0.3": {"dropout": 0.3},
     "stochastic depth 0.1": {"stochastic_depth": 0.1},
     "lr 0.001": {"lr": 0.001},
+    "lr 0.002": {"lr": 0.002},
     "lr 0.00025": {"lr": 0.00025},
     "batch size 32": {"batch_size": 32},
     "weight decay 0.2": {"weight_decay": 0.2},
