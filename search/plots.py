@@ -17,8 +17,9 @@ from search.space import BASELINES, FACTOR
 from search.study import choose_best, drop_retried
 from skin_resnet.evaluation.page import spell_metric
 from skin_resnet.evaluation.plots import FONT, HUES, QUIET, build_figure, draw_legend, style_axes
-from skin_resnet.evaluation.plots.curves import draw_splits, mark_epochs
+from skin_resnet.evaluation.plots.curves import FEWEST_EPOCHS, draw_splits, mark_epochs
 
+_FEWEST_TRIALS = 3  # finished or pruned
 _FEWEST_FOR_IMPORTANCES = 8  # finished trials
 _PANELS = 2, 3  # hyperparameters: the most important ones
 _BEST, _OTHERS = "best", "other trials"
@@ -26,11 +27,13 @@ _COLORS = {_OTHERS: "#999999", **dict(zip(BASELINES, HUES[1:], strict=False)), _
 
 
 def plot_trials(config: SearchConfig, study: Study, majority: float) -> dict[str, Figure]:
-    """Return the figures of a study by name: `trials`, and `hyperparameters` if enough trials finished.
+    """Return the figures of a study by name: `trials` and `hyperparameters`, each if there are enough trials.
 
     Of several objectives, the first one is shown. `majority`: balanced accuracy of the majority class on val.
     """
     trials, best = drop_retried(study.get_trials(deepcopy=False)), choose_best(config, study)
+    if sum(trial.state in {TrialState.COMPLETE, TrialState.PRUNED} for trial in trials) < _FEWEST_TRIALS:
+        return {}
     groups: dict[str, list[FrozenTrial]] = {name: [] for name in _COLORS}
     for trial in trials:
         is_best = best is not None and trial.number == best.number
@@ -38,7 +41,7 @@ def plot_trials(config: SearchConfig, study: Study, majority: float) -> dict[str
     finished = [trial for trial in trials if trial.state == TrialState.COMPLETE]
     objective = spell_metric(config.objective_names[0]).capitalize()
     figure = build_figure(4.8, f"{objective} of {len(trials)} trials, {len(finished)} of them finished")
-    has_curves = len(config.objective_names) == 1 and config.epochs > 1
+    has_curves = len(config.objective_names) == 1 and config.epochs >= FEWEST_EPOCHS
     panels = figure.subplots(1, 1 + has_curves, sharey=True, squeeze=False)[0]
     for axes, draw in zip(panels, (_draw_values, _draw_learning), strict=False):
         draw(axes, groups)

@@ -26,6 +26,7 @@ from skin_resnet.data.split import join_lesions
 from skin_resnet.errors import UserError
 from skin_resnet.evaluation.metrics import Predictions
 from skin_resnet.evaluation.page import format_score, print_markdown
+from skin_resnet.evaluation.plots.curves import FEWEST_EPOCHS
 from skin_resnet.options import format_value
 from skin_resnet.tracking import history as finished_runs
 from skin_resnet.tracking.links import describe_location, link_children
@@ -172,13 +173,13 @@ def _score_majority(config: SearchConfig) -> float:
 
 
 def _log_curves(config: SearchConfig, run: TrackedRun, run_ids: dict[str, str]) -> None:
-    """Log the curves of the recipes side by side, from their runs; not those of one epoch."""
+    """Log the curves of the recipes side by side, from their runs; if there are enough epochs."""
     majority = _score_majority(config)
 
     def log() -> None:
         histories = {name: finished_runs.read_history(run_id) for name, run_id in run_ids.items()}
         images = finished_runs.read_tags(next(iter(run_ids.values())))["split.val"]
-        if any(len(history) > 1 for history in histories.values()):
+        if max(map(len, histories.values())) >= FEWEST_EPOCHS:
             figure = plots.plot_recipes(histories, images, majority)
             run.log_artifacts({"figures/recipes.png": figure})
 

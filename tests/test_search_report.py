@@ -224,6 +224,15 @@ def test_every_figure_that_there_are_enough_trials_for_is_drawn(finished: int) -
 def test_of_several_objectives_the_first_is_drawn() -> None:
     config = CONFIG.with_changes(objectives="val_loss,gap")
     study = optuna.create_study(directions=["minimize", "minimize"])
-    study.add_trial(create_trial(values=[0.7, 0.1], user_attrs={"gap": 0.1}))
+    study.add_trials([create_trial(values=[loss, 0.1], user_attrs={"gap": 0.1}) for loss in (0.7, 0.8, 0.9)])
     (panel,) = plots.plot_trials(config, study, 0.14)["trials"].axes
-    assert [list(line.get_ydata()) for line in panel.lines if len(line.get_ydata())] == [[0.7]]
+    drawn = [value for line in panel.lines for value in line.get_ydata()]
+    assert sorted(drawn) == [0.7, 0.8, 0.9]
+
+
+def test_what_would_show_nothing_is_not_drawn() -> None:
+    states = [TrialState.COMPLETE, TrialState.PRUNED]
+    assert not plots.plot_trials(CONFIG, make_study([*states, TrialState.FAIL]), 0.14)
+    short = CONFIG.with_changes(epochs=2)
+    (trials,) = plots.plot_trials(short, make_study([*states, TrialState.COMPLETE]), 0.14)["trials"].axes
+    assert not trials.get_title(loc="left").startswith("Over the epochs")

@@ -18,6 +18,7 @@ from skin_resnet.evaluation.plots import (
     FONT,
     QUIET,
     build_figure,
+    draw_legend,
     literal,
     name_classes,
     shorten,
@@ -92,7 +93,6 @@ def plot_reliability(assessment: Assessment, title: str, color: str) -> Figure:
     upper.plot([0, 1], [0, 1], color=QUIET, linewidth=1, linestyle="--", label="calibrated")
     upper.errorbar(bins.confidence, bins.accuracy, errors, fmt="o", color=color, markersize=7, label=label)
     upper.set(xlim=(0, 1), ylim=(-0.02, 1.03))
-    upper.legend(frameon=False, fontsize=FONT, loc="upper left")
     upper.set_ylabel("Accuracy", fontsize=FONT)
     style_axes(lower, "")
     bars = lower.bar((bins.low + bins.high) / 2, bins.images, 0.98 * (bins.high - bins.low), color=QUIET)
@@ -100,6 +100,7 @@ def plot_reliability(assessment: Assessment, title: str, color: str) -> Figure:
     lower.set_ylim(0, 1.4 * bins.images.max())
     lower.set_ylabel("Images", fontsize=FONT)
     lower.set_xlabel("Confidence: the highest probability", fontsize=FONT)
+    draw_legend(figure)
     return figure
 
 

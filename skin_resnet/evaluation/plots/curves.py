@@ -21,6 +21,7 @@ from skin_resnet.evaluation.plots import (
     style_axes,
 )  # fmt: skip
 
+FEWEST_EPOCHS = 3  # of a curve beside others; fewer show no course
 _MOST_DOTS = 25  # epochs whose values are marked; on a long run dots only thicken the line
 
 
