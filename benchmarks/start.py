@@ -1,6 +1,6 @@
 """How long a training takes from its command to its first step: `python -m benchmarks.start`.
 
-Starts `mlflow run` and `python -m skin_resnet train` on the demo data in a terminal of their own, and waits
+Starts `mlflow run` and `skin-resnet train` on the demo data in a terminal of their own, and waits
 until the bar of epoch 1 counts its first batch. The first start writes and decodes the demo's images, and
 creates the tracking database; the others find both.
 """
@@ -67,7 +67,7 @@ def main() -> None:
         own = [f"--{option}={value}" for option, value in options.items()]
         direct = [sys.executable, "-m", "skin_resnet", "train", *own]
         print(f"first `mlflow run`, images and database yet to be made: {measure(project, folder):.1f} s")
-        for title, command in (("mlflow run", project), ("skin_resnet train", direct)):
+        for title, command in (("mlflow run", project), ("skin-resnet train", direct)):
             seconds = [measure(command, folder) for _ in range(TIMES)]
             spread = f"{min(seconds):.1f} to {max(seconds):.1f}"
             print(f"{title}: {statistics.median(seconds):.1f} s (median of {TIMES}, {spread})")

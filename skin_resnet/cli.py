@@ -1,4 +1,4 @@
-"""The command line, `skin-resnet COMMAND` or `python -m skin_resnet COMMAND`: options from the configs."""
+"""The command line, `skin-resnet COMMAND`: options from the configs."""
 
 import argparse
 import contextlib

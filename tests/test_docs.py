@@ -76,8 +76,8 @@ def split_commands(text: str) -> Iterator[list[str]]:
 def find_calls(text: str) -> Iterator[tuple[str, list[str]]]:
     """Yield each command of ours in a block, as `skin-resnet` has it: its name and its options."""
     for words in split_commands(text):
-        if words[:3] == ["python", "-m", "skin_resnet"]:
-            yield words[3], words[4:]
+        if words[:1] == ["skin-resnet"]:
+            yield words[1], words[2:]
         elif "mlflow" in words and words[words.index("mlflow") + 1 :][:2] == ["run", "."]:
             entry_point = words[words.index("-e") + 1] if "-e" in words else "train"
             given = [words[at + 1] for at, word in enumerate(words) if word == "-P"]
@@ -129,7 +129,7 @@ def shrink(text: str, placeholders: dict[str, str]) -> str:
         options = [f" --{name} {value}" for name, value in missing.items() if f"--{name} " not in found[0]]
         return found[0].rstrip() + "".join(options) + " "  # before a comment
 
-    return re.sub(r"python -m skin_resnet (train|search)(?:\\\n|[^\n|;&#])*", add, text)
+    return re.sub(r"skin-resnet (train|search)(?:\\\n|[^\n|;&#])*", add, text)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -209,6 +209,7 @@ def project(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Project]:
         **os.environ,
         "HOME": str(folder),
         "PATH": f"{folder}/.venv/bin:{os.environ['PATH']}",
+        "PYTHONPATH": str(folder),  # `skin-resnet` is this copy
         "PYTHONUNBUFFERED": "1",
     }
     del environment["MLFLOW_EXPERIMENT_NAME"]  # users have none
@@ -219,7 +220,7 @@ def project(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Project]:
             placeholders={"FOLDER": "images", "FILE.csv": "split.csv", "FILE": "resnet50.pth", "5001": port},
             servers=servers,
         )
-        project.run("python -m skin_resnet train --data FOLDER")
+        project.run("skin-resnet train --data FOLDER")
         (split,) = folder.glob("mlruns/*/*/artifacts/data/split.csv")
         shutil.copy(split, folder)
         project.placeholders["RUN_ID"] = split.parents[2].name

@@ -177,7 +177,7 @@ def test_a_signal_saves_at_the_next_batch_and_names_the_command_to_resume(
     (run,) = training.read_runs()
     assert run.info.status == "KILLED"
     log = training.log.read_text()
-    told = f"resume   python -m skin_resnet train --resume {run.info.run_id} --checkpoint_dir "
+    told = f"resume   skin-resnet train --resume {run.info.run_id} --checkpoint_dir "
     assert told in log
     assert log.splitlines()[-1] == "interrupted by SIGTERM"
     assert "Traceback" not in log

@@ -65,7 +65,7 @@ def _write_command(run: TrackedRun, command: str, options: dict[str, str], *, by
     """Return a command as it is typed: in the way, and the environment, in which this one was started."""
     if not by_project:
         typed = [part for name, value in options.items() for part in (f"--{name}", value)]
-        return shlex.join(["python", "-m", "skin_resnet", command, *typed])
+        return shlex.join(["skin-resnet", command, *typed])
     # MLflow names the environment manager unless it is `local`.
     manager = read_tags(run.run_id).get("mlflow.project.env", "local")
     entry_point = [] if command == "train" else ["-e", command]

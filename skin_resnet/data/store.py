@@ -94,7 +94,7 @@ def open_store(
         nonlocal build_s
         if folder.exists():
             _logger.warning("the image store %s is damaged; decoding the images again", folder)
-        _logger.info("decoding %d images into %s", len(table), folder)
+        _logger.info("decoding %d images (once; later runs reuse them)", len(table))
         with warnings.catch_warnings():
             # Pillow's, about images that `decode` names when it rejects them, or reads as it documents.
             warnings.simplefilter("ignore")

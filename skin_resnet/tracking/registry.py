@@ -35,7 +35,8 @@ Limits:
 - Research software, not a medical device. Do not use it for diagnosis or treatment.
 - It knows only these {count} classes, and puts every image into one of them, whatever it shows.
 - Its test images come from the same source as its training images. On images of other clinics, cameras or \
-skin types, expect lower scores, and evaluate it first.
+skin types, expect lower scores. Measure them before you use it: \
+`skin-resnet evaluate --model models:/{name}@{alias} --data FOLDER`.
 """
 
 
