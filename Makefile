@@ -24,7 +24,7 @@ setup: .venv/ready ## make .venv from requirements.lock, and the command skin-re
 doctor: .venv/ready ## check device, package versions, disk and tracking store
 	@$(BIN)/python -m skin_resnet doctor
 
-demo: .venv/ready ## train and test a ResNet-50 on synthetic images (about 3 minutes on two CPU cores)
+demo: .venv/ready ## train and test a ResNet-50 on synthetic images (minutes on two CPU cores)
 	@MLFLOW_LOGGING_LEVEL=WARNING mlflow run . --env-manager=local --experiment-name demo
 
 test: .venv/ready ## run the tests (under six minutes on two CPU cores)

@@ -10,7 +10,7 @@ def main() -> NoReturn:
     try:
         from skin_resnet.cli import main as run
     except ImportError as error:  # too early for `doctor`
-        advice = "run `make setup` and use .venv/bin/python"
+        advice = "run `make setup`, then `source .venv/bin/activate`"
         print(f"error: {sys.executable} lacks required packages ({error}); {advice}", file=sys.stderr)
         sys.exit(2)
     run()
