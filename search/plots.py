@@ -7,16 +7,16 @@ import optuna
 import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.ticker import MaxNLocator, NullFormatter
+from matplotlib.ticker import LogLocator, MaxNLocator, NullFormatter
 from optuna import Study
-from optuna.distributions import CategoricalDistribution
+from optuna.distributions import CategoricalDistribution, FloatDistribution, IntDistribution
 from optuna.trial import FrozenTrial, TrialState
 
 from search.config import DIRECTIONS, SearchConfig
 from search.space import BASELINES, FACTOR
 from search.study import choose_best, drop_retried
 from skin_resnet.evaluation.page import spell_metric
-from skin_resnet.evaluation.plots import FONT, HUES, QUIET, build_figure, draw_legend, style_axes
+from skin_resnet.evaluation.plots import FONT, HUES, QUIET, build_figure, capitalize, draw_legend, style_axes
 from skin_resnet.evaluation.plots.curves import FEWEST_EPOCHS, draw_splits, mark_epochs
 
 _FEWEST_TRIALS = 3  # finished or pruned
@@ -39,7 +39,7 @@ def plot_trials(config: SearchConfig, study: Study, majority: float) -> dict[str
         is_best = best is not None and trial.number == best.number
         groups[_BEST if is_best else trial.user_attrs.get("baseline", _OTHERS)].append(trial)
     finished = [trial for trial in trials if trial.state == TrialState.COMPLETE]
-    objective = spell_metric(config.objective_names[0]).capitalize()
+    objective = capitalize(spell_metric(config.objective_names[0]))
     figure = build_figure(4.8, f"{objective} of {len(trials)} trials, {len(finished)} of them finished")
     has_curves = len(config.objective_names) == 1 and config.epochs >= FEWEST_EPOCHS
     panels = figure.subplots(1, 1 + has_curves, sharey=True, squeeze=False)[0]
@@ -116,8 +116,9 @@ def _label_values(axes: Axes, space: optuna.distributions.BaseDistribution, name
     if isinstance(space, CategoricalDistribution):
         axes.set_xticks(range(len(space.choices)), map(str, space.choices))
         axes.set_xlim(-0.5, len(space.choices) - 0.5)
-    elif getattr(space, "log", False):
+    elif isinstance(space, FloatDistribution | IntDistribution) and space.log:
         axes.set_xscale("log")
+        axes.xaxis.set_major_locator(LogLocator(subs=(1, 3) if space.high <= 1000 * space.low else (1,)))
         axes.xaxis.set_major_formatter("{x:g}")
         axes.xaxis.set_minor_formatter(NullFormatter())
     if name.endswith(FACTOR):

@@ -9,6 +9,7 @@ import pytest
 from matplotlib import rcParams
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.legend import Legend
 from matplotlib.text import Text
 from scipy.stats import binomtest
 
@@ -16,7 +17,7 @@ from skin_resnet.evaluation.artifacts import list_artifacts
 from skin_resnet.evaluation.assess import Assessment
 from skin_resnet.evaluation.metrics import Predictions
 from skin_resnet.evaluation.operating import find_positives
-from skin_resnet.evaluation.plots import COLORS, HUES
+from skin_resnet.evaluation.plots import COLORS, HUES, build_figure
 from skin_resnet.evaluation.plots.assessment import plot_confusion, plot_reliability, plot_roc
 from skin_resnet.evaluation.plots.curves import plot_curves, plot_curves_of_models
 from skin_resnet.labels import HAM10000_CLASSES
@@ -152,6 +153,20 @@ def test_the_curves_of_several_trainings_name_each_once() -> None:
     assert [text.get_text() for text in figure.legends[0].get_texts()] == [*histories]
 
 
+def test_a_long_title_stays_on_the_page() -> None:
+    figure = build_figure(3, f"An ensemble{' of many runs' * 12}\nSecond line")
+    figure.add_subplot()
+    assert_texts_are_apart(figure)
+    assert figure._suptitle.get_text().endswith("\nSecond line")
+
+
+def test_a_legend_hides_nothing_of_the_reliability(assessment: Assessment) -> None:
+    figure = plot_reliability(assessment, "Test", COLORS["test"])
+    figure.draw_without_rendering()
+    (legend,) = [each for each in figure.findobj(Legend) if each.get_visible()]
+    assert not any(legend.get_window_extent().overlaps(axes.get_window_extent()) for axes in figure.axes)
+
+
 # Confusion
 
 
@@ -168,16 +183,18 @@ def test_no_text_of_the_confusion_lies_on_another_or_leaves_the_page(classes: tu
 
 
 def test_each_cell_says_how_many_images_and_which_share_of_the_row() -> None:
-    targets = np.array([0] * 4 + [1] * 1000)
-    predicted = np.array([0, 0, 0, 2] + [1] * 998 + [2] * 2)
+    targets = np.array([0] * 4 + [1] * 1000 + [3] * 2)
+    predicted = np.array([0, 0, 0, 2] + [1] * 998 + [2] * 2 + [1] * 2)
     predictions = Predictions(
-        probabilities=np.eye(3)[predicted], targets=targets, image_ids=tuple(map(str, range(1004)))
+        probabilities=np.eye(4)[predicted], targets=targets, image_ids=tuple(map(str, range(1006)))
     )
-    axes = plot_confusion(predictions, ("a", "b", "c"), "Val").axes[0]
+    axes = plot_confusion(predictions, ("a", "b", "c", "d"), "Val").axes[0]
     texts = {text.get_position(): text.get_text() for text in axes.texts}
     cells = {place: text for place, text in texts.items() if "%" in text}
-    assert cells == {(0, 0): "3\n75%", (2, 0): "1\n25%", (1, 1): "998\n100%", (2, 1): "2\n<1%"}
-    assert [label.get_text() for label in axes.get_yticklabels()] == ["a, n = 4", "b, n = 1,000", "c, n = 0"]
+    missed = {(1, 3): "2\n100%", (3, 3): "0\n0%"}
+    assert cells == {(0, 0): "3\n75%", (2, 0): "1\n25%", (1, 1): "998\n100%", (2, 1): "2\n<1%"} | missed
+    names = [label.get_text() for label in axes.get_yticklabels()]
+    assert names == ["a, n = 4", "b, n = 1,000", "c, n = 0", "d, n = 2"]
     assert "no images" in texts_of(axes)
 
 

@@ -74,7 +74,7 @@ def show_images(
         pixels = store.pixels[store.find_rows(tuple(np.array(predictions.image_ids)[rows]))]
         images = normalize(to_float(torch.from_numpy(np.array(pixels))))
         heats = compute_gradcam(network, images, torch.from_numpy(predictions.predicted[rows]), stage)
-        heading = f"{title}: what supports the predicted class (Grad-CAM of stage {stage}, brighter: more)"
+        heading = f"{title}\nGrad-CAM of stage {stage}: what supports the predicted class (brighter: more)"
         figure = plots.plot_gradcam(pixels, heats, predictions, rows, classes, heading)
         files[f"{split}/gradcam.png"] = figure
     melanoma = find_positives(classes).get("melanoma")

@@ -22,14 +22,15 @@ COLORS = {"train": BLUE, "val": ORANGE, "test": GREEN}
 HUES = ("#000000", "#E69F00", "#56B4E9", PURPLE, BLUE, GREEN, ORANGE, "#F0E442")
 QUIET, GRID = "#666666", "#E6E6E6"
 WIDTH_INCH, DPI, FONT = 9.0, 100, 11
-_FULL_NAMES = [f"{each.name[0].upper()}{each.name[1:]} ({each.code})" for each in DIAGNOSES]
+_TITLE_LENGTH = 92  # characters of a figure's title that fit its width
 
 
 def build_figure(height: float, title: str) -> Figure:
-    """Return an empty figure of a height in inches; its title is written literally."""
+    """Return an empty figure of a height in inches; its title is wrapped, and written literally."""
     layout = ConstrainedLayoutEngine(w_pad=0.1, h_pad=0.08)
     figure = Figure(figsize=(WIDTH_INCH, height), dpi=DPI, layout=layout)
-    figure.suptitle(literal(title), fontsize=FONT + 2)
+    lines = [part for line in title.splitlines() for part in textwrap.wrap(line, _TITLE_LENGTH)]
+    figure.suptitle(literal("\n".join(lines)), fontsize=FONT + 2)
     return figure
 
 
@@ -51,6 +52,11 @@ def style_axes(axes: Axes, title: str) -> None:
     axes.spines[["left", "bottom"]].set_color(QUIET)
 
 
+def capitalize(text: str) -> str:
+    """Return text that begins with a capital letter, and is otherwise as it was: `Macro AUC`."""
+    return text[:1].upper() + text[1:]
+
+
 def literal(text: str) -> str:
     """Return text that matplotlib draws as it is: no TeX between `$`, and `?` for what the font lacks."""
     known = _list_characters()
@@ -66,7 +72,8 @@ def name_classes(classes: Sequence[str], longest: int, lines: int = 1, *, full: 
     known = _list_characters()
     names = []
     for index, name in enumerate(classes):
-        long = _FULL_NAMES[index] if full and tuple(classes) == HAM10000_CLASSES else name
+        is_known = full and tuple(classes) == HAM10000_CLASSES
+        long = f"{capitalize(DIAGNOSES[index].name)} ({name})" if is_known else name
         text = shorten(long if len(long) <= longest * lines else name, longest * lines)
         wrapped = "\n".join(textwrap.wrap(text, longest)[:lines]) if lines > 1 else text
         names.append(literal(wrapped) if all(ord(char) in known for char in name) else f"class {index}")

@@ -54,14 +54,15 @@ def plot_confusion(predictions: Predictions, classes: tuple[str, ...], title: st
 
 
 def _write_cells(axes: Axes, counts: NDArray[np.int64]) -> None:
-    """Write count and share where there are images; the diagonal is bold."""
+    """Write count and share on the diagonal, in bold, and elsewhere where there are images."""
     style: dict[str, Any] = {"ha": "center", "va": "center", "fontsize": FONT}
     for row, images in enumerate(counts.sum(axis=1)):
         if not images:
             axes.text((len(counts) - 1) / 2, row, "no images", color=QUIET, **style)
-        for column in np.flatnonzero(counts[row]).tolist():
+            continue
+        for column in sorted({row, *np.flatnonzero(counts[row]).tolist()}):
             share = counts[row, column] / images
-            text = f"{counts[row, column]:,}\n" + (f"{share:.0%}" if share >= 0.005 else "<1%")
+            text = f"{counts[row, column]:,}\n" + ("<1%" if 0 < share < 0.005 else f"{share:.0%}")
             weight, color = "bold" if row == column else "normal", "white" if share > 0.6 else "black"
             axes.text(column, row, text, fontweight=weight, color=color, **style)
 
@@ -133,12 +134,12 @@ def _draw_roc(axes: Axes, assessment: Assessment, positives: Collection[int], na
     axes.plot(falls, rises, color=color, linewidth=2)
     chosen = [point for point in assessment.calibration["thresholds"] if point.startswith(f"{name}_at_")]
     # Where both thresholds reach the same, the square lies in the circle.
-    for marker, size, point in zip("os", (11, 5), chosen, strict=False):
+    for marker, size, fill, point in zip("os", (10, 5), ("black", "white"), chosen, strict=False):
         y, x = (assessment.get(f"{point}_{metric}") for metric in ("sensitivity", "specificity"))
         goal = float(point.partition("_at_")[2])
         xerr, yerr = [[x.high - x.value], [x.value - x.low]], [[y.value - y.low], [y.high - y.value]]
         label = f"threshold for {goal:.0%} on val:\nsensitivity {y.value:.2f}, specificity {x.value:.2f}"
-        style: dict[str, Any] = {"color": "black", "fillstyle": "none", "markersize": size, "elinewidth": 1}
+        style: dict[str, Any] = {"color": "black", "mfc": fill, "markersize": size, "elinewidth": 1}
         axes.errorbar(1 - x.value, y.value, yerr, xerr, marker, label=label, **style)
     if chosen:
         axes.legend(loc="upper center", bbox_to_anchor=(0.5, -0.13), fontsize=FONT - 1, frameon=False)

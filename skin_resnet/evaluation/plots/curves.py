@@ -15,6 +15,7 @@ from skin_resnet.evaluation.plots import (
     HUES,
     QUIET,
     build_figure,
+    capitalize,
     draw_legend,
     literal,
     shorten,
@@ -108,7 +109,7 @@ def plot_differences(differences: pd.DataFrame, split: str) -> Figure:
     for axes, metric in zip(figure.subplots(1, len(metrics), sharey=True), metrics, strict=True):
         rows = differences[differences.metric == metric]
         value, low, high = (100 * rows[name].to_numpy() for name in ("value", "low", "high"))
-        style_axes(axes, spell_metric(metric))
+        style_axes(axes, capitalize(spell_metric(metric)))
         axes.axvline(0, color=QUIET, linewidth=1, linestyle="--")
         axes.errorbar(
             value, range(pairs), xerr=[value - low, high - value], fmt="o", color=HUES[0], capsize=4
