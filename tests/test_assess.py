@@ -99,6 +99,10 @@ def test_mlflow_gets_the_headline_metrics_only_under_their_split(assessment: Ass
     assert set(metrics) == {f"test_{name}" for name in names}
     plain = compute_metrics(assessment.predictions.plain)
     assert metrics["test_plain_balanced_accuracy"] == plain.balanced_accuracy
+    intervals = compute_intervals(assessment.predictions.plain, assessment.lesions)
+    for name in ("accuracy", "balanced_accuracy"):
+        row = assessment.get(f"plain_{name}")
+        assert (row.value, row.low, row.high) == (getattr(plain, name), *intervals[name])
     assert metrics["test_balanced_accuracy_low"] == assessment.get("balanced_accuracy").low
 
 
@@ -127,6 +131,8 @@ def test_without_lesion_ids_intervals_are_said_to_be_by_image(table: pd.DataFram
     page = format_assessment(alone, "test")
     assert "intervals are by image" in page
     assert alone.retest.empty
+    assert "Test-retest" not in page
+    assert "Test-retest" in format_assessment(evaluate(table), "test")
 
 
 def test_a_val_without_melanoma_gives_no_threshold_for_it_and_says_so(table: pd.DataFrame) -> None:

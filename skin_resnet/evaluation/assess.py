@@ -153,13 +153,13 @@ def _measure(
     raw: Predictions, calibrated: Predictions, lesions: NDArray[np.str_], baseline: int
 ) -> Iterator[Row]:
     images = len(lesions)
-    metrics, intervals = compute_metrics(calibrated), compute_intervals(calibrated, lesions)
+    metrics, intervals = compute_metrics(calibrated), compute_intervals(calibrated, lesions, plain=True)
     always = compute_metrics(predict_always(baseline, calibrated))
     for name in HEADLINES:
         yield name, getattr(metrics, name), *intervals[name], images
-    plain, plain_intervals = compute_metrics(calibrated.plain), compute_intervals(calibrated.plain, lesions)
+    plain = compute_metrics(calibrated.plain)
     for name in ("balanced_accuracy", "accuracy"):
-        yield f"plain_{name}", getattr(plain, name), *plain_intervals[name], images
+        yield f"plain_{name}", getattr(plain, name), *intervals[f"plain_{name}"], images
     single = {
         **{f"baseline_{name}": getattr(always, name) for name in HEADLINES},
         "loss": metrics.loss,

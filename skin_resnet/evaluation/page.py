@@ -37,10 +37,14 @@ def spell_metric(name: str) -> str:
 
 
 def format_score(value: float, interval: tuple[float, float] | None = None) -> str:
-    """Write a score as `0.613`, or with its interval as `0.613 [0.52, 0.70]`; an en dash if it is NaN."""
+    """Write a score as `0.613`, or with its interval as `0.613 [0.52, 0.70]`; an en dash if it is NaN.
+
+    An interval that is NaN, or of a constant, is left out.
+    """
     if np.isnan(value):
         return _MISSING
-    return f"{value:.3f}" + (f" [{interval[0]:.2f}, {interval[1]:.2f}]" if interval else "")
+    low, high = interval or (value, value)
+    return f"{value:.3f}" + (f" [{low:.2f}, {high:.2f}]" if low < high else "")
 
 
 def format_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
@@ -91,7 +95,7 @@ def format_summary(assessment: Assessment, split: str) -> str:
 
 def _format_metric(assessment: Assessment, name: str) -> str:
     row = assessment.get(name)
-    return format_score(row.value, None if pd.isna(row.low) else (row.low, row.high))
+    return format_score(row.value, (row.low, row.high))
 
 
 def _format_headlines(assessment: Assessment, split: str) -> Iterator[str]:
@@ -159,10 +163,9 @@ def _format_referral(assessment: Assessment) -> Iterator[str]:
 
 
 def _format_retest(retest: pd.DataFrame) -> Iterator[str]:
-    yield "### Test-retest: agreement between photos of one lesion"
     if retest.empty:
-        yield "No lesion has several photos here."
         return
+    yield "### Test-retest: agreement between photos of one lesion"
     pairs, unanimous = (
         retest[(retest.metric == name) & retest.value.notna()] for name in ("agreement", "unanimous")
     )
@@ -177,7 +180,7 @@ def _format_retest(retest: pd.DataFrame) -> Iterator[str]:
             }
         )
         yield format_frame(table)
-        yield "Means: pairs of photos with the same most probable class; lesions in which all agree."
+        yield "Means: pairs of photos with the same predicted class; lesions in which all agree."
     yield f"Shown from {MIN_LESIONS} lesions with several photos on."
 
 
