@@ -14,7 +14,7 @@ from skin_resnet.data.split import Split, drop_seen
 from skin_resnet.data.store import ImageStore, fingerprint_images, open_store
 from skin_resnet.errors import UserError
 from skin_resnet.evaluation.artifacts import list_artifacts, show_images
-from skin_resnet.evaluation.assess import assess
+from skin_resnet.evaluation.assess import Assessment, assess
 from skin_resnet.evaluation.calibration import fit_calibration
 from skin_resnet.evaluation.metrics import Predictions
 from skin_resnet.evaluation.page import LEAK_BANNER, format_summary, print_markdown
@@ -60,8 +60,8 @@ def evaluate(config: EvaluateConfig) -> None:
         split = _get_split(checkpoint)
         if set(split.test) & set(images.image_id):
             warning = max(log_test_access(run.run_id, split.hash, each["run_id"]) for each in members)
-        summary, page = assess_and_log(run, checkpoint, images, store, config, warning)
-        run.describe(f"{summary}\n\n{page}")
+        assessment, page = assess_and_log(run, checkpoint, images, store, config, warning)
+        run.describe(f"{format_summary(assessment, 'test')}\n\n{page}")
         print_markdown(page)
     print(f"\n{describe_location(run.run_id)}")
 
@@ -220,11 +220,11 @@ def assess_and_log(
     store: ImageStore,
     config: TrainConfig | EvaluateConfig,
     warning: str = "",
-) -> tuple[str, str]:
+) -> tuple[Assessment, str]:
     """Evaluate the network of a checkpoint, or its members, on a table's images; log everything on a run.
 
     Returns:
-        The headline metrics in a sentence, and the page.
+        The evaluation, and its page.
 
     Raises:
         UserError: There is no image, or the network's output is not finite.
@@ -243,4 +243,4 @@ def assess_and_log(
     run.log_metrics(assessment.metrics("test"), step=checkpoint["epoch"])
     files = list_artifacts(assessment, "test", title, notes)
     run.log_artifacts(files | show_images(assessment, "test", title, networks[0].cpu(), store))
-    return format_summary(assessment, "test"), str(files["test/evaluation.md"])
+    return assessment, str(files["test/evaluation.md"])

@@ -80,8 +80,22 @@ def format_assessment(assessment: Assessment, split: str, notes: Sequence[str] =
     return "\n\n".join(parts)
 
 
+def format_result(assessment: Assessment) -> str:
+    """Write the balanced accuracy beside that of the majority class, in 70 characters."""
+    name = "balanced_accuracy"
+    verdict = ": not better" if name in assessment.find_not_better() else ""
+    always = f"always {assessment.baseline_class} {assessment.get(f'baseline_{name}').value:.3f}"
+    return f"{spell_metric(name)} {_format_metric(assessment, name)}; {always}{verdict}"
+
+
+def _judge(assessment: Assessment) -> str:
+    """Write which scores are not better than the majority class's, if any."""
+    names = " and ".join(map(spell_metric, assessment.find_not_better()))
+    return f"**Not better than always {assessment.baseline_class}: {names}.**" if names else ""
+
+
 def format_summary(assessment: Assessment, split: str) -> str:
-    """Write the headline metrics beside those of the majority class, in one sentence."""
+    """Write the headline metrics beside those of the majority class, in one paragraph."""
     # No parenthesis after an interval: in Markdown that is a link.
     scores = ", ".join(f"{spell_metric(name)} {_format_metric(assessment, name)}" for name in HEADLINES)
     baseline = ", ".join(format_score(assessment.get(f"baseline_{name}").value) for name in HEADLINES)
@@ -90,7 +104,8 @@ def format_summary(assessment: Assessment, split: str) -> str:
         for name in ("balanced_accuracy", "accuracy")
     )
     always = f"always {assessment.baseline_class}: {baseline}"
-    return f"{split.capitalize()} {scores}; {always}. Plain decision: {plain}."
+    text = f"{split.capitalize()} {scores}; {always}. Plain decision: {plain}."
+    return " ".join(filter(None, [_judge(assessment), text]))
 
 
 def _format_metric(assessment: Assessment, name: str) -> str:
@@ -116,6 +131,8 @@ def _format_headlines(assessment: Assessment, split: str) -> Iterator[str]:
     yield f"### {split.capitalize()}: {shown}"
     always = f"always {assessment.baseline_class}"
     yield format_table(["", "model [95 % interval]", "plain decision", always], rows)
+    if verdict := _judge(assessment):
+        yield verdict
     yield (
         f"{note} The model predicts argmax p / prior^τ, with τ = {assessment.calibration['tau']:.2f} fitted "
         "on val for balanced accuracy; the plain decision is the most probable class. Loss is in nats, after "
