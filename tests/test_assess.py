@@ -8,12 +8,13 @@ import pandas as pd
 import pytest
 from matplotlib.figure import Figure
 
+from skin_resnet.commands.train import format_result
 from skin_resnet.errors import UserError
 from skin_resnet.evaluation.artifacts import list_artifacts
 from skin_resnet.evaluation.assess import Assessment, assess
 from skin_resnet.evaluation.calibration import Calibration, fit_calibration
 from skin_resnet.evaluation.metrics import HEADLINES, Predictions, compute_intervals, compute_metrics
-from skin_resnet.evaluation.page import format_assessment, format_result, format_summary
+from skin_resnet.evaluation.page import format_assessment, format_summary
 from skin_resnet.evaluation.plots.assessment import plot_gradcam
 from skin_resnet.labels import HAM10000_CLASSES
 from tests.conftest import make_table

@@ -1,5 +1,6 @@
 """The command `evaluate`: metrics of a trained network on images it has not been trained on."""
 
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +23,8 @@ from skin_resnet.model.resnet import ResNet, build_resnet
 from skin_resnet.tracking import history as finished_runs
 from skin_resnet.tracking.history import log_test_access
 from skin_resnet.tracking.links import describe_location
-from skin_resnet.tracking.run import TrackedRun, open_run
+from skin_resnet.tracking.run import TrackedRun, is_project_run, open_run
+from skin_resnet.tracking.store import prepare_store
 from skin_resnet.training.checkpoint import read_checkpoint
 from skin_resnet.training.device import build_fabric
 from skin_resnet.training.engine import predict
@@ -37,10 +39,15 @@ def evaluate(config: EvaluateConfig) -> None:
     Raises:
         UserError: The model or the data cannot be used.
     """
-    with open_run(f"evaluate · {config.model}") as run:
-        run.log_params(config)
+    with ExitStack() as stack:
+        # Refused before a run is opened; what `mlflow run` has opened ends with the reason.
+        opened = stack.enter_context(open_run("evaluate")) if is_project_run() else None
+        prepare_store()
         members = read_models(config.model)
         checkpoint = combine(members)
+        run = opened or stack.enter_context(open_run("evaluate"))
+        run.log_params(config)
+        run.rename(f"evaluate · {_name(members, config)}")
         run.set_tags(
             {
                 **{
@@ -64,6 +71,14 @@ def evaluate(config: EvaluateConfig) -> None:
         run.describe(f"{format_summary(assessment, 'test')}\n\n{page}")
         print_markdown(page)
     print(f"\n{describe_location(run.run_id)}")
+
+
+def _name(members: list[dict[str, Any]], config: EvaluateConfig) -> str:
+    """Return what is evaluated on what: `resnet50 · demo · test`, `3 runs · my_clinic`."""
+    model = f"{len(members)} runs" if len(members) > 1 else members[0]["arch"]
+    is_same = config.data == "same"
+    data = Path(members[0]["config"]["data"] if is_same else config.data).stem
+    return f"{model} · {data}" + " · test" * is_same
 
 
 def _read_images(checkpoint: dict[str, Any], config: EvaluateConfig) -> tuple[pd.DataFrame, ImageStore]:

@@ -10,7 +10,7 @@ from skin_resnet.commands.evaluate import assess_and_log
 from skin_resnet.config import TrainConfig
 from skin_resnet.data.prepare import PreparedData, open_test
 from skin_resnet.evaluation.assess import Assessment
-from skin_resnet.evaluation.page import LEAK_BANNER, format_result, format_summary, print_markdown
+from skin_resnet.evaluation.page import LEAK_BANNER, format_score, format_summary, print_markdown
 from skin_resnet.evaluation.report import describe_training
 from skin_resnet.tracking.history import close_abandoned, log_test_access, read_tags
 from skin_resnet.tracking.links import describe_location, show_figure
@@ -102,6 +102,14 @@ def _train_and_test(run: TrackedRun, point: ResumePoint) -> str:
         textwrap.fill(line, 80, initial_indent=f"{name:9}", subsequent_indent=" " * 9)
         for name, line in lines.items()
     )
+
+
+def format_result(assessment: Assessment) -> str:
+    """Write the balanced accuracy beside that of the majority class, in 70 characters."""
+    score, baseline = (assessment.get(f"{kind}balanced_accuracy") for kind in ("", "baseline_"))
+    verdict = ": not better" if "balanced_accuracy" in assessment.find_not_better() else ""
+    always = f"always {assessment.baseline_class} {baseline.value:.3f}"
+    return f"balanced accuracy {format_score(score.value, (score.low, score.high))}; {always}{verdict}"
 
 
 def report(run: TrackedRun, result: TrainResult) -> str:

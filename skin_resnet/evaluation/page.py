@@ -80,16 +80,12 @@ def format_assessment(assessment: Assessment, split: str, notes: Sequence[str] =
     return "\n\n".join(parts)
 
 
-def format_result(assessment: Assessment) -> str:
-    """Write the balanced accuracy beside that of the majority class, in 70 characters."""
-    name = "balanced_accuracy"
-    verdict = ": not better" if name in assessment.find_not_better() else ""
-    always = f"always {assessment.baseline_class} {assessment.get(f'baseline_{name}').value:.3f}"
-    return f"{spell_metric(name)} {_format_metric(assessment, name)}; {always}{verdict}"
+def _format_metric(assessment: Assessment, name: str) -> str:
+    row = assessment.get(name)
+    return format_score(row.value, (row.low, row.high))
 
 
 def _judge(assessment: Assessment) -> str:
-    """Write which scores are not better than the majority class's, if any."""
     names = " and ".join(map(spell_metric, assessment.find_not_better()))
     return f"**Not better than always {assessment.baseline_class}: {names}.**" if names else ""
 
@@ -106,11 +102,6 @@ def format_summary(assessment: Assessment, split: str) -> str:
     always = f"always {assessment.baseline_class}: {baseline}"
     text = f"{split.capitalize()} {scores}; {always}. Plain decision: {plain}."
     return " ".join(filter(None, [_judge(assessment), text]))
-
-
-def _format_metric(assessment: Assessment, name: str) -> str:
-    row = assessment.get(name)
-    return format_score(row.value, (row.low, row.high))
 
 
 def _format_headlines(assessment: Assessment, split: str) -> Iterator[str]:
@@ -131,8 +122,7 @@ def _format_headlines(assessment: Assessment, split: str) -> Iterator[str]:
     yield f"### {split.capitalize()}: {shown}"
     always = f"always {assessment.baseline_class}"
     yield format_table(["", "model [95 % interval]", "plain decision", always], rows)
-    if verdict := _judge(assessment):
-        yield verdict
+    yield from filter(None, [_judge(assessment)])
     yield (
         f"{note} The model predicts argmax p / prior^τ, with τ = {assessment.calibration['tau']:.2f} fitted "
         "on val for balanced accuracy; the plain decision is the most probable class. Loss is in nats, after "
