@@ -42,9 +42,9 @@ def compare(config: CompareConfig) -> None:
         models = {name: [read_predictions(run.predictions)] for name, run in runs.items()}
         scores, differences = compare_models({always: [baseline], **models}, lesions)
         page = _write_page(runs, lesions, scores, differences, config.split)
-        chosen = [f"- {name}: {{}}, {run.run_id[:8]}" for name, run in runs.items()]
-        names = "\n".join(chosen).format(*(run.name for run in found))
-        print_markdown(f"{page}\n\n{note}\n\n{names}")
+        chosen = [f": {run.name}, {run.run_id[:8]}" for run in found]
+        names = [f"- {name}{each}" for name, each in zip(runs, chosen, strict=True)]
+        print_markdown("\n\n".join([page, note, "\n".join(names)]))
         comparison = comparison or stack.enter_context(open_run("compare"))
         comparison.log_params(config)
         comparison.rename(f"compare · {' vs '.join(runs)}")
@@ -59,9 +59,10 @@ def compare(config: CompareConfig) -> None:
                 "figures/curves.png": plot_curves_of_models(histories),
             }
         )
-        links = "\n".join(chosen).format(*(link_run(run.run_id) for run in found))
+        pairs = zip(runs.items(), chosen, strict=True)
+        links = [f"- {link_run(run.run_id, name)}{each}" for (name, run), each in pairs]
         figure = show_figure(comparison.run_id, "figures/differences.png")
-        comparison.describe("\n\n".join([page, note, links, figure]))
+        comparison.describe("\n\n".join([page, note, "\n".join(links), figure]))
         comparison.set_tags({"compares": " ".join(run.run_id for run in found)})
     print(f"\n{describe_location(comparison.run_id)}")
 
