@@ -219,7 +219,7 @@ def register(config: SearchConfig, retrained: pd.DataFrame, scores: pd.DataFrame
     score = f"val balanced accuracy {best.val:.3f} (test was not evaluated)"
     if scores is not None:
         test = scores.loc[(best.recipe, "balanced_accuracy")]
-        metrics["test/balanced_accuracy"] = test.value
+        metrics |= {"test/balanced_accuracy": test.value, "test/balanced_accuracy_low": test.low}
         majority = scores.value[MAJORITY, "balanced_accuracy"]
         score = (
             f"test balanced accuracy {format_score(test.value, (test.low, test.high))}, mean of "

@@ -1,18 +1,20 @@
 """An evaluation: one table of all metrics, from which page, JSON, MLflow metrics and files are made."""
 
 import re
+from dataclasses import replace
 
 import numpy as np
 import pandas as pd
 import pytest
 from matplotlib.figure import Figure
 
+from skin_resnet.commands.train import format_result
 from skin_resnet.errors import UserError
 from skin_resnet.evaluation.artifacts import list_artifacts
 from skin_resnet.evaluation.assess import Assessment, assess
 from skin_resnet.evaluation.calibration import Calibration, fit_calibration
 from skin_resnet.evaluation.metrics import HEADLINES, Predictions, compute_intervals, compute_metrics
-from skin_resnet.evaluation.page import format_assessment
+from skin_resnet.evaluation.page import format_assessment, format_summary
 from skin_resnet.evaluation.plots.assessment import plot_gradcam
 from skin_resnet.labels import HAM10000_CLASSES
 from tests.conftest import make_table
@@ -99,7 +101,25 @@ def test_mlflow_gets_the_headline_metrics_only_under_their_split(assessment: Ass
     assert set(metrics) == {f"test_{name}" for name in names}
     plain = compute_metrics(assessment.predictions.plain)
     assert metrics["test_plain_balanced_accuracy"] == plain.balanced_accuracy
+    intervals = compute_intervals(assessment.predictions.plain, assessment.lesions)
+    for name in ("accuracy", "balanced_accuracy"):
+        row = assessment.get(f"plain_{name}")
+        assert (row.value, row.low, row.high) == (getattr(plain, name), *intervals[name])
     assert metrics["test_balanced_accuracy_low"] == assessment.get("balanced_accuracy").low
+
+
+def test_a_score_whose_interval_holds_the_baselines_is_said_to_be_no_better(table: pd.DataFrame) -> None:
+    shuffled = predict(table).select(np.random.default_rng(1).permutation(len(table)))
+    random = replace(shuffled, targets=table.target.to_numpy(), image_ids=tuple(table.image_id))
+    chance, good = evaluate(table, random), evaluate(table)
+    for each, is_better in ((chance, False), (good, True)):
+        for name in ("balanced_accuracy", "accuracy"):
+            row, baseline = each.get(name), each.get(f"baseline_{name}").value
+            assert (row.low > baseline) == is_better
+            assert (name in each.find_not_better()) != is_better
+        for text in (format_summary(each, "test"), format_assessment(each, "test"), format_result(each)):
+            assert ("ot better" in text) != is_better
+    assert chance.get("balanced_accuracy").value > 1 / 7, "above the baseline, but within the noise"
 
 
 def test_the_page_shows_the_values_of_the_table(assessment: Assessment) -> None:
@@ -127,6 +147,8 @@ def test_without_lesion_ids_intervals_are_said_to_be_by_image(table: pd.DataFram
     page = format_assessment(alone, "test")
     assert "intervals are by image" in page
     assert alone.retest.empty
+    assert "Test-retest" not in page
+    assert "Test-retest" in format_assessment(evaluate(table), "test")
 
 
 def test_a_val_without_melanoma_gives_no_threshold_for_it_and_says_so(table: pd.DataFrame) -> None:

@@ -82,6 +82,24 @@ def test_tau_is_1_where_probabilities_are_true_and_raises_balanced_accuracy_on_o
     assert adjusted.plain.predicted.tolist() == test.predicted.tolist()
 
 
+def test_tau_is_0_on_few_images_where_a_gain_is_luck_and_not_where_it_is_clear() -> None:
+    """Networks that rank a little better than chance, and clearly, on as many images as demo and HAM10000."""
+    counts = np.array([33, 51, 110, 12, 111, 670, 13])
+
+    def fit(size: int, skill: float) -> list[float]:
+        taus = []
+        for seed in range(20):
+            rng = np.random.default_rng(seed)
+            targets = np.repeat(np.arange(7), np.maximum(1, size * counts // counts.sum()))
+            logits = skill * (rng.normal(size=(len(targets), 7)) + skill * np.eye(7)[targets])
+            joint = np.exp(logits) * counts
+            taus.append(fit_tau(make(joint / joint.sum(axis=1, keepdims=True), targets), counts))
+        return taus
+
+    assert fit(74, 0.1).count(0) >= 18
+    assert min(fit(1500, 1.5)) > 0.4
+
+
 def test_tau_is_0_where_no_decision_is_better_than_the_most_probable_class() -> None:
     assert fit_tau(make(np.eye(3)[[0, 1, 2, 0]], [0, 1, 2, 0]), np.array([90, 9, 1])) == 0
 

@@ -1,5 +1,6 @@
 """Comparing finished trainings: paired differences, one table, a run with links to its sources."""
 
+import re
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -9,6 +10,7 @@ import mlflow
 import numpy as np
 import pandas as pd
 import pytest
+from mlflow import MlflowClient
 
 from skin_resnet.commands.compare import compare, format_difference
 from skin_resnet.config import CompareConfig
@@ -72,6 +74,19 @@ def start_other_run() -> str:
         return run.info.run_id
 
 
+def log_predictions(run_id: str, predictions: Predictions) -> None:
+    table = pd.DataFrame(
+        {
+            "image_id": predictions.image_ids,
+            "lesion_id": LESIONS,
+            "dx": np.array(HAM10000_CLASSES)[predictions.targets],
+            "prediction": np.array(HAM10000_CLASSES)[predictions.predicted],
+            **dict(zip(HAM10000_CLASSES, predictions.probabilities.T, strict=True)),
+        }
+    )
+    MlflowClient().log_text(run_id, table.to_csv(index=False), "test/predictions.csv")
+
+
 @pytest.fixture
 def runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[dict[str, str]]:
     """Three finished trainings in a real store, as `train` leaves them."""
@@ -83,16 +98,6 @@ def runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[dict[str, 
     for number, (name, arch, skill) in enumerate(
         (("first", "resnet50", 0.2), ("second", "resnet50", 0.3), ("deep", "resnet152", 0.8))
     ):
-        predictions = predict(skill, number)
-        table = pd.DataFrame(
-            {
-                "image_id": predictions.image_ids,
-                "lesion_id": LESIONS,
-                "dx": np.array(HAM10000_CLASSES)[predictions.targets],
-                "prediction": np.array(HAM10000_CLASSES)[predictions.predicted],
-                **dict(zip(HAM10000_CLASSES, predictions.probabilities.T, strict=True)),
-            }
-        )
         with mlflow.start_run(run_name=name) as run:
             mlflow.log_param("arch", arch)
             mlflow.set_tags({"split.leaks": "false", "split.hash": "abc"})
@@ -108,7 +113,7 @@ def runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[dict[str, 
                 values = {"train/loss": 1, "val/loss": 2, "train/balanced_accuracy": 0.4}
                 speed = {"epoch_s": 30, "images_per_s": 60}
                 mlflow.log_metrics({**values, "val/balanced_accuracy": 0.3, **speed}, step=epoch)
-            mlflow.log_text(table.to_csv(index=False), "test/predictions.csv")
+        log_predictions(run.info.run_id, predict(skill, number))
         ids[name] = run.info.run_id
     yield ids
     mlflow.set_tracking_uri(None)
@@ -122,30 +127,53 @@ def test_the_best_run_of_each_arch_is_compared_in_a_run_with_links(runs, capsys)
     assert run.data.tags["compares"] == f"{runs['second']} {runs['deep']}"
     assert runs["deep"] in run.data.tags["mlflow.note.content"]
     path = mlflow.artifacts.download_artifacts(run_id=run.info.run_id, artifact_path="differences.csv")
-    assert len(pd.read_csv(path)) == 3
-    # A chart each: the models side by side, and their difference.
+    assert len(pd.read_csv(path)) == 9
+    # MLflow shows a section for what precedes the slash: the models side by side.
     assert set(run.data.metrics) == {
-        *(f"{name} {arch}" for name in HEADLINES for arch in ("resnet50", "resnet152")),
-        "balanced_accuracy resnet152 minus resnet50",
+        *(f"{name}/{model}" for name in HEADLINES for model in ("always nv", "resnet50", "resnet152")),
+        "balanced_accuracy_difference/resnet152 minus resnet50",
     }
+    assert run.data.metrics["balanced_accuracy/always nv"] == pytest.approx(1 / 7)
+    rows = [line.split()[:2] for line in page.splitlines()]
+    assert ["always", "nv"] in rows
+    for name, label in (("second", "resnet50"), ("deep", "resnet152")):
+        assert f"{label}: {name}, {runs[name][:8]}" in page
+    assert "Not better" not in page
+    assert all(len(line) <= 80 for line in page.splitlines() if "http" not in line and "sqlite" not in line)
+    assert len(re.findall(r"\d\.\d{3} \[\d\.\d\d, \d\.\d\d\]", page)) >= 4, "no interval is wrapped"
     paths = {file.path for file in mlflow.MlflowClient().list_artifacts(run.info.run_id, "figures")}
     assert "figures/differences.png" in paths
 
 
-def test_runs_of_one_arch_are_distinguished_by_name_or_else_by_id(runs, capsys) -> None:
-    config = CompareConfig(runs=f"{runs['first']}, {runs['second']},{runs['deep']},")
-    compare(config)
-    assert "resnet50 second minus resnet50 first: +" in capsys.readouterr().out
-    for number, name in enumerate(("first", "second")):
-        mlflow.MlflowClient().set_tag(runs[name], "mlflow.runName", f"resnet50 · demo · seed {number}")
-    compare(config)
-    assert "resnet50 seed 1 minus resnet50 seed 0" in capsys.readouterr().out
-    for name in ("first", "second"):
-        mlflow.MlflowClient().set_tag(runs[name], "mlflow.runName", "lr=0.1 (v2), mixup")
+def test_runs_of_one_arch_are_distinguished_by_options_or_else_by_id(runs, capsys) -> None:
+    config, client = CompareConfig(runs=f"{runs['first']}, {runs['second']},{runs['deep']},"), MlflowClient()
     compare(config)
     page = capsys.readouterr().out
     assert f"resnet50 {runs['second'][:8]} minus resnet50 {runs['first'][:8]}" in page
     assert "resnet152 minus resnet50" in page
+    for name, options in (
+        ("first", {"seed": 0, "lr": 0.1, "cache_dir": "a"}),
+        ("second", {"seed": 1, "lr": 0.1, "cache_dir": "b"}),
+    ):
+        for option, value in options.items():
+            client.log_param(runs[name], option, value)
+    compare(config)
+    assert "resnet50 seed 1 minus resnet50 seed 0: +" in " ".join(capsys.readouterr().out.split())
+    for name, augment in (("first", "'crops'"), ("second", "light")):
+        client.log_param(runs[name], "augment", augment)
+    compare(config)
+    page = " ".join(capsys.readouterr().out.split())
+    assert "resnet50 seed 1 augment light minus resnet50 seed 0 augment crops" in page
+
+
+def test_a_run_that_is_no_better_than_the_majority_class_is_named(runs, capsys) -> None:
+    predictions = predict(0.3)
+    decided = replace(predictions, decisions=np.random.default_rng(0).integers(0, 7, 300))
+    log_predictions(runs["second"], decided)
+    compare(CompareConfig(runs=f"{runs['second']},{runs['deep']}"))
+    assert "Not better than always nv in balanced accuracy: resnet50.\n" in re.sub(
+        " +\n", "\n", capsys.readouterr().out
+    )
 
 
 def test_a_leaking_run_is_not_the_best_and_is_marked_where_it_is_named(runs, capsys) -> None:
@@ -178,14 +206,28 @@ def test_runs_of_two_splits_are_refused_and_named(runs) -> None:
         compare(CompareConfig(runs=",".join(runs.values())))
 
 
-@pytest.mark.parametrize("wrong", ["only one", "unknown", "no val", "no training"])
-def test_what_cannot_be_compared_is_refused_and_the_run_ends_failed(runs, wrong: str) -> None:
+@pytest.mark.parametrize("wrong", ["only one", "unknown", "no val", "no training", "other images"])
+def test_what_cannot_be_compared_is_refused_before_a_run_is_opened(
+    runs, wrong: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if wrong == "other images":
+        log_predictions(runs["second"], replace(predict(0.3), image_ids=tuple(map(str, range(300)))))
     config = {
         "only one": CompareConfig(runs=runs["deep"]),
         "unknown": CompareConfig(runs=f"{runs['deep']},{'0' * 32}"),
         "no val": CompareConfig(runs="best", split="val"),
         "no training": CompareConfig(runs=f"{runs['deep']},{start_other_run()}"),
+        "other images": CompareConfig(runs=f"{runs['second']},{runs['deep']}"),
     }[wrong]
+    before = len(mlflow.search_runs(output_format="list"))
     with pytest.raises(UserError, match="run"):
         compare(config)
-    assert mlflow.search_runs(output_format="list", max_results=1)[0].info.status == "FAILED"
+    assert len(mlflow.search_runs(output_format="list")) == before
+    # `mlflow run` has opened one: it ends with the reason.
+    opened = MlflowClient().create_run(mlflow.get_run(runs["deep"]).info.experiment_id).info.run_id
+    monkeypatch.setenv("MLFLOW_RUN_ID", opened)
+    with pytest.raises(UserError, match="run"):
+        compare(config)
+    ended = mlflow.get_run(opened)
+    assert (ended.info.status, ended.info.run_name) == ("FAILED", "compare")
+    assert len(mlflow.search_runs(output_format="list")) == before + 1

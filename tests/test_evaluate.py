@@ -55,6 +55,7 @@ def test_on_bad_image_is_that_of_the_training_unless_it_is_given(training: Evalu
     (run,) = mlflow.search_runs(output_format="list", max_results=1)
     assert run.data.tags["skipped_images"] == "1"
     assert run.data.metrics["test_accuracy"] > 0
+    assert run.info.run_name == "evaluate · resnet50 · data · test"
     with pytest.raises(UserError, match=r"broken\.png"):
         evaluate(training.with_changes(on_bad_image="stop"))
 
@@ -98,13 +99,18 @@ def test_several_models_are_averaged_and_calibrated_for_their_mean(training: Eva
 
     mean = (undo_temperature(training.model) + undo_temperature(second.info.run_id)) / 2
     found, tags = predict(both)
+    assert mlflow.search_runs(output_format="list", max_results=1)[0].info.run_name.startswith(
+        "evaluate · 2 runs · data"
+    )
     calibrated = mean ** (1 / combine(read_models(both))["calibration"]["temperature"])
     np.testing.assert_allclose(found, calibrated.div(calibrated.sum(axis=1), axis=0), atol=1e-6)
     assert tags["model.run_id"] == both.replace(",", ", ")
     train(config.with_changes(split_seed=1))
     (other,) = mlflow.search_runs(output_format="list", max_results=1)
+    before = len(mlflow.search_runs(output_format="list"))
     with pytest.raises(UserError, match="split"):
         evaluate(training.with_changes(model=f"{training.model},{other.info.run_id}"))
+    assert len(mlflow.search_runs(output_format="list")) == before
 
 
 def read_run_predictions(run_id: str) -> pd.DataFrame:

@@ -159,11 +159,12 @@ def test_runs_of_a_study_that_nobody_works_on_are_closed(client: mlflow.MlflowCl
     assert statuses == ["RUNNING", "KILLED", "RUNNING"]
 
 
-def register(val: float, test: float | None = 0.5, split_hash: str = "a") -> str:
+def register(val: float, test: float | None = 0.5, split_hash: str = "a", low: float = 0.4) -> str:
     """Register a model under the test's name."""
     run_id = create_run()
     mlflow.MlflowClient().log_text(run_id, "flavors: {}", "model/MLmodel")
-    metrics = {"val/balanced_accuracy": val} | ({} if test is None else {"test/balanced_accuracy": test})
+    tested = {"test/balanced_accuracy": test, "test/balanced_accuracy_low": low}
+    metrics = {"val/balanced_accuracy": val} | ({} if test is None else tested)
     return register_model(
         f"runs:/{run_id}/model", get_name(), metrics=metrics, baseline=0.143, split_hash=split_hash,
         descriptions=(f"version of val {val}", f"champion of val {val}"),
@@ -178,6 +179,16 @@ def find_champion() -> str:
     return str(mlflow.MlflowClient().get_model_version_by_alias(get_name(), "champion").version)
 
 
+def test_registering_prints_nothing_and_raises_what_goes_wrong(capfd: pytest.CaptureFixture[str]) -> None:
+    register(0.5)
+    assert capfd.readouterr() == ("", "")
+    with pytest.raises(mlflow.MlflowException):
+        register_model(
+            "runs:/nowhere/model", get_name(), metrics={"val/balanced_accuracy": 1}, baseline=0.1,
+            split_hash="a", descriptions=("", ""),
+        )  # fmt: skip
+
+
 def test_only_a_better_model_on_the_same_split_becomes_champion() -> None:
     client, champions = mlflow.MlflowClient(), []
     for version, (val, split_hash) in enumerate(((0.5, "a"), (0.4, "a"), (0.9, "b"), (0.6, "a")), start=1):
@@ -190,11 +201,14 @@ def test_only_a_better_model_on_the_same_split_becomes_champion() -> None:
     assert champions == ["1", "1", "1", "4"]
 
 
-@pytest.mark.parametrize(("val", "test"), [(0.9, 0.137), (0.9, 0.143), (0.143, None), (0.9, float("nan"))])
+@pytest.mark.parametrize(
+    ("val", "test", "low"),
+    [(0.9, 0.2, 0.137), (0.9, 0.143, 0.143), (0.143, None, 0.4), (0.9, 0.2, float("nan"))],
+)
 def test_a_model_that_does_not_beat_the_majority_class_is_not_registered(
-    val: float, test: float | None
+    val: float, test: float | None, low: float
 ) -> None:
     register(0.2)
-    assert "Not registered" in register(val, test)
+    assert "Not registered" in register(val, test, low=low)
     assert find_champion() == "1"
     assert len(mlflow.MlflowClient().search_model_versions(f"name = '{get_name()}'")) == 1

@@ -1,5 +1,7 @@
 """Figures against scikit-learn's, also where classes are absent or scores are tied."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 from sklearn import metrics as sk
@@ -90,6 +92,18 @@ def test_intervals_hold_the_metric_and_widen_when_photos_share_lesions() -> None
         assert low < getattr(metrics, name) < high
         assert by_lesion[name] == pytest.approx((low, high), abs=1e-12)
         assert by_image[name][1] - by_image[name][0] < 0.75 * (high - low)
+
+
+def test_one_bootstrap_of_both_decisions_gives_the_intervals_of_two() -> None:
+    predictions, lesions = predict_randomly(300), np.arange(300) // 2
+    decided = replace(
+        predictions, decisions=(predictions.probabilities * [7, 6, 5, 4, 3, 2, 1]).argmax(axis=1)
+    )
+    both = compute_intervals(decided, lesions, plain=True)
+    alone, plain = compute_intervals(decided, lesions), compute_intervals(predictions, lesions)
+    assert alone["accuracy"] != plain["accuracy"]
+    del plain["macro_auc"]
+    assert both == alone | {f"plain_{name}": each for name, each in plain.items()}
 
 
 def test_rare_classes_do_not_lift_the_interval_of_one_answer_for_all() -> None:

@@ -10,6 +10,8 @@ from skin_resnet.evaluation.page import format_frame, format_score
 def test_a_score_is_written_with_its_interval() -> None:
     assert format_score(0.6127, (0.5249, 0.6951)) == "0.613 [0.52, 0.70]"
     assert format_score(0.5) == "0.500"
+    assert format_score(1 / 7, (1 / 7, 1 / 7)) == "0.143"  # of a constant
+    assert format_score(0.5, (float("nan"), float("nan"))) == "0.500"
     assert format_score(float("nan"), (0.1, 0.2)) == "\N{EN DASH}"
 
 

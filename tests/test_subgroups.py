@@ -6,6 +6,7 @@ import pandas as pd
 import pytest
 from sklearn import metrics as sk
 
+from skin_resnet.evaluation.calibration import decide
 from skin_resnet.evaluation.metrics import Predictions, compute_intervals
 from skin_resnet.evaluation.subgroups import MIN_IMAGES, MIN_LESIONS, compute_retest, compute_subgroups
 from skin_resnet.labels import HAM10000_CLASSES
@@ -156,6 +157,8 @@ def pick(retest: pd.DataFrame, dx: str = "all") -> dict[str, float]:
 
 def test_retest_metrics_are_means_over_lesions_of_means_over_pairs() -> None:
     predictions, lesions = predict_photos()
+    predictions = decide(predictions, np.array([5, 1, 0.2]))
+    assert (predictions.predicted != predictions.plain.predicted).any()
     per_lesion, others = [], []
     for lesion in {name for name in lesions if (lesions == name).sum() > 1}:
         photos = np.flatnonzero(lesions == lesion)
@@ -165,7 +168,8 @@ def test_retest_metrics_are_means_over_lesions_of_means_over_pairs() -> None:
             (others, [(a, b) for a in photos for b in beside]),
         ):
             p, q = (predictions.probabilities[[pair[side] for pair in pairs]] for side in (0, 1))
-            agree = p.argmax(axis=1) == q.argmax(axis=1)
+            r, s = (predictions.predicted[[pair[side] for pair in pairs]] for side in (0, 1))
+            agree = r == s
             distance = np.maximum(p - q, 0).sum(axis=1)  # another form of the total variation
             found.append(
                 (agree.mean(), float(agree.all()), distance.mean(), np.abs(p[:, 1] - q[:, 1]).mean())

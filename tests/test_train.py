@@ -5,6 +5,7 @@ import json
 import os
 import subprocess
 import sys
+from contextlib import redirect_stdout
 from pathlib import Path
 from typing import Any
 
@@ -58,9 +59,10 @@ def config(store: Path, class_folders: Path) -> TrainConfig:
 
 
 @pytest.fixture(scope="module")
-def run(config: TrainConfig) -> Run:
+def run(config: TrainConfig, store: Path) -> Run:
     """One finished training."""
-    train(config)
+    with (store / "printed.txt").open("w") as file, redirect_stdout(file):
+        train(config)
     return mlflow.search_runs(output_format="list", filter_string="attributes.status = 'FINISHED'")[0]
 
 
@@ -74,6 +76,20 @@ def read_artifact(run: Run, path: str) -> Path:
 
 def get_latest() -> Run:
     return mlflow.search_runs(output_format="list", max_results=1)[0]
+
+
+def test_a_training_ends_with_short_lines_on_what_came_out_and_what_to_do_next(run: Run, store: Path) -> None:
+    printed = (store / "printed.txt").read_text()
+    end = printed.rpartition("\n\n")[2].splitlines()
+    names = ["test", "verdict", "report", "view", "serve", "compare"]
+    assert [line.split()[0] for line in end if line[0] != " "] == names
+    assert max(len(line) for line in end if "http" not in line and "sqlite" not in line) <= 80
+    assert len(end) <= 9
+    low, high = (run.data.metrics[f"test_balanced_accuracy_{name}"] for name in ("low", "high"))
+    assert (f"[{low:.2f}, {high:.2f}]" in end[0]) == (low < high)
+    assert ("not better" in end[0]) == (low <= 1 / 3)
+    assert end[2].split()[1].rstrip(",") in list_artifacts(run, "test")
+    assert f"runs:/{run.info.run_id}/model" in printed
 
 
 def test_every_option_is_a_param_once(run: Run, config: TrainConfig) -> None:

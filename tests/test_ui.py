@@ -123,7 +123,7 @@ def test_a_comparison_shows_its_verdict_metrics_and_sources(page: Any, links: di
     page.goto(links["compare"])
     page.get_by_role("heading", name="compare · resnet50 seed 0 vs resnet50 seed 1").wait_for()
     page.get_by_text("Highest test balanced accuracy: resnet50 seed").wait_for()
-    page.get_by_text("Metrics (7)").wait_for()
+    page.get_by_text("Metrics (10)").wait_for()
     page.get_by_text("Show more", exact=True).click()
     source = page.get_by_role("link", name="resnet50 seed 0", exact=True).get_attribute("href")
     assert source.endswith(links["train"].partition("#")[2])

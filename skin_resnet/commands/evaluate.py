@@ -1,5 +1,6 @@
 """The command `evaluate`: metrics of a trained network on images it has not been trained on."""
 
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ from skin_resnet.data.split import Split, drop_seen
 from skin_resnet.data.store import ImageStore, fingerprint_images, open_store
 from skin_resnet.errors import UserError
 from skin_resnet.evaluation.artifacts import list_artifacts, show_images
-from skin_resnet.evaluation.assess import assess
+from skin_resnet.evaluation.assess import Assessment, assess
 from skin_resnet.evaluation.calibration import fit_calibration
 from skin_resnet.evaluation.metrics import Predictions
 from skin_resnet.evaluation.page import LEAK_BANNER, format_summary, print_markdown
@@ -22,7 +23,8 @@ from skin_resnet.model.resnet import ResNet, build_resnet
 from skin_resnet.tracking import history as finished_runs
 from skin_resnet.tracking.history import log_test_access
 from skin_resnet.tracking.links import describe_location
-from skin_resnet.tracking.run import TrackedRun, open_run
+from skin_resnet.tracking.run import TrackedRun, is_project_run, open_run
+from skin_resnet.tracking.store import prepare_store
 from skin_resnet.training.checkpoint import read_checkpoint
 from skin_resnet.training.device import build_fabric
 from skin_resnet.training.engine import predict
@@ -37,10 +39,15 @@ def evaluate(config: EvaluateConfig) -> None:
     Raises:
         UserError: The model or the data cannot be used.
     """
-    with open_run(f"evaluate · {config.model}") as run:
-        run.log_params(config)
+    with ExitStack() as stack:
+        # Refused before a run is opened; what `mlflow run` has opened ends with the reason.
+        opened = stack.enter_context(open_run("evaluate")) if is_project_run() else None
+        prepare_store()
         members = read_models(config.model)
         checkpoint = combine(members)
+        run = opened or stack.enter_context(open_run("evaluate"))
+        run.log_params(config)
+        run.rename(f"evaluate · {_name(members, config)}")
         run.set_tags(
             {
                 **{
@@ -60,10 +67,18 @@ def evaluate(config: EvaluateConfig) -> None:
         split = _get_split(checkpoint)
         if set(split.test) & set(images.image_id):
             warning = max(log_test_access(run.run_id, split.hash, each["run_id"]) for each in members)
-        summary, page = assess_and_log(run, checkpoint, images, store, config, warning)
-        run.describe(f"{summary}\n\n{page}")
+        assessment, page = assess_and_log(run, checkpoint, images, store, config, warning)
+        run.describe(f"{format_summary(assessment, 'test')}\n\n{page}")
         print_markdown(page)
     print(f"\n{describe_location(run.run_id)}")
+
+
+def _name(members: list[dict[str, Any]], config: EvaluateConfig) -> str:
+    """Return what is evaluated on what: `resnet50 · demo · test`, `3 runs · my_clinic`."""
+    model = f"{len(members)} runs" if len(members) > 1 else members[0]["arch"]
+    is_same = config.data == "same"
+    data = Path(members[0]["config"]["data"] if is_same else config.data).stem
+    return f"{model} · {data}" + " · test" * is_same
 
 
 def _read_images(checkpoint: dict[str, Any], config: EvaluateConfig) -> tuple[pd.DataFrame, ImageStore]:
@@ -220,11 +235,11 @@ def assess_and_log(
     store: ImageStore,
     config: TrainConfig | EvaluateConfig,
     warning: str = "",
-) -> tuple[str, str]:
+) -> tuple[Assessment, str]:
     """Evaluate the network of a checkpoint, or its members, on a table's images; log everything on a run.
 
     Returns:
-        The headline metrics in a sentence, and the page.
+        The evaluation, and its page.
 
     Raises:
         UserError: There is no image, or the network's output is not finite.
@@ -243,4 +258,4 @@ def assess_and_log(
     run.log_metrics(assessment.metrics("test"), step=checkpoint["epoch"])
     files = list_artifacts(assessment, "test", title, notes)
     run.log_artifacts(files | show_images(assessment, "test", title, networks[0].cpu(), store))
-    return format_summary(assessment, "test"), str(files["test/evaluation.md"])
+    return assessment, str(files["test/evaluation.md"])

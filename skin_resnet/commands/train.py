@@ -9,7 +9,8 @@ import pandas as pd
 from skin_resnet.commands.evaluate import assess_and_log
 from skin_resnet.config import TrainConfig
 from skin_resnet.data.prepare import PreparedData, open_test
-from skin_resnet.evaluation.page import LEAK_BANNER, print_markdown
+from skin_resnet.evaluation.assess import Assessment
+from skin_resnet.evaluation.page import LEAK_BANNER, format_score, format_summary, print_markdown
 from skin_resnet.evaluation.report import describe_training
 from skin_resnet.tracking.history import close_abandoned, log_test_access, read_tags
 from skin_resnet.tracking.links import describe_location, show_figure
@@ -43,7 +44,7 @@ def train(config: TrainConfig) -> None:
             point = ResumePoint(folder=RunFolder(checkpoint_dir / run.run_id), config=config)
             point.folder.acquire()
         try:
-            summary = _train_and_test(run, point)
+            result = _train_and_test(run, point)
         except BaseException as error:
             # What diverged would diverge again.
             if point.folder.last.exists() and not isinstance(error, NonFiniteLossError):
@@ -53,11 +54,12 @@ def train(config: TrainConfig) -> None:
                     options["checkpoint_dir"] = str(config.checkpoint_dir)
                 print(f"\nresume   {_write_command(run, 'train', options, by_project=by_project)}")
             raise
-    compare = _write_command(run, "compare", {"runs": "best"}, by_project=by_project)
     print(
-        f"\n{summary}\n{describe_location(run.run_id)}\n"
-        f"serve    mlflow models serve --env-manager=local -m runs:/{run.run_id}/model\n"
-        f"compare  {compare}  # 2+ runs"
+        f"\n{result}\n"
+        # Without the run's name and id.
+        f"{describe_location(run.run_id).partition(chr(10))[2]}\n"
+        f"serve    mlflow models serve --env-manager=local \\\n           -m runs:/{run.run_id}/model\n"
+        f"compare  {_write_command(run, 'compare', {'runs': 'best'}, by_project=by_project)}"
     )
 
 
@@ -74,7 +76,7 @@ def _write_command(run: TrackedRun, command: str, options: dict[str, str], *, by
 
 
 def _train_and_test(run: TrackedRun, point: ResumePoint) -> str:
-    """Train and test in a run; return the last lines to print."""
+    """Train and test in a run; return its result in lines to print."""
     config = point.config
     run.log_params(config)
     try:
@@ -84,16 +86,30 @@ def _train_and_test(run: TrackedRun, point: ResumePoint) -> str:
             raise
         raise explain_out_of_memory(config) from None
     text = report(run, result)
-    summary, page = _test(run, result) if config.test == "at_end" else ("Test was not evaluated.", "")
+    lines, summary, page = {"test": "not evaluated"}, "Test was not evaluated.", ""
+    if config.test == "at_end":
+        assessment, page = _test(run, result)
+        lines, summary = {"test": format_result(assessment)}, format_summary(assessment, "test")
     # The page of a run shows the first lines only.
     curves = show_figure(run.run_id, "figures/curves.png") if len(result.history) > 1 else ""
     run.describe("\n\n".join(filter(None, [summary, text, curves, page])))
     run.log_model(result.checkpoint_path, result.data.classes)
     if config.print_report == "true":
         print_markdown(f"{text}\n\n{page}")
-    verdict = text.partition("\n")[0].replace("*", "")
-    lines = textwrap.wrap(f"{verdict} {summary}", 71)
-    return "\n".join([f"result   {lines[0]}", *(f"         {line}" for line in lines[1:])])
+    lines["verdict"] = text.partition("\n")[0].replace("*", "")
+    lines["report"] = f"{'test' if page else 'val'}/evaluation.md, among the artifacts on the run's page"
+    return "\n".join(
+        textwrap.fill(line, 80, initial_indent=f"{name:9}", subsequent_indent=" " * 9)
+        for name, line in lines.items()
+    )
+
+
+def format_result(assessment: Assessment) -> str:
+    """Write the balanced accuracy beside that of the majority class, in 70 characters."""
+    score, baseline = (assessment.get(f"{kind}balanced_accuracy") for kind in ("", "baseline_"))
+    verdict = ": not better" if "balanced_accuracy" in assessment.find_not_better() else ""
+    always = f"always {assessment.baseline_class} {baseline.value:.3f}"
+    return f"balanced accuracy {format_score(score.value, (score.low, score.high))}; {always}{verdict}"
 
 
 def report(run: TrackedRun, result: TrainResult) -> str:
@@ -121,7 +137,7 @@ def open_test_split(run: TrackedRun, config: TrainConfig, data: PreparedData) ->
     return open_test(config, data), warning
 
 
-def _test(run: TrackedRun, result: TrainResult) -> tuple[str, str]:
+def _test(run: TrackedRun, result: TrainResult) -> tuple[Assessment, str]:
     table, warning = open_test_split(run, result.config, result.data)
     checkpoint = read_checkpoint(result.checkpoint_path)
     return assess_and_log(run, checkpoint, table, result.data.store, result.config, warning)

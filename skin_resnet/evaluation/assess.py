@@ -26,6 +26,7 @@ from skin_resnet.evaluation.metrics import (
     compute_intervals,
     compute_metrics,
     compute_share_interval,
+    is_better,
     predict_always,
 )
 from skin_resnet.evaluation.operating import apply_threshold, compute_referral, find_positives
@@ -34,6 +35,7 @@ from skin_resnet.evaluation.subgroups import compute_retest, compute_subgroups
 # The metrics that MLflow shows and compares; all others are in the artifacts of the run.
 _TRACKED = ("loss", "ece", *HEADLINES, "plain_accuracy", "plain_balanced_accuracy", "baseline_accuracy")
 _TRACKED_INTERVAL = "balanced_accuracy"
+_DECISIONS = ("balanced_accuracy", "accuracy")  # the headline metrics of the predicted classes
 
 Row = tuple[str, float, float, float, int]  # name, value, low and high end of the 95 % interval, images
 _NAN = float("nan")
@@ -71,6 +73,11 @@ class Assessment:
     def get(self, name: str) -> Any:
         """Return a metric's row of the table, with fields value, low, high and n."""
         return next(self.table[self.table.name == name].itertuples(index=False))
+
+    def find_not_better(self) -> list[str]:
+        """Return which scores do not beat those of always predicting the majority class."""
+        pairs = {name: (self.get(name).low, self.get(f"baseline_{name}").value) for name in _DECISIONS}
+        return [name for name, (low, baseline) in pairs.items() if not is_better(low, baseline)]
 
     def metrics(self, split: str) -> dict[str, float]:
         """Return the tracked metrics under their MLflow keys, `test_accuracy`, ...
@@ -153,13 +160,13 @@ def _measure(
     raw: Predictions, calibrated: Predictions, lesions: NDArray[np.str_], baseline: int
 ) -> Iterator[Row]:
     images = len(lesions)
-    metrics, intervals = compute_metrics(calibrated), compute_intervals(calibrated, lesions)
+    metrics, intervals = compute_metrics(calibrated), compute_intervals(calibrated, lesions, plain=True)
     always = compute_metrics(predict_always(baseline, calibrated))
     for name in HEADLINES:
         yield name, getattr(metrics, name), *intervals[name], images
-    plain, plain_intervals = compute_metrics(calibrated.plain), compute_intervals(calibrated.plain, lesions)
-    for name in ("balanced_accuracy", "accuracy"):
-        yield f"plain_{name}", getattr(plain, name), *plain_intervals[name], images
+    plain = compute_metrics(calibrated.plain)
+    for name in _DECISIONS:
+        yield f"plain_{name}", getattr(plain, name), *intervals[f"plain_{name}"], images
     single = {
         **{f"baseline_{name}": getattr(always, name) for name in HEADLINES},
         "loss": metrics.loss,

@@ -14,7 +14,7 @@ from numpy.typing import ArrayLike, NDArray
 from scipy.optimize import minimize_scalar
 
 from skin_resnet.errors import UserError
-from skin_resnet.evaluation.metrics import Floats, Predictions, choose_highest, compute_weighted
+from skin_resnet.evaluation.metrics import Floats, Predictions, choose_highest
 from skin_resnet.evaluation.operating import choose_thresholds
 
 _TAUS = np.arange(31) * 0.05
@@ -74,18 +74,21 @@ def fit_tau(predictions: Predictions, class_counts: NDArray[np.int64]) -> float:
     """Find the tau in [0, 1.5] whose decisions argmax p / prior**tau have the highest balanced accuracy.
 
     With true probabilities, 1 is the best one; a network fitted to few images of a rare class is less sure.
+    It is 0 unless what is gained over the plain decision exceeds its standard error: on few images, the
+    highest score is luck. The error is that of a difference of 0, as in McNemar's test, with each image
+    weighted by the inverse size of its class.
     Source: Menon et al., "Long-tail learning via logit adjustment" (ICLR 2021), section 4.1 (post hoc).
     """
-    everything = np.ones((1, len(predictions.targets)))
-    scores = [
-        compute_weighted(decide(predictions, _weight_classes(class_counts, tau)), everything)[
-            "balanced_accuracy"
-        ].item()
-        for tau in _TAUS
-    ]
-    padded = np.pad(scores, _SMOOTHED // 2, mode="edge")
+    targets = predictions.targets
+    hits = np.array(
+        [decide(predictions, _weight_classes(class_counts, tau)).predicted == targets for tau in _TAUS]
+    )
+    shares = 1 / np.bincount(targets)[targets]
+    padded = np.pad(hits @ shares / shares.sum(), _SMOOTHED // 2, mode="edge")
     smoothed = np.convolve(padded, np.full(_SMOOTHED, 1 / _SMOOTHED), mode="valid")
-    return float(_TAUS[smoothed.round(9).argmax()])
+    best = smoothed.round(9).argmax()
+    gains = shares * (hits[best].astype(int) - hits[0])
+    return float(_TAUS[best]) if gains.sum() > np.sqrt((gains**2).sum()) else 0.0
 
 
 def _weight_classes(counts: NDArray[np.int64], tau: float) -> Floats:

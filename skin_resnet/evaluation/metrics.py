@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
+from functools import lru_cache
 from itertools import combinations
 from typing import Any
 
@@ -142,10 +143,24 @@ def predict_always(target: int, like: Predictions) -> Predictions:
     return replace(like.plain, probabilities=np.tile(certain, (len(like.targets), 1)))
 
 
-def compute_intervals(predictions: Predictions, lesions: NDArray[Any]) -> dict[str, tuple[float, float]]:
-    """Compute a 95 % interval of each headline metric by drawing lesions, (N,), with replacement."""
-    draws = compute_weighted(predictions, draw_lesions(lesions))
-    return {name: compute_percentiles(draws[name]) for name in HEADLINES}
+def compute_intervals(
+    predictions: Predictions, lesions: NDArray[Any], *, plain: bool = False
+) -> dict[str, tuple[float, float]]:
+    """Compute a 95 % interval of each headline metric by drawing lesions, (N,), with replacement.
+
+    With `plain`, the plain decision's are included, as `plain_accuracy` and `plain_balanced_accuracy`. Macro
+    AUC, which takes most of the time, does not depend on the decision.
+    """
+    weights = draw_lesions(lesions)
+    draws = compute_weighted(predictions, weights)
+    if plain:
+        draws |= {f"plain_{name}": each for name, each in weigh_hits(predictions.plain, weights).items()}
+    return {name: compute_percentiles(each) for name, each in draws.items()}
+
+
+def is_better(low: float, baseline: float) -> bool:
+    """Return whether a score beats a baseline's: its interval, from `low` on, lies above it."""
+    return bool(low > baseline)
 
 
 def draw_lesions(lesions: NDArray[Any]) -> Floats:
@@ -156,10 +171,13 @@ def draw_lesions(lesions: NDArray[Any]) -> Floats:
     Source: Efron, Tibshirani, "An Introduction to the Bootstrap" (1993), section 13.3 (percentile interval).
     """
     names, lesion_of = np.unique(lesions, return_inverse=True)
-    shares = np.full(len(names), 1 / len(names))
-    draws = np.random.default_rng(0).multinomial(len(names), shares, size=1000)
-    weights: Floats = draws[:, lesion_of].astype(np.float64)
+    weights: Floats = _draw(len(names))[:, lesion_of].astype(np.float64)
     return weights
+
+
+@lru_cache(maxsize=8)  # an evaluation asks for the same few sizes again and again
+def _draw(lesions: int) -> NDArray[np.int64]:
+    return np.random.default_rng(0).multinomial(lesions, np.full(lesions, 1 / lesions), size=1000)
 
 
 def compute_percentiles(draws: Floats) -> tuple[float, float]:
@@ -197,17 +215,23 @@ def compute_weighted(predictions: Predictions, weights: Floats) -> dict[str, Flo
     classes is a different metric, and would shift the intervals of rare classes upwards.
     """
     targets = predictions.targets
-    hits = weights * (predictions.predicted == targets)
-    sensitivities, aucs = [], []
-    for target in np.unique(targets):
-        positive = targets == target
-        with np.errstate(invalid="ignore", divide="ignore"):
-            sensitivities.append(hits[:, positive].sum(axis=1) / weights[:, positive].sum(axis=1))
-            aucs.append(_compute_weighted_auc(positive, predictions.probabilities[:, target], weights))
+    with np.errstate(invalid="ignore", divide="ignore"):
+        aucs = [
+            _compute_weighted_auc(targets == target, predictions.probabilities[:, target], weights)
+            for target in np.unique(targets)
+        ]
+    return {**weigh_hits(predictions, weights), "macro_auc": np.mean(aucs, axis=0)}
+
+
+def weigh_hits(predictions: Predictions, weights: Floats) -> dict[str, Floats]:
+    """Compute what depends on the decisions, accuracy and balanced accuracy, as `compute_weighted` does."""
+    hits = weights * (predictions.predicted == predictions.targets)
+    positives = [predictions.targets == target for target in np.unique(predictions.targets)]
+    with np.errstate(invalid="ignore"):
+        sensitivities = [hits[:, each].sum(axis=1) / weights[:, each].sum(axis=1) for each in positives]
     return {
         "accuracy": hits.sum(axis=1) / weights.sum(axis=1),
         "balanced_accuracy": np.mean(sensitivities, axis=0),
-        "macro_auc": np.mean(aucs, axis=0),
     }
 
 

@@ -37,10 +37,14 @@ def spell_metric(name: str) -> str:
 
 
 def format_score(value: float, interval: tuple[float, float] | None = None) -> str:
-    """Write a score as `0.613`, or with its interval as `0.613 [0.52, 0.70]`; an en dash if it is NaN."""
+    """Write a score as `0.613`, or with its interval as `0.613 [0.52, 0.70]`; an en dash if it is NaN.
+
+    An interval that is NaN, or of a constant, is left out.
+    """
     if np.isnan(value):
         return _MISSING
-    return f"{value:.3f}" + (f" [{interval[0]:.2f}, {interval[1]:.2f}]" if interval else "")
+    low, high = interval or (value, value)
+    return f"{value:.3f}" + (f" [{low:.2f}, {high:.2f}]" if low < high else "")
 
 
 def format_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
@@ -76,8 +80,18 @@ def format_assessment(assessment: Assessment, split: str, notes: Sequence[str] =
     return "\n\n".join(parts)
 
 
+def _format_metric(assessment: Assessment, name: str) -> str:
+    row = assessment.get(name)
+    return format_score(row.value, (row.low, row.high))
+
+
+def _judge(assessment: Assessment) -> str:
+    names = " and ".join(map(spell_metric, assessment.find_not_better()))
+    return f"**Not better than always {assessment.baseline_class}: {names}.**" if names else ""
+
+
 def format_summary(assessment: Assessment, split: str) -> str:
-    """Write the headline metrics beside those of the majority class, in one sentence."""
+    """Write the headline metrics beside those of the majority class, in one paragraph."""
     # No parenthesis after an interval: in Markdown that is a link.
     scores = ", ".join(f"{spell_metric(name)} {_format_metric(assessment, name)}" for name in HEADLINES)
     baseline = ", ".join(format_score(assessment.get(f"baseline_{name}").value) for name in HEADLINES)
@@ -86,12 +100,8 @@ def format_summary(assessment: Assessment, split: str) -> str:
         for name in ("balanced_accuracy", "accuracy")
     )
     always = f"always {assessment.baseline_class}: {baseline}"
-    return f"{split.capitalize()} {scores}; {always}. Plain decision: {plain}."
-
-
-def _format_metric(assessment: Assessment, name: str) -> str:
-    row = assessment.get(name)
-    return format_score(row.value, None if pd.isna(row.low) else (row.low, row.high))
+    text = f"{split.capitalize()} {scores}; {always}. Plain decision: {plain}."
+    return " ".join(filter(None, [_judge(assessment), text]))
 
 
 def _format_headlines(assessment: Assessment, split: str) -> Iterator[str]:
@@ -112,6 +122,7 @@ def _format_headlines(assessment: Assessment, split: str) -> Iterator[str]:
     yield f"### {split.capitalize()}: {shown}"
     always = f"always {assessment.baseline_class}"
     yield format_table(["", "model [95 % interval]", "plain decision", always], rows)
+    yield from filter(None, [_judge(assessment)])
     yield (
         f"{note} The model predicts argmax p / prior^τ, with τ = {assessment.calibration['tau']:.2f} fitted "
         "on val for balanced accuracy; the plain decision is the most probable class. Loss is in nats, after "
@@ -159,10 +170,9 @@ def _format_referral(assessment: Assessment) -> Iterator[str]:
 
 
 def _format_retest(retest: pd.DataFrame) -> Iterator[str]:
-    yield "### Test-retest: agreement between photos of one lesion"
     if retest.empty:
-        yield "No lesion has several photos here."
         return
+    yield "### Test-retest: agreement between photos of one lesion"
     pairs, unanimous = (
         retest[(retest.metric == name) & retest.value.notna()] for name in ("agreement", "unanimous")
     )
@@ -177,7 +187,7 @@ def _format_retest(retest: pd.DataFrame) -> Iterator[str]:
             }
         )
         yield format_frame(table)
-        yield "Means: pairs of photos with the same most probable class; lesions in which all agree."
+        yield "Means: pairs of photos with the same predicted class; lesions in which all agree."
     yield f"Shown from {MIN_LESIONS} lesions with several photos on."
 
 

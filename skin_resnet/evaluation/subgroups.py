@@ -117,22 +117,25 @@ def _compare_lesion(
     predictions: Predictions, inside: NDArray[np.bool_], classes: tuple[str, ...]
 ) -> dict[str, float]:
     """Compare a lesion's photos with each other, and with all photos of other lesions of its class."""
-    photos, target = predictions.probabilities[inside], predictions.targets[inside][0]
-    others = predictions.probabilities[~inside & (predictions.targets == target)]
-    pairs = np.triu_indices(len(photos), k=1)
-    means = {name: values[pairs].mean() for name, values in _compare(photos, photos, classes).items()}
+    photos, target = np.flatnonzero(inside), predictions.targets[inside][0]
+    others = np.flatnonzero(~inside & (predictions.targets == target))
+    pairs, beside = np.triu_indices(len(photos), k=1), _compare(predictions, photos, photos, classes)
+    means = {name: values[pairs].mean() for name, values in beside.items()}
     row = {"target": target, "photos": len(photos), **means, "unanimous": float(means["agreement"] == 1)}
     if len(others):
-        beside = _compare(photos, others, classes)
+        beside = _compare(predictions, photos, others, classes)
         row |= {f"{name}_others": values.mean() for name, values in beside.items()}
     return row
 
 
-def _compare(first: Floats, second: Floats, classes: tuple[str, ...]) -> dict[str, Floats]:
-    """Compare each row of first (M, K) with each of second (N, K); each metric (M, N)."""
-    differences = np.abs(first[:, None] - second[None])
+def _compare(
+    predictions: Predictions, first: NDArray[np.int64], second: NDArray[np.int64], classes: tuple[str, ...]
+) -> dict[str, Floats]:
+    """Compare the images of rows first, (M,), with those of rows second, (N,); each metric (M, N)."""
+    probabilities, predicted = predictions.probabilities, predictions.predicted
+    differences = np.abs(probabilities[first][:, None] - probabilities[second])
     metrics = {
-        "agreement": (first.argmax(axis=1)[:, None] == second.argmax(axis=1)).astype(np.float64),
+        "agreement": (predicted[first][:, None] == predicted[second]).astype(np.float64),
         "distance": differences.sum(axis=2) / 2,
     }
     if "mel" in classes:

@@ -15,7 +15,7 @@ from mlflow.entities import LoggedModelStatus, Run
 
 from skin_resnet.errors import UserError, hide_password
 from skin_resnet.evaluation.metrics import Metrics
-from skin_resnet.tracking.store import OUTAGES, describe_uri
+from skin_resnet.tracking.store import OUTAGES, describe_uri, find_experiment
 
 # Tags of a search's runs: the study, and of a trial's run the trial's number and how it ended.
 STUDY, TRIAL, STATE = "search.study_id", "search.trial", "search.state"
@@ -45,6 +45,7 @@ class FinishedRun:
     data: str
     split_hash: str
     leaks: bool
+    params: dict[str, str]
     metrics: dict[str, float]
     history: pd.DataFrame
     predictions: pd.DataFrame
@@ -67,6 +68,7 @@ def read_run(run_id: str, split: str) -> FinishedRun:
             data=name_data(run.data.params.get("data", "")),
             split_hash=run.data.tags.get("split.hash", ""),
             leaks=run.data.tags.get("split.leaks") == "true",
+            params=run.data.params,
             metrics=run.data.metrics,
             history=read_history(run_id),
             predictions=pd.read_csv(path, dtype=texts, keep_default_na=False),
@@ -111,7 +113,7 @@ def download_checkpoint(model: str) -> Path:
 
 
 def find_best_runs(split: str = "test") -> tuple[list[str], str]:
-    """Find each architecture's run with the highest val balanced accuracy, in the open run's experiment.
+    """Find each architecture's run with the highest val balanced accuracy, in the experiment of new runs.
 
     Only finished trainings that were evaluated on `split` qualify, no trials, no reproductions, and none
     whose split leaks. Scores on different splits cannot be compared: of several, the one with the most
@@ -123,11 +125,10 @@ def find_best_runs(split: str = "test") -> tuple[list[str], str]:
     Raises:
         UserError: None qualifies.
     """
-    open_run = mlflow.active_run()
-    assert open_run is not None, "its experiment is searched"
+    experiment = find_experiment()
     score = f"test_{_SCORE}" if split == "test" else f"val/{_SCORE}"
     found = mlflow.search_runs(
-        [open_run.info.experiment_id],
+        [experiment.experiment_id] if experiment else None,  # MLflow finds that of the environment
         filter_string="attributes.status = 'FINISHED' AND tags.`split.leaks` = 'false' "
         f"AND metrics.`best_val_{_SCORE}` >= 0 AND metrics.`{score}` >= 0",
         order_by=["attributes.start_time DESC"],
@@ -149,8 +150,7 @@ def find_best_runs(split: str = "test") -> tuple[list[str], str]:
         best.setdefault(run.data.params["arch"], run)
     # resnet50 before resnet101
     ids = [best[arch].info.run_id for arch in sorted(best, key=lambda arch: (len(arch), arch))]
-    archs, count = ", ".join(best), _count_runs(of_split[chosen])
-    note = f"runs=best: the best run of each architecture ({archs}), by val, of {count}"
+    note = f"runs=best: the best run of each architecture, by val, of {_count_runs(of_split[chosen])}"
     if others:
         left_out = "; ".join(_count_runs(of_split[key]) for key in others)
         note += f". Left out, because other splits cannot be compared: {left_out}"

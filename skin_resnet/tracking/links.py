@@ -90,7 +90,7 @@ def describe_location(run_id: str) -> str:
         f"view     {build_link(f'experiments/{run.info.experiment_id}/runs/{run_id}')}",
     ]
     if not uri.startswith("http"):
-        lines.append(f"         after: mlflow server --backend-store-uri {hide_password(uri)}")
+        lines.append(f"         start first: mlflow server --backend-store-uri {hide_password(uri)}")
     return "\n".join(lines)
 
 

@@ -1,11 +1,13 @@
 """The registry: which model is the champion, and what its pages say."""
 
+import io
 from collections.abc import Mapping
-from contextlib import suppress
+from contextlib import redirect_stderr, suppress
 
 import mlflow
 
 from skin_resnet.data.prepare import PreparedData
+from skin_resnet.evaluation.metrics import is_better
 from skin_resnet.evaluation.page import LEAK_BANNER
 from skin_resnet.tracking.links import link_run
 from skin_resnet.tracking.store import describe_uri
@@ -51,26 +53,29 @@ def register_model(
 ) -> str:
     """Register a model; it becomes the champion if it beats the present one on val. Return what was done.
 
-    A model whose balanced accuracy is not above `baseline`, the majority class's, is not registered.
+    A model that is not better than the majority class is not registered.
 
     Args:
         model_uri: From `log_model`.
         name: Of the registered model.
-        metrics: Its `val/balanced_accuracy`, and `test/balanced_accuracy` if it was tested; tags of the
-            version.
-        baseline: See above.
+        metrics: Its `val/balanced_accuracy`, and `test/balanced_accuracy` if it was tested, with the low end
+            of that one's interval as `test/balanced_accuracy_low`; tags of the version.
+        baseline: The balanced accuracy of always predicting the majority class.
         split_hash: The split they were measured on: those of different splits cannot be compared.
         descriptions: Of the version, and of the registered model if this version becomes its champion.
     """
     split = "test" if f"test/{_SCORE}" in metrics else "val"
     score, val = metrics[f"{split}/{_SCORE}"], metrics[f"val/{_SCORE}"]
-    if not score > baseline:
+    low = metrics.get(f"{split}/{_SCORE}_low", score)
+    if not is_better(low, baseline):
+        interval = f" (95 % interval from {low:.3f} on)" if low < score else ""
         return (
-            f"**Not registered: its balanced accuracy on {split}, {score:.3f}, is not above {baseline:.3f}, "
-            "the majority class's.**"
+            f"**Not registered: its balanced accuracy on {split}, {score:.3f}{interval}, is not better than "
+            f"the majority class's, {baseline:.3f}.**"
         )
     tags = {**{key: repr(float(value)) for key, value in metrics.items()}, "split.hash": split_hash}
-    version = mlflow.register_model(model_uri, name, tags=tags).version
+    with redirect_stderr(io.StringIO()):  # on which MLflow says what is returned below
+        version = mlflow.register_model(model_uri, name, tags=tags).version
     client = mlflow.MlflowClient()
     client.update_model_version(name, version, descriptions[0])
     done = f"Registered as {name}, version {version}"

@@ -30,7 +30,7 @@ from skin_resnet.training.engine import EpochResult, to_frame
 from skin_resnet.training.run import TrainResult, TrainStart
 
 _LONGEST = 7_900  # characters of a description: MLflow cuts what is longer than 8,000, with a warning
-_MADE_UP_NAME = re.compile(r"[a-z]+-[a-z]+-\d+")
+_MADE_UP_NAME = re.compile(r"[a-z]+-[a-z]+-\d+|compare|evaluate")  # or what it is called at first
 
 
 @contextmanager
@@ -186,7 +186,7 @@ class TrackedRun:
         self._client.log_batch(self.run_id, tags=[RunTag(name, str(value)) for name, value in tags.items()])
 
     def rename(self, name: str) -> None:
-        """Name the run, unless somebody has: only names that MLflow made up are replaced."""
+        """Name the run, unless somebody has: only names that MLflow or we made up are replaced."""
         if _MADE_UP_NAME.fullmatch(self._client.get_run(self.run_id).info.run_name or ""):
             self.set_tags({"mlflow.runName": name})
 
