@@ -4,7 +4,9 @@ What trains here is a function that makes epochs up; whole trainings are in test
 """
 
 import contextlib
+import io
 import itertools
+import signal
 import sqlite3
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
@@ -13,6 +15,7 @@ from types import SimpleNamespace
 import mlflow
 import optuna
 import pytest
+import torch
 from mlflow.entities import Run
 from optuna.trial import FrozenTrial, TrialState
 
@@ -39,6 +42,7 @@ from skin_resnet.config import TrainConfig
 from skin_resnet.errors import UserError
 from skin_resnet.evaluation.metrics import Metrics
 from skin_resnet.tracking.run import TrackedRun
+from skin_resnet.training import interrupts
 from skin_resnet.training.engine import EpochResult
 
 State = TrialState
@@ -367,6 +371,38 @@ def test_a_trial_without_a_run_does_not_count_and_is_run_again(
         assert count_done(open_study(config).trials) == 0
     trials = run(config, parent)
     assert [trial.state for trial in drop_retried(trials)] == [State.COMPLETE] * 4
+
+
+class InterruptedFile(io.BytesIO):
+    def write(self, content: object) -> int:
+        if self.tell():
+            signal.raise_signal(signal.SIGTERM)
+        return super().write(content)
+
+
+def save(config: TrainConfig) -> Iterator[EpochResult]:
+    yield make_epoch(1, 0.5)
+    torch.save({"network": torch.zeros(1)}, InterruptedFile())
+
+
+def rename(run: TrackedRun, name: str) -> None:
+    signal.raise_signal(signal.SIGTERM)
+
+
+@pytest.mark.parametrize("interrupted", ["save", "rename"])
+def test_an_interrupted_trial_is_run_again_however_the_interrupt_surfaces(
+    tmp_path: Path, parent: str, monkeypatch: pytest.MonkeyPatch, interrupted: str
+) -> None:
+    """Out of `torch.save` it comes as a RuntimeError; while a run is opened it must not leave one open."""
+    config = make_config(tmp_path)
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt), interrupts.handled():  # noqa: PT012
+        if interrupted == "rename":
+            patch.setattr(TrackedRun, "rename", rename)
+        run(config, parent, save)
+    (first, *_) = open_study(config).trials
+    assert (first.state, first.user_attrs.get("failure")) == (State.FAIL, None)
+    assert [each.info.status for each in read_children(parent)["0"]] == ["KILLED"]
+    assert [trial.state for trial in drop_retried(run(config, parent))] == [State.COMPLETE] * 4
 
 
 def test_progress_and_closing_of_runs_wait_for_the_tracking_server(

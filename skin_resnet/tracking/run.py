@@ -61,10 +61,12 @@ def open_run(
     prepare_store()
     before = mlflow.active_run()
     try:
-        run = TrackedRun(_start(name, run_id, parent_run_id))
-        if name:
-            run.rename(name)
-        run.set_tags({**records.read_versions(), **(tags or {})})
+        # Or an interrupted run would still count as running, or a new database lack some of its tables.
+        with interrupts.deferred():
+            run = TrackedRun(_start(name, run_id, parent_run_id))
+            if name:
+                run.rename(name)
+            run.set_tags({**records.read_versions(), **(tags or {})})
     except OUTAGES as error:
         active = mlflow.active_run()
         if active is not None and active is not before:  # it was created, but not completely set up
@@ -73,8 +75,14 @@ def open_run(
         raise _explain_outage(error) from None
     try:
         interrupts.check()
-        yield run
-        _end(run.run_id, "FINISHED")
+        try:
+            yield run
+            _end(run.run_id, "FINISHED")
+        except Exception as error:
+            # An interrupt in the middle of a C++ call, such as `torch.save`, surfaces as an error of its own.
+            if not isinstance(error, pruned):
+                interrupts.check()
+            raise
     except OUTAGES as error:
         _end_early(run, "FAILED", error)
         raise _explain_outage(error, "; what was trained is kept, so resume the run then") from None
@@ -96,12 +104,11 @@ def _start(name: str | None, run_id: str | None, parent_run_id: str | None) -> s
         experiment_id = client.get_run(parent_run_id).info.experiment_id
     elif not is_project_run() and (experiment := find_experiment()):
         experiment_id = experiment.experiment_id
-    with interrupts.deferred():  # the tables of a new database are all created, or it is unusable
-        run = mlflow.start_run(
-            run_id, run_name=name, experiment_id=experiment_id, nested=True,
-            # On a CPU they say little, and MLflow would open its comparison of runs with them.
-            log_system_metrics=torch.cuda.is_available() and parent_run_id is None,
-        )  # fmt: skip
+    run = mlflow.start_run(
+        run_id, run_name=name, experiment_id=experiment_id, nested=True,
+        # On a CPU they say little, and MLflow would open its comparison of runs with them.
+        log_system_metrics=torch.cuda.is_available() and parent_run_id is None,
+    )  # fmt: skip
     if parent_run_id:
         client.set_tag(run.info.run_id, "mlflow.parentRunId", parent_run_id)
     return str(run.info.run_id)
@@ -140,6 +147,7 @@ def _explain_outage(error: BaseException, consequence: str = "") -> UserError:
     return UserError(f"MLflow unreachable at {uri} ({reason}); check MLFLOW_TRACKING_URI{consequence}")
 
 
+@interrupts.deferred()
 def _end_early(run: "TrackedRun", status: str, error: BaseException) -> None:
     """End a run that did not finish, as far as the tracking store can be reached."""
     reason = type(error).__name__
