@@ -79,7 +79,7 @@ def open_run(
             yield run
             _end(run.run_id, "FINISHED")
         except Exception as error:
-            # An interrupt in the middle of a C++ call, such as `torch.save`, surfaces as an error of its own.
+            # Out of C++, as in `torch.save` or where figures are drawn, an interrupt comes as another error.
             if not isinstance(error, pruned):
                 interrupts.check()
             raise
@@ -234,7 +234,7 @@ class TrackedRun:
         self.rename(records.name_training(start))
         self.set_tags(records.describe_start(start))
         self.log_artifacts(records.list_data_files(start.data))
-        save_view(mlflow.get_run(self.run_id).info.experiment_id)
+        save_view(self.run_id)
         for split, dataset in records.build_datasets(start.data, start.point.config.data):
             mlflow.log_input(dataset, context=split)
 
