@@ -133,7 +133,7 @@ class TrialProgress:
             TrialState.PRUNED: f"pruned in epoch {trial.user_attrs.get('epochs', 0)}",
         }.get(trial.state, "failed")
         line = f"trial {trial.number}/{self._config.n_trials} {recipe} -> {outcome}"
-        if best := choose_best(self._config, self._study):
+        if trial.state == TrialState.COMPLETE and (best := choose_best(self._config, self._study)):
             line += f" (best {best.values[0]:.3f}, trial {best.number})"
         left_s = self.estimate_left_s()
         return line if math.isnan(left_s) else f"{line}, {_format_duration(left_s)} left"
@@ -205,25 +205,24 @@ def describe_winner(retrained: pd.DataFrame, scores: pd.DataFrame | None, best: 
     """
     means = retrained.groupby("recipe", sort=False)[["val", "gap"]].mean()
     winner, seeds = means.index[-1], len(retrained) // len(means)
-    columns = means.index if scores is None else scores.index.unique("model")
+    shown = means.index if scores is None else scores.index.unique("model")
+    columns = shown[shown != DIFFERENCE]  # as a column, it would be the one too many for a terminal
     rows = [
         ["val balanced accuracy", *(f"{means.val[c]:.3f}" if c in means.index else "" for c in columns)],
         ["gap, last epoch", *(f"{means.gap[c]:+.3f}" if c in means.index else "" for c in columns)],
     ]
     if scores is not None:
         for name in HEADLINES:
-            cells = [scores.loc[(column, name)] for column in columns]
-            # What is always the same has no interval.
-            formatted = [
-                format_score(each.value, (each.low, each.high) if each.high - each.low > 1e-6 else None)
-                for each in cells
-            ]
-            rows.append([f"test {spell_metric(name)}", *formatted])
+            cells = [_format_cell(scores, column, name) for column in columns]
+            rows.append([f"test {spell_metric(name)}", *cells])
     parts = [
         f"**{_judge(winner, scores)}**",
         f"Mean of {seeds} seed{'s' * (seeds > 1)}; intervals (95 %) by bootstrap over lesions.",
         format_table(["", *columns], rows),
     ]
+    if scores is not None and DIFFERENCE in shown:
+        cells = [f"{spell_metric(name)} {_format_cell(scores, DIFFERENCE, name)}" for name in HEADLINES]
+        parts.append(f"- Difference, {WINNER} minus {BASELINE}: {', '.join(cells)}.")
     if best:
         mean, in_study = means.val[winner], best.user_attrs["val/balanced_accuracy"]
         is_biased = round(mean, 3) < round(in_study, 3)
@@ -233,6 +232,12 @@ def describe_winner(retrained: pd.DataFrame, scores: pd.DataFrame | None, best: 
             f"retrained{luck}."
         )
     return "\n\n".join(parts)
+
+
+def _format_cell(scores: pd.DataFrame, model: str, metric: str) -> str:
+    """Write a score with its interval; what always predicts the same needs none."""
+    score = scores.loc[(model, metric)]
+    return format_score(score.value, None if model == MAJORITY else (score.low, score.high))
 
 
 def _judge(winner: str, scores: pd.DataFrame | None) -> str:

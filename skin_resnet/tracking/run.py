@@ -59,20 +59,7 @@ def open_run(
         UserError: The tracking store cannot be used, or stops answering.
     """
     prepare_store()
-    before = mlflow.active_run()
-    try:
-        # Or an interrupted run would still count as running, or a new database lack some of its tables.
-        with interrupts.deferred():
-            run = TrackedRun(_start(name, run_id, parent_run_id))
-            if name:
-                run.rename(name)
-            run.set_tags({**records.read_versions(), **(tags or {})})
-    except OUTAGES as error:
-        active = mlflow.active_run()
-        if active is not None and active is not before:  # it was created, but not completely set up
-            with contextlib.suppress(*OUTAGES):
-                _end(active.info.run_id, "FAILED")
-        raise _explain_outage(error) from None
+    run = _set_up(name, run_id, parent_run_id, {**records.read_versions(), **(tags or {})})
     try:
         interrupts.check()
         try:
@@ -91,6 +78,25 @@ def open_run(
         _end_early(run, "KILLED" if is_killed else "FAILED", error)
         raise
     run.remove_checkpoints()
+
+
+@interrupts.deferred()  # or an interrupted run would count as running, or a new database lack some tables
+def _set_up(
+    name: str | None, run_id: str | None, parent_run_id: str | None, tags: Mapping[str, str]
+) -> "TrackedRun":
+    before = mlflow.active_run()
+    try:
+        run = TrackedRun(_start(name, run_id, parent_run_id))
+        if name:
+            run.rename(name)
+        run.set_tags(tags)
+    except OUTAGES as error:
+        active = mlflow.active_run()
+        if active is not None and active is not before:  # it was created, but not completely set up
+            with contextlib.suppress(*OUTAGES):
+                _end(active.info.run_id, "FAILED")
+        raise _explain_outage(error) from None
+    return run
 
 
 def _start(name: str | None, run_id: str | None, parent_run_id: str | None) -> str:
