@@ -82,12 +82,14 @@ def links(server: dict[str, str], class_folders: Path) -> dict[str, str]:
 
 @pytest.fixture
 def page() -> Iterator[Any]:
-    """A page of a browser that has never been here before."""
+    """A page of a browser that has never been here before, and has closed MLflow's assistant."""
     flags = "--no-sandbox --disable-gpu --disable-quic --no-first-run --disable-background-networking"
     with sync_api.sync_playwright() as playwright:
         browser = playwright.chromium.launch(executable_path=CHROMIUM, args=flags.split())
         page = browser.new_page(viewport={"width": WIDTH, "height": HEIGHT})
         page.set_default_timeout(60_000)
+        for key, value in (("panelOpen_v1", "false"), ("fab.autoOpenedOnFirstLoad_v1", "true")):
+            page.add_init_script(f"localStorage.setItem('mlflow.assistant.{key}', '{value}')")
         yield page
         browser.close()
 
