@@ -1,6 +1,7 @@
 """The search's own options; every training option is inherited from `TrainConfig`."""
 
 import re
+from pathlib import Path
 from typing import Any, Literal, Self
 
 from pydantic import Field, model_validator
@@ -44,7 +45,10 @@ class SearchConfig(TrainConfig):
         description="Training options that change when winner and baseline recipe are retrained, so that "
         "trials can be cheaper: image_size=128,epochs=20,train_fraction=1.",
     )
-    study_name: Text = Field("search", description="Name of the Optuna study; an existing one is resumed.")
+    study_name: Text = Field(
+        "auto",
+        description="Name of the Optuna study; an existing one is resumed. auto: the name of the data.",
+    )
     storage: Text = Field(
         "sqlite:///optuna.db",
         description="Optuna storage: sqlite:///FILE, or postgresql+psycopg://... for many machines.",
@@ -133,6 +137,11 @@ class SearchConfig(TrainConfig):
     def to_params(self) -> dict[str, str]:
         """Return every field as text, without the storage's user and password: others can read the run."""
         return super().to_params() | {"storage": hide_password(self.storage)}
+
+    @property
+    def study(self) -> str:
+        """The study's name."""
+        return (Path(self.data).stem or "search") if self.study_name == "auto" else self.study_name
 
     @property
     def objective_names(self) -> tuple[str, ...]:

@@ -15,7 +15,7 @@ from optuna.trial import FrozenTrial, TrialState
 
 from search.config import SearchConfig
 from search.space import BASELINE, Space, build_space
-from search.study import MAX_RETRIES, choose_best, drop_retried, find_front, find_to_retry, summarize
+from search.study import MAX_RETRIES, choose_best, drop_retried, find_front, find_to_retry, get_study_id
 from skin_resnet.evaluation.metrics import (
     HEADLINES,
     Predictions,
@@ -23,7 +23,7 @@ from skin_resnet.evaluation.metrics import (
     predict_always,
 )
 from skin_resnet.evaluation.page import format_score, format_table, spell_metric
-from skin_resnet.tracking.links import link_children, link_run
+from skin_resnet.tracking.links import link_run, link_view
 
 MAJORITY, WINNER, DIFFERENCE = "majority class", "winner", "difference"
 _EDGE = 0.03  # share of a range that counts as its edge
@@ -63,13 +63,35 @@ def describe_trials(config: SearchConfig, study: Study, best: FrozenTrial) -> st
 
 def describe_progress(config: SearchConfig, study: Study, run_id: str, left_s: float) -> str:
     """Describe the best trial so far, how many have ended, and how long the others take (NaN: unknown)."""
-    metrics, best = summarize(config, study), choose_best(config, study)
-    done, pruned, failed = (int(metrics[f"search/trials_{name}"]) for name in ("done", "pruned", "failed"))
+    best = choose_best(config, study)
+    states = Counter(trial.state for trial in list_ended(study))
     head = f"Best so far: {link_trial(config, best)}" if best else "No trial has finished yet"
-    left = "" if math.isnan(left_s) else f"; about {left_s / 60:.0f} min left"
-    counts = f"{done - pruned - failed} finished, {pruned} pruned, {failed} failed"
-    runs = link_children(run_id, "the trials' runs")
-    return f"**{head}.** {done} of {config.n_trials} trials have ended: {counts}{left}. See {runs}."
+    counts = (
+        f"{states[TrialState.COMPLETE]} finished, {states[TrialState.PRUNED]} pruned, "
+        f"{states[TrialState.FAIL]} failed"
+    )
+    scope = " with retraining" if config.seeds else ""
+    left = f"; about {_format_duration(left_s)} left{scope}" if left_s > 0 else ""
+    runs = link_view(run_id, name_view(config, study), "the trials' runs")
+    return f"**{head}.** {states.total()} of {config.n_trials} trials have ended: {counts}{left}. See {runs}."
+
+
+def _format_duration(seconds: float) -> str:
+    if seconds < 60:
+        return f"{seconds:.0f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 120 * 60 else f"{seconds / 3600:.1f} h"
+
+
+def name_view(config: SearchConfig, study: Study) -> str:
+    """Return the name of the saved view of the runs table that shows a study's trials and retrainings."""
+    return f"search-{config.study}-{get_study_id(study)[:8]}"
+
+
+def list_ended(study: Study) -> list[FrozenTrial]:
+    """Return the trials that have ended for good, each once."""
+    trials = study.get_trials(deepcopy=False)
+    killed = {trial.number for trial in find_to_retry(trials)}
+    return [t for t in drop_retried(trials) if t.state.is_finished() and t.number not in killed]
 
 
 def link_trial(config: SearchConfig, trial: FrozenTrial) -> str:
@@ -84,25 +106,21 @@ class TrialProgress:
     def __init__(self, config: SearchConfig, study: Study) -> None:
         self._config, self._study = config, study
         self._start_s = time.monotonic()
-        self._shown = {trial.number for trial in self._list_ended()}
+        self._shown = {trial.number for trial in list_ended(study)}
         self._ended_before = len(self._shown)
 
-    def _list_ended(self) -> list[FrozenTrial]:
-        trials = self._study.get_trials(deepcopy=False)
-        killed = {trial.number for trial in find_to_retry(trials)}
-        return [t for t in drop_retried(trials) if t.state.is_finished() and t.number not in killed]
-
     def estimate_left_s(self) -> float:
-        """Return how long the trials that are left will take; NaN before one of this process has ended."""
-        ended = len(self._list_ended())
-        left = max(0, self._config.n_trials - ended)
-        if left and ended == self._ended_before:
+        """Return how long the trials and retrainings that are left will take; NaN if nothing shows it yet."""
+        ended = list_ended(self._study)
+        left = max(0, self._config.n_trials - len(ended))
+        if left and len(ended) == self._ended_before:
             return math.nan
-        return left * (time.monotonic() - self._start_s) / max(1, ended - self._ended_before)
+        trial_s = (time.monotonic() - self._start_s) / max(1, len(ended) - self._ended_before)
+        return left * trial_s + estimate_retraining_s(self._config, ended)
 
     def show(self) -> None:
         """Print the trials that have ended since the last call."""
-        for trial in self._list_ended():
+        for trial in list_ended(self._study):
             if trial.number not in self._shown:
                 self._shown.add(trial.number)
                 print(self._describe(trial), flush=True)
@@ -115,9 +133,27 @@ class TrialProgress:
             TrialState.PRUNED: f"pruned in epoch {trial.user_attrs.get('epochs', 0)}",
         }.get(trial.state, "failed")
         line = f"trial {trial.number}/{self._config.n_trials} {recipe} -> {outcome}"
-        if best := choose_best(self._config, self._study):
+        if trial.state == TrialState.COMPLETE and (best := choose_best(self._config, self._study)):
             line += f" (best {best.values[0]:.3f}, trial {best.number})"
-        return f"{line}, {self.estimate_left_s() / 60:.0f} min left"
+        left_s = self.estimate_left_s()
+        return line if math.isnan(left_s) else f"{line}, {_format_duration(left_s)} left"
+
+
+def estimate_retraining_s(config: SearchConfig, ended: Sequence[FrozenTrial]) -> float:
+    """Return how long retraining winner and baseline recipe will take, by the trials' epochs; NaN without."""
+    if not config.seeds:
+        return 0.0
+    spans = [
+        (trial.duration.total_seconds(), trial.user_attrs["epochs"])
+        for trial in ended
+        if trial.duration and trial.user_attrs.get("epochs")
+    ]
+    retrained = config.change_for_retraining(config.training)
+    work = retrained.epochs * retrained.train_fraction / config.train_fraction
+    if isinstance(retrained.image_size, int) and isinstance(config.image_size, int):
+        work *= (retrained.image_size / config.image_size) ** 2
+    seconds, epochs = map(sum, zip(*spans, strict=True)) if spans else (math.nan, 1)
+    return 2 * config.seeds * work * seconds / epochs
 
 
 def _format_values(config: SearchConfig, trial: FrozenTrial) -> str:
@@ -169,21 +205,24 @@ def describe_winner(retrained: pd.DataFrame, scores: pd.DataFrame | None, best: 
     """
     means = retrained.groupby("recipe", sort=False)[["val", "gap"]].mean()
     winner, seeds = means.index[-1], len(retrained) // len(means)
-    columns = means.index if scores is None else scores.index.unique("model")
+    shown = means.index if scores is None else scores.index.unique("model")
+    columns = shown[shown != DIFFERENCE]  # as a column, it would be the one too many for a terminal
     rows = [
         ["val balanced accuracy", *(f"{means.val[c]:.3f}" if c in means.index else "" for c in columns)],
         ["gap, last epoch", *(f"{means.gap[c]:+.3f}" if c in means.index else "" for c in columns)],
     ]
     if scores is not None:
         for name in HEADLINES:
-            cells = [scores.loc[(column, name)] for column in columns]
-            formatted = [format_score(each.value, (each.low, each.high)) for each in cells]
-            rows.append([f"test {spell_metric(name)}", *formatted])
+            cells = [_format_cell(scores, column, name) for column in columns]
+            rows.append([f"test {spell_metric(name)}", *cells])
     parts = [
         f"**{_judge(winner, scores)}**",
         f"Mean of {seeds} seed{'s' * (seeds > 1)}; intervals (95 %) by bootstrap over lesions.",
         format_table(["", *columns], rows),
     ]
+    if scores is not None and DIFFERENCE in shown:
+        cells = [f"{spell_metric(name)} {_format_cell(scores, DIFFERENCE, name)}" for name in HEADLINES]
+        parts.append(f"- Difference, {WINNER} minus {BASELINE}: {', '.join(cells)}.")
     if best:
         mean, in_study = means.val[winner], best.user_attrs["val/balanced_accuracy"]
         is_biased = round(mean, 3) < round(in_study, 3)
@@ -193,6 +232,12 @@ def describe_winner(retrained: pd.DataFrame, scores: pd.DataFrame | None, best: 
             f"retrained{luck}."
         )
     return "\n\n".join(parts)
+
+
+def _format_cell(scores: pd.DataFrame, model: str, metric: str) -> str:
+    """Write a score with its interval; what always predicts the same needs none."""
+    score = scores.loc[(model, metric)]
+    return format_score(score.value, None if model == MAJORITY else (score.low, score.high))
 
 
 def _judge(winner: str, scores: pd.DataFrame | None) -> str:

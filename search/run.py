@@ -29,7 +29,7 @@ from skin_resnet.evaluation.page import format_score, print_markdown
 from skin_resnet.evaluation.plots.curves import FEWEST_EPOCHS
 from skin_resnet.options import format_value
 from skin_resnet.tracking import history as finished_runs
-from skin_resnet.tracking.links import describe_location, link_children
+from skin_resnet.tracking.links import describe_location, link_view, save_view
 from skin_resnet.tracking.registry import describe_champion, describe_version, register_model
 from skin_resnet.tracking.run import TrackedRun, open_run
 from skin_resnet.training.checkpoint import read_checkpoint
@@ -42,31 +42,41 @@ def search(config: SearchConfig) -> None:
     Raises:
         UserError: Something the user gave cannot be used; the run ends FAILED.
     """
-    with open_run(f"search · {config.study_name}") as run, report_storage_errors(config):
+    with open_run(f"search · {config.study}") as run, report_storage_errors(config):
         run.log_params(config)
         study = open_study(config)
         with lock(config.storage, name_session(run.run_id)):
-            run.set_tags({finished_runs.STUDY: get_study_id(study), "search.study": config.study_name})
+            run.set_tags({finished_runs.STUDY: get_study_id(study), "search.study": config.study})
+            wait_for_server(lambda: _save_view(config, study, run))
             _run_trials(config, study, run)
             # Of several searches on one study, the first to come here retrains, tests and reports.
             with lock(config.storage, f"winner-{get_study_id(study)}", wait=False) as is_first:
                 page = _conclude(config, study, run) if is_first else "Another search is testing the winner."
-        titled = f"### Search {config.study_name}: {config.arch} on {config.data}\n\n{page}"
+        titled = f"### Search {config.study}: {config.arch}, {config.n_trials} trials\n\n{page}"
         print_markdown(titled)
         wait_for_server(lambda: run.log_artifacts({"report.md": titled}))
         wait_for_server(lambda: run.describe(f"{_link_winner(config, study, run)}\n\n{page}"))
+        wait_for_server(lambda: run.log_metrics({"search_eta_s": 0.0}, step=config.n_trials))
     print(f"\n{describe_location(run.run_id)}")
+
+
+def _save_view(config: SearchConfig, study: Study, run: TrackedRun) -> None:
+    """Save a view of the runs table with all trials and retrainings of a study, the best on val first."""
+    where = f"tags.`{finished_runs.STUDY}` = '{get_study_id(study)}' and tags.`mlflow.parentRunId` != ''"
+    save_view(run.run_id, report.name_view(config, study), where)
 
 
 def _run_trials(config: SearchConfig, study: Study, run: TrackedRun) -> None:
     closed = close_killed_runs(config, study)
     done = count_done(study.get_trials(deepcopy=False))
     more = f"; closed {len(closed)} runs of killed processes" if closed else ""
-    print(f"study {config.study_name}: {done} of {config.n_trials} trials done{more}", flush=True)
+    then = f"; retraining with seeds={config.seeds} follows" if config.seeds else ""
+    print(f"study {config.study}: {done} of {config.n_trials} trials done{more}{then}", flush=True)
     prepare_data(config.training)  # before there are workers, which would all decode the same images
     run_workers(config, study, run)
     close_killed_runs(config, study)
-    wait_for_server(lambda: log_progress(config, study, run))
+    left_s = report.estimate_retraining_s(config, report.list_ended(study))
+    wait_for_server(lambda: log_progress(config, study, run, left_s))
 
 
 def _conclude(config: SearchConfig, study: Study, run: TrackedRun) -> str:
@@ -75,7 +85,7 @@ def _conclude(config: SearchConfig, study: Study, run: TrackedRun) -> str:
     if best is None:
         raise UserError("no trial finished; see the tag `failure` of the trials' runs")
     recipes = choose_recipes(config, best)
-    command = write_command(list(recipes.values())[-1])
+    command = wrap_command(write_command(list(recipes.values())[-1]))
     drawn = plots.plot_trials(config, study, _score_majority(config))
     figures = {f"figures/{name}.png": each for name, each in drawn.items()}
     wait_for_server(lambda: run.log_artifacts({**figures, "retrain.sh": f"{command}\n"}))
@@ -98,7 +108,8 @@ def _conclude(config: SearchConfig, study: Study, run: TrackedRun) -> str:
 def _link_winner(config: SearchConfig, study: Study, run: TrackedRun) -> str:
     best = choose_best(config, study)
     winner = f"**Winner: {report.link_trial(config, best)}.** " if best else ""
-    return f"{winner}See {link_children(run.run_id, 'the runs of its trials and retrainings')}."
+    view = report.name_view(config, study)
+    return f"{winner}See {link_view(run.run_id, view, 'the runs of its trials and retrainings')}."
 
 
 def choose_recipes(config: SearchConfig, best: FrozenTrial) -> dict[str, TrainConfig]:
@@ -119,6 +130,17 @@ def write_command(config: TrainConfig) -> str:
         if value != getattr(defaults, name)
     ]
     return shlex.join(["skin-resnet", "train", *options])
+
+
+def wrap_command(command: str, width: int = 76) -> str:
+    """Break a command over lines, each but the last ending with a backslash."""
+    lines: list[str] = []
+    for word in map(shlex.quote, shlex.split(command)):
+        if lines and len(f"{lines[-1]} {word} \\") <= width:
+            lines[-1] += f" {word}"
+        else:
+            lines.append(f"  {word}" if lines else word)
+    return " \\\n".join(lines)
 
 
 def _retrain_and_test(

@@ -34,8 +34,8 @@ _GRACE = 4  # heartbeats that a trial may miss before it counts as killed
 _LOCKED_S = 60.0  # how long to wait for a SQLite file that another process has locked
 # Options that a resumed study may change: where and how much is trained, not what.
 _MAY_CHANGE = {
-    "n_trials", "workers", "seeds", "retrain", "storage", "sampler", "pruner", "heartbeat_s", "model_name",
-    "test", "device", "precision", "checkpoint_dir", "checkpoint_minutes", "cache_dir",
+    "n_trials", "workers", "seeds", "retrain", "study_name", "storage", "sampler", "pruner", "heartbeat_s",
+    "model_name", "test", "device", "precision", "checkpoint_dir", "checkpoint_minutes", "cache_dir",
 }  # fmt: skip
 
 
@@ -62,7 +62,7 @@ def open_study(config: SearchConfig) -> Study:
         with lock(config.storage, CLAIM):
             study = optuna.create_study(
                 storage=storage,
-                study_name=config.study_name,
+                study_name=config.study,
                 directions=[DIRECTIONS[name] for name in config.objective_names],
                 load_if_exists=True,
             )
@@ -99,14 +99,14 @@ def _check_study(config: SearchConfig, study: Study) -> None:
         study.set_user_attr(_MARK, {"id": uuid.uuid4().hex, "options": options})
     elif _MARK not in study.user_attrs:
         raise UserError(
-            f"study_name: {config.study_name!r} in {hide_password(config.storage)} was not created by "
+            f"study_name: {config.study!r} in {hide_password(config.storage)} was not created by "
             "skin-resnet search; choose another study_name"
         )
     before = study.user_attrs[_MARK]["options"]
     for name, text in options.items():
         if before.get(name, text) != text:
             raise UserError(
-                f"study_name: {config.study_name!r} was started with {name}={before[name]}, not {text}; "
+                f"study_name: {config.study!r} was started with {name}={before[name]}, not {text}; "
                 "choose another study_name, or the same options"
             )
 
@@ -247,18 +247,10 @@ def choose_best(config: SearchConfig, study: Study) -> FrozenTrial | None:
 
 
 def summarize(config: SearchConfig, study: Study) -> dict[str, float]:
-    """Return a study's progress as metrics of its run."""
-    trials = study.get_trials(deepcopy=False)
-    kept = drop_retried(trials)
-    states = [trial.state for trial in kept]
-    metrics: dict[str, float] = {
-        "search/trials_done": count_done(trials),
-        "search/trials_pruned": states.count(TrialState.PRUNED),
-        "search/trials_failed": states.count(TrialState.FAIL) - len(find_to_retry(trials)),
-        "search/trials_run_again": len(trials) - len(kept),
-    }
+    """Return the objectives of a study's best trial as metrics of its run.
+
+    Without a slash in their names, MLflow shows them after the curves of the trials.
+    """
     best = choose_best(config, study)
-    if best is not None:
-        metrics |= {f"search/best_{n}": v for n, v in zip(config.objective_names, best.values, strict=True)}
-        metrics["search/best_trial"] = best.number
-    return metrics
+    values = best.values if best else []
+    return {f"search_best_{name}": value for name, value in zip(config.objective_names, values, strict=False)}

@@ -84,10 +84,10 @@ def run_workers(config: SearchConfig, study: Study, run: TrackedRun) -> None:
         raise UserError(f"all workers exited with {trials} left; repeat the command to run them")
 
 
-def log_progress(config: SearchConfig, study: Study, run: TrackedRun, left_s: float = 0.0) -> None:
+def log_progress(config: SearchConfig, study: Study, run: TrackedRun, left_s: float) -> None:
     """Log a study's progress on the search's run: metrics by number of ended trials, a description."""
-    metrics = summarize(config, study) | {"search/eta_s": left_s}
-    run.log_metrics(metrics, step=int(metrics["search/trials_done"]))
+    done = count_done(study.get_trials(deepcopy=False))
+    run.log_metrics(summarize(config, study) | {"search_eta_s": left_s}, step=done)
     run.describe(describe_progress(config, study, run.run_id, left_s))
 
 

@@ -70,7 +70,7 @@ class Search:
         try:
             with lock(self.storage, "schema"):  # or this would create tables, too
                 storage = optuna.storages.RDBStorage(self.storage)
-                trials = optuna.load_study(study_name="search", storage=storage).get_trials()
+                trials = optuna.load_study(study_name="folders", storage=storage).get_trials()
             storage.remove_session()
             storage.engine.dispose()
         except (KeyError, optuna.exceptions.StorageInternalError):

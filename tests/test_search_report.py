@@ -1,8 +1,10 @@
 """What a search reports: winner and baseline recipe on test, edges of ranges, what pruning saved, figures."""
 
+import math
 import shlex
+import subprocess
 import warnings
-from datetime import datetime
+from datetime import datetime, timedelta
 from types import SimpleNamespace
 from unittest.mock import MagicMock
 
@@ -17,7 +19,7 @@ from search import plots, report
 from search import run as story
 from search.config import SearchConfig
 from search.report import DIFFERENCE, MAJORITY, WINNER, compare_recipes
-from search.run import choose_recipes, register, write_command
+from search.run import choose_recipes, register, wrap_command, write_command
 from search.space import BASELINE, build_space, suggest
 from skin_resnet.cli import parse_options
 from skin_resnet.config import TrainConfig
@@ -70,7 +72,11 @@ def test_the_majority_class_is_a_column_of_the_table() -> None:
     assert scores.value[MAJORITY, "balanced_accuracy"] == 1 / 4
     assert scores.value[MAJORITY, "macro_auc"] == 0.5
     page = report.describe_winner(retrain(baseline_recipe=0.4), scores, make_trial(0))
-    assert [cell.strip() for cell in page.splitlines()[4].split("|")[2:-1]] == [MAJORITY, BASELINE]
+    rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in page.splitlines() if "|" in line]
+    assert rows[0][1:] == [MAJORITY, BASELINE]
+    (row,) = (row for row in rows if row[0] == "test balanced accuracy")
+    assert row[1] == "0.250", "what is always the same has no interval"
+    assert "[" in row[2]
 
 
 def retrain(**vals: float) -> pd.DataFrame:
@@ -184,6 +190,21 @@ def test_the_command_trains_with_the_very_same_config() -> None:
     config = TrainConfig(lr=1e-5, data="a folder/x", epochs=3, mixup=0.2, image_size=64)
     command = shlex.split(write_command(config))
     assert parse_options("train", command[command.index("train") + 1 :]) == config
+    wrapped = wrap_command(shlex.join(command), 30)
+    assert max(map(len, wrapped.splitlines())) <= 30
+    pasted = subprocess.run(["sh", "-c", f"printf '%s\\n' {wrapped}"], capture_output=True, text=True)
+    assert pasted.stdout.splitlines() == command
+
+
+def test_the_time_left_includes_retraining_that_is_larger_than_the_trials() -> None:
+    trial = make_trial(0)  # 8 epochs
+    trial.datetime_complete = trial.datetime_start + timedelta(seconds=80)
+    assert math.isnan(report.estimate_retraining_s(CONFIG, []))
+    assert report.estimate_retraining_s(CONFIG.with_changes(seeds=0), []) == 0
+    for options, seconds in (({}, 2 * 3 * 80), ({"retrain": "epochs=16"}, 2 * 3 * 160)):
+        assert report.estimate_retraining_s(CONFIG.with_changes(**options), [trial]) == seconds
+    larger = CONFIG.with_changes(image_size=64, retrain="image_size=128", seeds=1)
+    assert report.estimate_retraining_s(larger, [trial]) == 2 * 4 * 80
 
 
 @pytest.mark.parametrize(("objective", "decides"), [("val_macro_auc", "dropout"), ("val_loss", "cutmix")])

@@ -152,10 +152,12 @@ def test_the_searchs_run_shows_its_progress_its_winner_and_its_children(parent: 
     note = parent.data.tags["mlflow.note.content"]
     first, *_ = note.splitlines()
     assert first.startswith("**Winner: [trial 1](#/experiments/")
-    assert f"parentRunId%60%20%3D%20%27{parent.info.run_id}%27" in first
-    best = client.get_metric_history(parent.info.run_id, "search/best_val_balanced_accuracy")
+    view = re.search(r"viewStateShareKey=(search-[\w-]+)", first)
+    assert view
+    assert f"mlflow.sharedViewState.{view[1]}" in mlflow.get_experiment(parent.info.experiment_id).tags
+    best = client.get_metric_history(parent.info.run_id, "search_best_val_balanced_accuracy")
     assert [(point.step, point.value) for point in best] == [(3, pytest.approx(0.8))]
-    assert parent.data.metrics["search/eta_s"] == 0
+    assert parent.data.metrics["search_eta_s"] == 0
 
 
 def test_the_same_command_again_tests_and_trains_nothing(parent: Run, config: SearchConfig) -> None:

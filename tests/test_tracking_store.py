@@ -180,8 +180,8 @@ def test_the_links_of_make_ui_lead_to_the_experiments_with_runs_and_create_no_st
     mlflow.create_experiment("empty")
     (line,) = describe_experiments().splitlines()
     assert line.endswith(f"/#/experiments/{experiment_id}/runs?workflowType=machine_learning")
-    save_view(experiment_id)
-    save_view(experiment_id)
+    save_view(run.run_id)
+    save_view(run.run_id)
     tags = mlflow.get_experiment(experiment_id).tags
     (key,) = [name for name in tags if name.startswith("mlflow.sharedViewState.")]
     assert describe_experiments() == f"{line}&viewStateShareKey={key.rpartition('.')[2]}"

@@ -76,18 +76,20 @@ def links(server: dict[str, str], class_folders: Path) -> dict[str, str]:
     return {
         "train": train[0],
         "compare": start("compare", ",".join(run_ids)),
-        "search": start("search", *options, "--n_trials=2", "--seeds=0"),
+        "search": start("search", *options, "--n_trials=2", "--seeds=1"),
     }
 
 
 @pytest.fixture
 def page() -> Iterator[Any]:
-    """A page of a browser that has never been here before."""
+    """A page of a browser that has never been here before, and has closed MLflow's assistant."""
     flags = "--no-sandbox --disable-gpu --disable-quic --no-first-run --disable-background-networking"
     with sync_api.sync_playwright() as playwright:
         browser = playwright.chromium.launch(executable_path=CHROMIUM, args=flags.split())
         page = browser.new_page(viewport={"width": WIDTH, "height": HEIGHT})
         page.set_default_timeout(60_000)
+        for key, value in (("panelOpen_v1", "false"), ("fab.autoOpenedOnFirstLoad_v1", "true")):
+            page.add_init_script(f"localStorage.setItem('mlflow.assistant.{key}', '{value}')")
         yield page
         browser.close()
 
@@ -132,17 +134,34 @@ def test_a_comparison_shows_its_verdict_metrics_and_sources(page: Any, links: di
     page.wait_for_function("image => image.naturalWidth > 0", arg=figure.element_handle())
 
 
+def read_columns(page: Any) -> list[str]:
+    """Return the headings of the runs table that can be read as it opens: on the screen and not cut off."""
+    page.locator(".ag-header-cell").first.wait_for()
+    cells = page.locator(".ag-header-cell").filter(has_text=re.compile(r"\w"))
+    whole = "cell => [...cell.querySelectorAll('*')].every(each => each.scrollWidth <= each.clientWidth + 1)"
+    return [cell.inner_text().strip() for cell in cells.all() if is_on_screen(cell) and cell.evaluate(whole)]
+
+
 def test_a_search_shows_its_winner_progress_and_trials(page: Any, links: dict[str, str]) -> None:
     page.goto(links["search"])
     page.get_by_text("Winner:").wait_for()
     page.get_by_role("link", name=re.compile(r"^trial [01]$")).wait_for()
+    page.get_by_role("heading", name="search · folders").wait_for()
+    assert is_on_screen(page.get_by_text("About this run")), "the command does not push the sidebar away"
     trials = page.get_by_role("link", name="the runs of its trials").get_attribute("href")
     open_tab(page, links["search"], "model-metrics")
-    for metric in ("best_val_balanced_accuracy", "eta_s", "trials_done", "trials_pruned", "trials_failed"):
+    for metric in ("search_best_val_balanced_accuracy", "search_eta_s"):
         assert is_on_screen(page.get_by_text(metric, exact=True).first), metric
     page.goto(links["search"].partition("#")[0] + trials)
-    # The table shows the trials below their search.
-    page.get_by_role("link", name="search · search").wait_for()
-    page.locator("[role=gridcell] button").first.click()
-    for name in ("trial 0 · baseline recipe", "trial 1 · defaults"):
+    for name in ("trial 0 · baseline recipe", "trial 1 · defaults", "baseline recipe · seed 1"):
         page.get_by_role("link", name=name).wait_for()
+    assert not page.get_by_role("link", name="search · folders").count()
+    assert {
+        "data", "image_size", "seed", "best_val_balanced_accuracy", "test_balanced_accuracy",
+        "test_macro_auc", "final_gap",
+    } <= set(read_columns(page))  # fmt: skip
+
+
+def test_a_registered_model_shows_its_score_beside_the_baseline(page: Any, links: dict[str, str]) -> None:
+    page.goto(links["search"].partition("#")[0] + "#/models/skin-resnet/versions/1")
+    page.get_by_text(re.compile(r"balanced accuracy [\d.]+.*; always \w+: 0\.333")).first.wait_for()

@@ -5,7 +5,6 @@ import json
 import time
 import zlib
 from pathlib import Path
-from urllib.parse import quote, urlencode
 
 import mlflow
 
@@ -14,34 +13,44 @@ from skin_resnet.tracking.store import find_sqlite_file, has_all_tables
 
 LOCAL_SERVER = "http://127.0.0.1:5000"  # of `make ui`, and of `mlflow server` as our output writes it
 # A saved view of the runs table, as MLflow's page stores it: a tag of the experiment.
-_VIEW = "mlflow.sharedViewState.results"
-_COLUMNS = [
-    "params.`arch`",
-    *(f"metrics.`{name}`" for name in ("best_val_balanced_accuracy", "final_gap")),
-    *(f"metrics.`test_{name}`" for name in ("balanced_accuracy", "accuracy", "macro_auc")),
-]
+_VIEW = "mlflow.sharedViewState."
+_RESULTS = "results"  # the view of all runs
+# The columns with their widths in pixels: together with those of every run they fit on a page of 1,500.
+_COLUMNS = {
+    "attributes.`Run Name`": 185, "runDateAndNestInfo": 126,
+    "params.`arch`": 75, "params.`data`": 70, "params.`image_size`": 90, "params.`seed`": 50,
+    "metrics.`best_val_balanced_accuracy`": 215, "metrics.`test_balanced_accuracy`": 165,
+    "metrics.`test_macro_auc`": 117, "metrics.`final_gap`": 80,
+}  # fmt: skip
 
 
 def build_link(page: str) -> str:
     """Return the link to a page of the MLflow UI, on the tracking server or on a local one."""
     uri = mlflow.get_tracking_uri()
     server = uri.rstrip("/") if uri.startswith("http") else LOCAL_SERVER
+    return f"{server}/{_build_path(page)}"
+
+
+def _build_path(page: str) -> str:
     # Without the workflow type, a new browser opens MLflow's pages for language models.
-    return f"{server}/#/{page}?workflowType=machine_learning"
+    return f"#/{page}?workflowType=machine_learning"
+
+
+def _open_view(name: str) -> str:
+    return f"&viewStateShareKey={name}"
 
 
 def link_run(run_id: str, text: str = "") -> str:
     """Return a Markdown link to a run's page for pages of the MLflow UI; its text is the run's name."""
     info = mlflow.get_run(run_id).info
-    page = f"#/experiments/{info.experiment_id}/runs/{run_id}?workflowType=machine_learning"
+    page = _build_path(f"experiments/{info.experiment_id}/runs/{run_id}")
     return f"[{text or info.run_name}]({page})"
 
 
-def link_children(run_id: str, text: str) -> str:
-    """Return a Markdown link to the table of a run's child runs."""
-    query = urlencode({"searchFilter": f"tags.`mlflow.parentRunId` = '{run_id}'"}, quote_via=quote)
-    page = f"#/experiments/{mlflow.get_run(run_id).info.experiment_id}/runs?workflowType=machine_learning"
-    return f"[{text}]({page}&{query})"
+def link_view(run_id: str, view: str, text: str) -> str:
+    """Return a Markdown link to a saved view of the runs table in a run's experiment."""
+    page = _build_path(f"experiments/{mlflow.get_run(run_id).info.experiment_id}/runs")
+    return f"[{text}]({page}{_open_view(view)})"
 
 
 def show_figure(run_id: str, path: str) -> str:
@@ -49,19 +58,30 @@ def show_figure(run_id: str, path: str) -> str:
     return f"![{Path(path).stem}](get-artifact?path={path}&run_uuid={run_id})"
 
 
-def save_view(experiment_id: str) -> None:
-    """Save a view of an experiment's runs with architecture and val and test scores, unless it has one.
+def save_view(run_id: str, name: str = _RESULTS, where: str = "") -> None:
+    """Save a view of the runs in a run's experiment with their data and scores, unless it is there.
 
     MLflow shows neither params nor metrics in the runs table until they are chosen. The view is in its menu
-    "Views", and `describe_experiments` links to it.
+    "Views", and `describe_experiments` links to the one of all runs.
+
+    Args:
+        run_id: A run of the experiment.
+        name: The view's.
+        where: A condition for runs, which are then shown without their parents, the best on val first; the
+            condition must be in the view, for MLflow ignores a view whose link has one.
     """
     client = mlflow.MlflowClient()
-    if _VIEW not in client.get_experiment(experiment_id).tags:
-        state = {"selectedColumns": _COLUMNS, "orderByKey": "attributes.start_time", "orderByAsc": False}
+    experiment_id = client.get_run(run_id).info.experiment_id
+    if _VIEW + name not in client.get_experiment(experiment_id).tags:
+        state = {
+            "selectedColumns": list(_COLUMNS), "columnOrder": list(_COLUMNS), "columnWidths": _COLUMNS,
+            "orderByKey": "metrics.`best_val_balanced_accuracy`" if where else "attributes.start_time",
+            "orderByAsc": False, "searchFilter": where,
+        }  # fmt: skip
         now_ms = int(time.time() * 1000)
         packed = base64.b64encode(zlib.compress(json.dumps(state).encode())).decode()
-        view = {"name": "results", "createdAt": now_ms, "updatedAt": now_ms, "state": f"deflate;{packed}"}
-        client.set_experiment_tag(experiment_id, _VIEW, json.dumps(view))
+        view = {"name": name, "createdAt": now_ms, "updatedAt": now_ms, "state": f"deflate;{packed}"}
+        client.set_experiment_tag(experiment_id, _VIEW + name, json.dumps(view))
 
 
 def describe_experiments() -> str:
@@ -73,9 +93,9 @@ def describe_experiments() -> str:
         used = [
             e for e in client.search_experiments() if client.search_runs([e.experiment_id], max_results=1)
         ]
-        view = f"&viewStateShareKey={_VIEW.rpartition('.')[2]}"
         links = {
-            each.name: build_link(f"experiments/{each.experiment_id}/runs") + view * (_VIEW in each.tags)
+            each.name: build_link(f"experiments/{each.experiment_id}/runs")
+            + _open_view(_RESULTS) * (_VIEW + _RESULTS in each.tags)
             for each in used
         } or links
     return "\n".join(f"{name:12} {link}" for name, link in links.items())

@@ -59,22 +59,17 @@ def open_run(
         UserError: The tracking store cannot be used, or stops answering.
     """
     prepare_store()
-    before = mlflow.active_run()
-    try:
-        run = TrackedRun(_start(name, run_id, parent_run_id))
-        if name:
-            run.rename(name)
-        run.set_tags({**records.read_versions(), **(tags or {})})
-    except OUTAGES as error:
-        active = mlflow.active_run()
-        if active is not None and active is not before:  # it was created, but not completely set up
-            with contextlib.suppress(*OUTAGES):
-                _end(active.info.run_id, "FAILED")
-        raise _explain_outage(error) from None
+    run = _set_up(name, run_id, parent_run_id, {**records.read_versions(), **(tags or {})})
     try:
         interrupts.check()
-        yield run
-        _end(run.run_id, "FINISHED")
+        try:
+            yield run
+            _end(run.run_id, "FINISHED")
+        except Exception as error:
+            # Out of C++, as in `torch.save` or where figures are drawn, an interrupt comes as another error.
+            if not isinstance(error, pruned):
+                interrupts.check()
+            raise
     except OUTAGES as error:
         _end_early(run, "FAILED", error)
         raise _explain_outage(error, "; what was trained is kept, so resume the run then") from None
@@ -83,6 +78,25 @@ def open_run(
         _end_early(run, "KILLED" if is_killed else "FAILED", error)
         raise
     run.remove_checkpoints()
+
+
+@interrupts.deferred()  # or an interrupted run would count as running, or a new database lack some tables
+def _set_up(
+    name: str | None, run_id: str | None, parent_run_id: str | None, tags: Mapping[str, str]
+) -> "TrackedRun":
+    before = mlflow.active_run()
+    try:
+        run = TrackedRun(_start(name, run_id, parent_run_id))
+        if name:
+            run.rename(name)
+        run.set_tags(tags)
+    except OUTAGES as error:
+        active = mlflow.active_run()
+        if active is not None and active is not before:  # it was created, but not completely set up
+            with contextlib.suppress(*OUTAGES):
+                _end(active.info.run_id, "FAILED")
+        raise _explain_outage(error) from None
+    return run
 
 
 def _start(name: str | None, run_id: str | None, parent_run_id: str | None) -> str:
@@ -96,12 +110,11 @@ def _start(name: str | None, run_id: str | None, parent_run_id: str | None) -> s
         experiment_id = client.get_run(parent_run_id).info.experiment_id
     elif not is_project_run() and (experiment := find_experiment()):
         experiment_id = experiment.experiment_id
-    with interrupts.deferred():  # the tables of a new database are all created, or it is unusable
-        run = mlflow.start_run(
-            run_id, run_name=name, experiment_id=experiment_id, nested=True,
-            # On a CPU they say little, and MLflow would open its comparison of runs with them.
-            log_system_metrics=torch.cuda.is_available() and parent_run_id is None,
-        )  # fmt: skip
+    run = mlflow.start_run(
+        run_id, run_name=name, experiment_id=experiment_id, nested=True,
+        # On a CPU they say little, and MLflow would open its comparison of runs with them.
+        log_system_metrics=torch.cuda.is_available() and parent_run_id is None,
+    )  # fmt: skip
     if parent_run_id:
         client.set_tag(run.info.run_id, "mlflow.parentRunId", parent_run_id)
     return str(run.info.run_id)
@@ -140,6 +153,7 @@ def _explain_outage(error: BaseException, consequence: str = "") -> UserError:
     return UserError(f"MLflow unreachable at {uri} ({reason}); check MLFLOW_TRACKING_URI{consequence}")
 
 
+@interrupts.deferred()
 def _end_early(run: "TrackedRun", status: str, error: BaseException) -> None:
     """End a run that did not finish, as far as the tracking store can be reached."""
     reason = type(error).__name__
@@ -226,7 +240,7 @@ class TrackedRun:
         self.rename(records.name_training(start))
         self.set_tags(records.describe_start(start))
         self.log_artifacts(records.list_data_files(start.data))
-        save_view(mlflow.get_run(self.run_id).info.experiment_id)
+        save_view(self.run_id)
         for split, dataset in records.build_datasets(start.data, start.point.config.data):
             mlflow.log_input(dataset, context=split)
 

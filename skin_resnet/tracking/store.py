@@ -105,6 +105,8 @@ def _quiet_mlflow() -> None:
     for name in ("mlflow.store.db.utils", "urllib3"):
         logging.getLogger(name).setLevel(logging.CRITICAL)
     os.environ.setdefault("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false")
+    # Its links open the pages for language models; ours are printed by `describe_location`.
+    os.environ.setdefault("MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT", "true")
     # With MLflow's seven retries each epoch would wait for minutes while the server is away.
     os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "2")
 

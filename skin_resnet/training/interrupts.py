@@ -61,11 +61,11 @@ def deferred() -> Iterator[None]:
     An exception raised by a signal handler can surface anywhere, even where Python drops it (in a `__del__`,
     or in a callback from C), and the signal with it; or between two writes that belong together.
     """
-    _Noted.waits_for_check = True
+    before, _Noted.waits_for_check = _Noted.waits_for_check, True
     try:
         yield
     finally:
-        _Noted.waits_for_check = False
+        _Noted.waits_for_check = before
 
 
 def is_asked() -> bool:
