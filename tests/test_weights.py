@@ -55,6 +55,22 @@ def test_safetensors_and_a_head_of_the_same_size_are_loaded_whole(tmp_path) -> N
     assert torch.equal(network.fc.weight, source.fc.weight)
 
 
+def test_a_shallower_resnet_starts_a_deeper_one_that_computes_the_same(imagenet, tmp_path) -> None:
+    deep, shallow = build_resnet("resnet101").eval(), build_resnet("resnet50").eval()
+    weights = save({key: value for key, value in imagenet.items() if "fc" not in key}, tmp_path / "w.pth")
+    assert "17 more blocks" in load_weights(deep, weights, "resnet101")
+    load_weights(shallow, weights, "resnet50")
+    deep.fc = shallow.fc
+    images = torch.rand(2, 3, 64, 64)
+    assert torch.equal(deep(images), shallow(images))
+
+
+def test_weights_that_lack_a_block_of_their_own_depth_do_not_fit(imagenet, tmp_path) -> None:
+    weights = save({k: v for k, v in imagenet.items() if not k.startswith("layer3.5")}, tmp_path / "w.pth")
+    with pytest.raises(UserError, match=r"layer3\.5"):
+        load_weights(build_resnet("resnet50"), weights, "resnet50")
+
+
 @pytest.mark.parametrize(("weights", "version"), [("imagenet", "V2"), ("imagenet_v1", "V1")])
 def test_either_version_of_torchvisions_weights_can_be_had(
     weights: str, version: str, imagenet, tmp_path, monkeypatch

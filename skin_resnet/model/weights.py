@@ -11,6 +11,7 @@ import torchvision.models
 from torch import Tensor, nn
 
 from skin_resnet.errors import UserError
+from skin_resnet.model.resnet import STAGE_DEPTHS
 
 # V2 comes from a longer training with a heavier recipe; what transfers better depends on the data.
 _IMAGENET = {"imagenet": "IMAGENET1K_V2", "imagenet_v1": "IMAGENET1K_V1"}
@@ -20,7 +21,8 @@ HEAD_KEYS = ("fc.weight", "fc.bias")
 def load_weights(network: nn.Module, weights: str, arch: str) -> str:
     """Load initial weights into a new network.
 
-    A head of another size stays random; every other key must match in name and shape.
+    A head of another size stays random. The weights of a shallower ResNet leave the blocks it lacks as they
+    are built, the identity. Every other key must match in name and shape.
 
     Args:
         network: From `build_resnet(arch, ...)`.
@@ -55,14 +57,30 @@ def load_weights(network: nn.Module, weights: str, arch: str) -> str:
         raise UserError(f"weights={weights} do not fit {arch}: {reason}") from None
     # Files written before PyTorch 0.4.1 lack these counters, which nothing here reads.
     missing = [key for key in missing if key not in fresh and not key.endswith("num_batches_tracked")]
+    extra = _find_extra_blocks(state, missing)
+    missing = [key for key in missing if _name_block(key) not in extra]
     if missing or unknown:
         raise UserError(
             f"weights={weights} do not fit {arch}: {len(missing)} keys are missing and {len(unknown)} "
             f"unknown, such as {[*missing, *unknown][0]!r}"
         )
+    blocks = f"; {len(extra)} more blocks start as the identity" if extra else ""
     if not fresh:
-        return f"weights from {name}, head included"
-    return f"weights from {name}; random head ({expected['fc.bias'].numel()} classes)"
+        return f"weights from {name}, head included{blocks}"
+    return f"weights from {name}; random head ({expected['fc.bias'].numel()} classes){blocks}"
+
+
+def _find_extra_blocks(state: dict[str, Tensor], missing: list[str]) -> set[str]:
+    """Return the blocks that the network has, and a state dict of a whole, shallower ResNet does not."""
+    held = {_name_block(key) for key in state}
+    depths = tuple(sum(name.startswith(f"layer{stage}.") for name in held) for stage in range(1, 5))
+    if depths not in STAGE_DEPTHS.values():
+        return set()
+    return {_name_block(key) for key in missing if key.startswith("layer")} - held
+
+
+def _name_block(key: str) -> str:
+    return ".".join(key.split(".")[:2])  # layer3.5 of layer3.5.conv1.weight
 
 
 def _read_state_dict(path: Path) -> dict[str, Tensor]:
