@@ -60,8 +60,8 @@ class SearchConfig(TrainConfig):
         "median", description="Optuna pruner; the two baselines are never pruned."
     )
     objectives: str = Field(
-        "val_balanced_accuracy",
-        description="val_balanced_accuracy, val_macro_auc, val_loss or gap. Several, comma-separated, give a "
+        "val_loss",
+        description="val_loss, val_balanced_accuracy, val_macro_auc or gap. Several, comma-separated, give a "
         "Pareto front without pruning; the first one chooses the winner.",
     )
     max_gap: float = Field(

@@ -55,10 +55,10 @@ class ModelOptions(FrozenConfig):
     """Which network."""
 
     arch: Arch = Field("resnet50", description="Network architecture.")
-    weights: Annotated[Text, MustExist(("none", "imagenet", "imagenet_v1"))] = Field(
-        "none",
-        description="Initial weights: none (random), imagenet (torchvision's latest, V2), imagenet_v1, or a "
-        ".pth or .safetensors file.",
+    weights: Annotated[Text, MustExist(("auto", "none", "imagenet", "imagenet_v1"))] = Field(
+        "auto",
+        description="Initial weights: none (random), imagenet (torchvision's latest, V2), imagenet_v1, a .pth "
+        "or .safetensors file (also of a shallower ResNet); auto: imagenet, none for the demo.",
     )
     dropout: float = Field(0.0, ge=0, lt=1, description="Dropout probability before the classifier.")
     stochastic_depth: float = Field(
@@ -69,18 +69,18 @@ class ModelOptions(FrozenConfig):
 class TrainingOptions(FrozenConfig):
     """How it is trained."""
 
-    epochs: int = Field(16, ge=1, le=10_000, description="Number of epochs.")
+    epochs: int = Field(10, ge=1, le=10_000, description="Number of epochs.")
     batch_size: int = Field(
-        32, ge=2, le=65_536, description="Images per optimizer step, summed over all devices."
+        64, ge=2, le=65_536, description="Images per optimizer step, summed over all devices."
     )
     optimizer: Literal["adam", "adamw", "sgd"] = Field(
         "adamw", description="Optimizer; sgd uses Nesterov momentum 0.9."
     )
     lr: float = Field(5e-4, gt=0, le=100, description="Peak learning rate.")
     lr_schedule: Literal["constant", "cosine", "onecycle", "plateau"] = Field(
-        "cosine", description="Learning-rate schedule; onecycle includes its own warm-up."
+        "onecycle", description="Learning-rate schedule; onecycle includes its own warm-up."
     )
-    warmup_epochs: float = Field(1.0, ge=0, le=10_000, description="Epochs of linear warm-up.")
+    warmup_epochs: float = Field(0.0, ge=0, le=10_000, description="Epochs of linear warm-up.")
     weight_decay: float = Field(
         0.05, ge=0, le=10, description="Weight decay; biases and BatchNorm are exempt."
     )
@@ -91,16 +91,16 @@ class TrainingOptions(FrozenConfig):
         description="Label smoothing: fraction of the target spread evenly over all classes.",
     )
     class_weighting: Literal["none", "sqrt", "balanced"] = Field(
-        "sqrt", description="Loss weight of a class of n images: equal, 1/sqrt(n) or 1/n, normalized."
+        "none", description="Loss weight of a class of n images: equal, 1/sqrt(n) or 1/n, normalized."
     )
     grad_clip: float = Field(1.0, ge=0, description="Maximum gradient norm; 0: no clipping.")
     ema_decay: float = Field(
-        0.0, ge=0, lt=1, description="Decay of the weight EMA, which is then evaluated and saved; 0: off."
+        0.99, ge=0, lt=1, description="Decay of the weight EMA, which is then evaluated and saved; 0: off."
     )
-    augment: AugmentRecipe = Field("standard", description="Augmentation recipe.")
+    augment: AugmentRecipe = Field("crops", description="Augmentation recipe.")
     mixup: float = Field(0.0, ge=0, le=10, description="Alpha of MixUp's Beta distribution; 0: off.")
     cutmix: float = Field(0.0, ge=0, le=10, description="Alpha of CutMix's Beta distribution; 0: off.")
-    best_by: BestMetric = Field("balanced_accuracy", description="Val metric that selects the best epoch.")
+    best_by: BestMetric = Field("loss", description="Val metric that selects the best epoch.")
     patience: int = Field(0, ge=0, description="Stop after this many epochs without improvement; 0: never.")
     seed: int = Field(0, ge=0, lt=2**32, description="Seed of initial weights, batch order and augmentation.")
 

@@ -113,9 +113,9 @@ def test_curves_that_only_waver_are_rarely_taken_for_a_trend(length: int, noise:
 
 def test_the_metric_that_chooses_the_best_epoch_decides_whether_it_still_improves() -> None:
     history = make_history(20)
-    by_loss = TrainConfig(epochs=20, best_by="loss")
-    assert judge_training(history, 20, by_loss, 7) == "improving"
-    assert judge_training(history, 20, TrainConfig(epochs=20), 7) == "leveled_off"
+    by_accuracy = TrainConfig(epochs=20, best_by="balanced_accuracy")
+    assert judge_training(history, 20, by_accuracy, 7) == "leveled_off"
+    assert judge_training(history, 20, TrainConfig(epochs=20, best_by="loss"), 7) == "improving"
 
 
 def test_memorized_train_images_are_overfitting_though_train_loss_can_fall_no_more() -> None:

@@ -115,7 +115,7 @@ def test_a_run_shows_no_password(storage: str, shown: str) -> None:
         ({"resume": "auto"}, "study_name"),
         ({"storage": "mysql://x"}, "sqlite:///FILE"),
         ({"storage": "sqlite:///:memory:"}, "sqlite:///FILE"),
-        ({"best_by": "loss"}, "best_by: .*objectives=val_loss"),
+        ({"best_by": "macro_auc"}, "best_by: .*objectives=val_macro_auc"),
         ({"n_trials": 1}, "n_trials"),
         ({"retrain": "epochs=20,size=128"}, "retrain: 'size=128'"),
         ({"retrain": "epochs"}, "retrain: 'epochs'"),

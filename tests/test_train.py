@@ -53,7 +53,7 @@ def store(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def config(store: Path, class_folders: Path) -> TrainConfig:
     return TrainConfig(
-        data=str(class_folders), image_size=32, epochs=2, batch_size=8, lr=1e-3,
+        data=str(class_folders), weights="none", image_size=32, epochs=2, batch_size=8, lr=1e-3,
         augment="light", device="cpu", cache_dir=store / "cache", checkpoint_dir=store / "checkpoints",
     )  # fmt: skip
 

@@ -69,7 +69,14 @@ def links(server: dict[str, str], class_folders: Path) -> dict[str, str]:
         assert found, done.stdout
         return found[1]
 
-    options = [f"--data={class_folders}", "--image_size=32", "--batch_size=8", "--device=cpu", "--epochs=2"]
+    options = [
+        f"--data={class_folders}",
+        "--weights=none",
+        "--image_size=32",
+        "--batch_size=8",
+        "--device=cpu",
+        "--epochs=2",
+    ]
     options.append(f"--cache_dir={server['FOLDER']}/cache")
     train = [start("train", *options, f"--seed={seed}") for seed in (0, 1)]
     run_ids = [re.split("[/?]", link)[-2] for link in train]

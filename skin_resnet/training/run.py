@@ -287,5 +287,8 @@ def _build_state(
     network = build_resnet(
         config.arch, len(data.classes), dropout=config.dropout, stochastic_depth=config.stochastic_depth
     )
-    weights = load_weights(network, config.weights, config.arch)
-    return build_state(config, fabric, network, train_loader, len(data.classes)), weights
+    # Images as simple as the demo's need no download.
+    automatic = "none" if config.data == "demo" else "imagenet"
+    weights = automatic if config.weights == "auto" else config.weights
+    started_from = load_weights(network, weights, config.arch)
+    return build_state(config, fabric, network, train_loader, len(data.classes)), started_from

@@ -15,7 +15,7 @@ CONFIGS: dict[str, type[FrozenConfig]] = {command: load_config_type(command) for
 
 # What the fields' own bounds do not cover.
 _BY_HAND = {
-    "train": [("image_size", "31"), ("image_size", "1025"), ("warmup_epochs", "17")],
+    "train": [("image_size", "31"), ("image_size", "1025"), ("warmup_epochs", "11")],
     "search": [
         ("devices", "2"), ("objectives", "f1"), ("objectives", "gap,gap"), ("storage", "mysql://there"),
     ],

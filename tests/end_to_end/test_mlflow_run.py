@@ -50,6 +50,7 @@ def quick(class_folders: Path, tmp_path: Path, **more: object) -> list[str]:
     """Options of a training of seconds."""
     options = {
         "data": class_folders,
+        "weights": "none",
         "image_size": 32,
         "epochs": 1,
         "batch_size": 8,
