@@ -15,6 +15,7 @@ from optuna.trial import FrozenTrial, TrialState
 from search.config import DIRECTIONS, SearchConfig
 from search.space import BASELINES, FACTOR
 from search.study import choose_best, drop_retried
+from skin_resnet.config import BestMetric
 from skin_resnet.evaluation.page import spell_metric
 from skin_resnet.evaluation.plots import FONT, HUES, QUIET, build_figure, capitalize, draw_legend, style_axes
 from skin_resnet.evaluation.plots.curves import FEWEST_EPOCHS, draw_splits, mark_epochs
@@ -125,21 +126,33 @@ def _label_values(axes: Axes, space: optuna.distributions.BaseDistribution, name
         axes.set_xlabel("multiple of its typical value", fontsize=FONT - 1)
 
 
-def plot_recipes(histories: Mapping[str, pd.DataFrame], images: str, majority: float) -> Figure:
-    """Plot balanced accuracy on train and val, one panel per recipe, with the gap between them shaded.
+def plot_recipes(
+    histories: Mapping[str, pd.DataFrame], images: str, majority: float, best_by: BestMetric
+) -> Figure:
+    """Plot balanced accuracy and loss on train and val, a column per recipe, with the gap between them shaded.
 
     Args:
         histories: By recipe, a row per epoch with the columns of `engine.to_frame`.
         images: How many images val has, in words.
         majority: Balanced accuracy of the majority class on val.
+        best_by: The val metric that chose the best epoch.
     """
-    figure = build_figure(4.6, f"Balanced accuracy, its values in the best epoch (val: {images})")
-    panels = figure.subplots(1, len(histories), sharey=True, squeeze=False)[0]
-    for axes, (name, history) in zip(panels, histories.items(), strict=True):
-        best = int(history["val/balanced_accuracy"].idxmax())
-        draw_splits(axes, history, "balanced_accuracy", best, name.capitalize())
-        axes.axhline(majority, color=QUIET, linestyle="--", label="majority class (val)")
-        axes.set_ylim(0, 1.02)
-        mark_epochs(axes, history.index[-1])
+    title = f"Values in the best epoch, chosen by {spell_metric(best_by)} on val ({images})"
+    figure = build_figure(6.8, title)
+    scores, losses = figure.subplots(2, len(histories), sharey="row", squeeze=False)
+    for score, loss, (name, history) in zip(scores, losses, histories.items(), strict=True):
+        values = history[f"val/{best_by}"]
+        best = int(values.idxmin() if best_by == "loss" else values.idxmax())
+        draw_splits(score, history, "balanced_accuracy", best, capitalize(name))
+        score.axhline(majority, color=QUIET, linestyle="--", label="majority class (val)")
+        draw_splits(loss, history, "loss", best, capitalize(name))
+        for axes in (score, loss):
+            mark_epochs(axes, history.index[-1])
+    scores[0].set_ylim(0, 1.02)
+    scores[0].set_ylabel("Balanced accuracy", fontsize=FONT)
+    every = pd.concat(histories.values())[["train/loss", "val/loss"]]
+    # A loss that exploded once would flatten all curves.
+    losses[0].set_ylim(0, 1.2 * every.stack().quantile(0.95))
+    losses[0].set_ylabel("Loss", fontsize=FONT)
     draw_legend(figure)
     return figure

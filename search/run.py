@@ -202,7 +202,7 @@ def _log_curves(config: SearchConfig, run: TrackedRun, run_ids: dict[str, str]) 
         histories = {name: finished_runs.read_history(run_id) for name, run_id in run_ids.items()}
         images = finished_runs.read_tags(next(iter(run_ids.values())))["split.val"]
         if max(map(len, histories.values())) >= FEWEST_EPOCHS:
-            figure = plots.plot_recipes(histories, images, majority)
+            figure = plots.plot_recipes(histories, images, majority, config.training.best_by)
             run.log_artifacts({"figures/recipes.png": figure})
 
     wait_for_server(log)

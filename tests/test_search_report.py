@@ -229,16 +229,19 @@ def test_what_the_best_trials_share_is_the_most_important(objective: str, decide
 @pytest.mark.parametrize("finished", [0, 1, 7, 8])
 def test_every_figure_that_there_are_enough_trials_for_is_drawn(finished: int) -> None:
     states = [TrialState.COMPLETE] * finished + [TrialState.PRUNED] * 3 + [TrialState.FAIL]
-    figures = plots.plot_trials(CONFIG, make_study(states), 0.14)
+    by_accuracy = CONFIG.with_changes(objectives="val_balanced_accuracy")
+    figures = plots.plot_trials(by_accuracy, make_study(states), 0.14)
     assert set(figures) == {"trials"} | ({"hyperparameters"} if finished == 8 else set())
-    curves = pd.DataFrame({f"{split}/balanced_accuracy": {1: 0.3, 2: 0.5} for split in ("train", "val")})
-    figures["recipes"] = plots.plot_recipes({BASELINE: curves, WINNER: curves}, "9 images", 0.14)
+    names = [f"{split}/{metric}" for split in ("train", "val") for metric in ("balanced_accuracy", "loss")]
+    curves = pd.DataFrame({name: {1: 0.3, 2: 0.5} for name in names})
+    figures["recipes"] = plots.plot_recipes({BASELINE: curves, WINNER: curves}, "9 images", 0.14, "loss")
+    assert [line.get_xdata()[0] for line in figures["recipes"].axes[0].lines[:1]] == [1]
     for figure in figures.values():
         assert_texts_are_apart(figure)
         assert figure.get_size_inches()[0] * figure.dpi == 900
         assert figure.legends[0].get_texts()
-    for name in ("trials", "recipes"):
-        for axes in figures[name].axes:
+    for panels in (figures["trials"].axes, figures["recipes"].axes[:2]):
+        for axes in panels:
             assert 0.14 in [line.get_ydata()[0] for line in axes.lines if len(line.get_ydata())]
 
 
