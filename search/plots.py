@@ -129,7 +129,7 @@ def _label_values(axes: Axes, space: optuna.distributions.BaseDistribution, name
 def plot_recipes(
     histories: Mapping[str, pd.DataFrame], images: str, majority: float, best_by: BestMetric
 ) -> Figure:
-    """Plot balanced accuracy and loss on train and val, a column per recipe, with the gap between them shaded.
+    """Plot balanced accuracy and loss on train and val, and the gap between them, a column per recipe.
 
     Args:
         histories: By recipe, a row per epoch with the columns of `engine.to_frame`.

@@ -57,8 +57,8 @@ class ModelOptions(FrozenConfig):
     arch: Arch = Field("resnet50", description="Network architecture.")
     weights: Annotated[Text, MustExist(("auto", "none", "imagenet", "imagenet_v1"))] = Field(
         "auto",
-        description="Initial weights: none (random), imagenet (torchvision's latest, V2), imagenet_v1, a .pth "
-        "or .safetensors file (also of a shallower ResNet); auto: imagenet, none for the demo.",
+        description="Initial weights: none (random), imagenet (torchvision's latest, V2), imagenet_v1, or a "
+        ".pth or .safetensors file, also of a shallower ResNet; auto: imagenet, for the demo none.",
     )
     dropout: float = Field(0.0, ge=0, lt=1, description="Dropout probability before the classifier.")
     stochastic_depth: float = Field(

@@ -29,8 +29,8 @@ def training(tmp_path_factory: pytest.TempPathFactory) -> Iterator[EvaluateConfi
     environment.delenv("MLFLOW_EXPERIMENT_NAME")
     environment.setenv("MLFLOW_EXPERIMENT_ID", experiment)
     config = TrainConfig(
-        data=str(data), weights="none", image_size=32, epochs=1, batch_size=8, on_bad_image="skip", test="never",
-        device="cpu", cache_dir=folder / "cache", checkpoint_dir=folder / "checkpoints",
+        data=str(data), weights="none", image_size=32, epochs=1, batch_size=8, on_bad_image="skip",
+        test="never", device="cpu", cache_dir=folder / "cache", checkpoint_dir=folder / "checkpoints",
     )  # fmt: skip
     train(config)
     (run,) = mlflow.search_runs([experiment], output_format="list")

@@ -183,8 +183,9 @@ def server(tmp_path: Path) -> Iterator[Server]:
 @pytest.mark.slow
 def test_a_training_continues_while_its_server_is_away(server: Server, class_folders: Path, tmp_path) -> None:
     options = {
-        "data": class_folders, "weights": "none", "image_size": 32, "epochs": 60, "batch_size": 8, "device": "cpu",
-        "test": "never", "checkpoint_dir": tmp_path / "checkpoints", "cache_dir": tmp_path / "cache",
+        "data": class_folders, "weights": "none", "image_size": 32, "epochs": 60, "batch_size": 8,
+        "device": "cpu", "test": "never", "checkpoint_dir": tmp_path / "checkpoints",
+        "cache_dir": tmp_path / "cache",
     }  # fmt: skip
     log = tmp_path / "log.txt"
     with log.open("wb") as file:

@@ -30,9 +30,9 @@ def config(data: Path) -> Iterator[TrainConfig]:
     # Not set_experiment, which would hold for the tests of other modules too.
     experiment_id = mlflow.create_experiment("first", (folder / "artifacts").as_uri())
     config = TrainConfig(
-        data=str(data), weights="none", image_size=32, epochs=2, batch_size=8, augment="strong", mixup=0.2, dropout=0.2,
-        ema_decay=0.9, train_fraction=0.8, seed=3, device="cpu", test="never", cache_dir=folder / "cache",
-        checkpoint_dir=folder / "checkpoints",
+        data=str(data), weights="none", image_size=32, epochs=2, batch_size=8, augment="strong", mixup=0.2,
+        dropout=0.2, ema_decay=0.9, train_fraction=0.8, seed=3, device="cpu", test="never",
+        cache_dir=folder / "cache", checkpoint_dir=folder / "checkpoints",
     )  # fmt: skip
     with pytest.MonkeyPatch.context() as environment:
         environment.delenv("MLFLOW_EXPERIMENT_NAME")

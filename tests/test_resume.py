@@ -44,9 +44,9 @@ class Training:
         folder.mkdir(exist_ok=True)
         self.folder = folder
         self.options = {
-            "data": data, "weights": "none", "image_size": 32, "epochs": EPOCHS, "batch_size": 8, "ema_decay": 0.9,
-            "dropout": 0.2, "device": "cpu", "checkpoint_minutes": 0.01, "cache_dir": folder / "cache",
-            "checkpoint_dir": folder / "checkpoints", **options,
+            "data": data, "weights": "none", "image_size": 32, "epochs": EPOCHS, "batch_size": 8,
+            "ema_decay": 0.9, "dropout": 0.2, "device": "cpu", "checkpoint_minutes": 0.01,
+            "cache_dir": folder / "cache", "checkpoint_dir": folder / "checkpoints", **options,
         }  # fmt: skip
         self.uri = f"sqlite:///{folder}/mlflow.db"
         self.log = folder / "log.txt"
@@ -206,8 +206,8 @@ def config(tmp_path: Path, class_folders: Path, monkeypatch: pytest.MonkeyPatch)
     monkeypatch.chdir(tmp_path)
     mlflow.set_tracking_uri(f"sqlite:///{tmp_path}/mlflow.db")
     yield TrainConfig(
-        data=str(class_folders), weights="none", image_size=32, epochs=2, batch_size=32, device="cpu", test="never",
-        cache_dir=tmp_path / "cache", checkpoint_dir=tmp_path / "checkpoints",
+        data=str(class_folders), weights="none", image_size=32, epochs=2, batch_size=32, device="cpu",
+        test="never", cache_dir=tmp_path / "cache", checkpoint_dir=tmp_path / "checkpoints",
     )  # fmt: skip
     mlflow.set_tracking_uri(None)
 

@@ -32,9 +32,9 @@ class Search:
         self.storage = options.setdefault("storage", f"sqlite:///{folder}/optuna.db")
         self.tracking_uri = f"sqlite:///{folder}/mlflow.db"
         options = {
-            "data": data, "weights": "none", "image_size": 32, "epochs": 3, "batch_size": 8, "device": "cpu", "heartbeat_s": 1,
-            "n_trials": N_TRIALS, "seeds": 0, "cache_dir": folder / "cache", "checkpoint_dir": folder / "cp",
-            **options,
+            "data": data, "weights": "none", "image_size": 32, "epochs": 3, "batch_size": 8, "device": "cpu",
+            "heartbeat_s": 1, "n_trials": N_TRIALS, "seeds": 0, "cache_dir": folder / "cache",
+            "checkpoint_dir": folder / "cp", **options,
         }  # fmt: skip
         self.command = [sys.executable, "-m", "skin_resnet", "search"] + [
             f"--{k}={v}" for k, v in options.items()

@@ -45,9 +45,9 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
 def config(folder: Path, class_folders: Path) -> SearchConfig:
     """A study that is over, and whose trial 1 won."""
     config = SearchConfig(
-        data=str(class_folders), weights="none", image_size=32, epochs=2, batch_size=8, device="cpu", augment="light",
-        n_trials=3, seeds=2, cache_dir=folder / "cache", checkpoint_dir=folder / "checkpoints",
-        fix="augment=none|standard", retrain="epochs=2,coverage=0.8",
+        data=str(class_folders), weights="none", image_size=32, epochs=2, batch_size=8, device="cpu",
+        augment="light", n_trials=3, seeds=2, cache_dir=folder / "cache",
+        checkpoint_dir=folder / "checkpoints", fix="augment=none|standard", retrain="epochs=2,coverage=0.8",
     )  # fmt: skip
     with mlflow.start_run() as parent:
         run(config, parent.info.run_id, let_the_defaults_win)
