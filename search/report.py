@@ -212,12 +212,13 @@ def describe_winner(retrained: pd.DataFrame, scores: pd.DataFrame | None, best: 
         ["gap, last epoch", *(f"{means.gap[c]:+.3f}" if c in means.index else "" for c in columns)],
     ]
     if scores is not None:
-        for name in HEADLINES:
-            cells = [_format_cell(scores, column, name) for column in columns]
-            rows.append([f"test {spell_metric(name)}", *cells])
+        labels = {name: spell_metric(name) for name in HEADLINES} | {"plain_accuracy": "accuracy, plain"}
+        for name, label in labels.items():
+            rows.append([f"test {label}", *(_format_cell(scores, column, name) for column in columns)])
     parts = [
         f"**{_judge(winner, scores)}**",
-        f"Mean of {seeds} seed{'s' * (seeds > 1)}; intervals (95 %) by bootstrap over lesions.",
+        f"Mean of {seeds} seed{'s' * (seeds > 1)}; intervals (95 %) by bootstrap over lesions. "
+        "Plain: the most probable class is predicted, whatever its prior.",
         format_table(["", *columns], rows),
     ]
     if scores is not None and DIFFERENCE in shown:

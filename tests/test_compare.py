@@ -15,7 +15,7 @@ from mlflow import MlflowClient
 from skin_resnet.commands.compare import compare, format_difference
 from skin_resnet.config import CompareConfig
 from skin_resnet.errors import UserError
-from skin_resnet.evaluation.metrics import HEADLINES, Predictions, compare_models, compute_metrics
+from skin_resnet.evaluation.metrics import HEADLINES, PLAIN, Predictions, compare_models, compute_metrics
 from skin_resnet.labels import HAM10000_CLASSES
 
 LESIONS = np.array([f"L{i // 2:03}" for i in range(300)])
@@ -129,8 +129,9 @@ def test_the_best_run_of_each_arch_is_compared_in_a_run_with_links(runs, capsys)
     path = mlflow.artifacts.download_artifacts(run_id=run.info.run_id, artifact_path="differences.csv")
     assert len(pd.read_csv(path)) == 9
     # MLflow shows a section for what precedes the slash: the models side by side.
+    models = ("always nv", "resnet50", "resnet152")
     assert set(run.data.metrics) == {
-        *(f"{name}/{model}" for name in HEADLINES for model in ("always nv", "resnet50", "resnet152")),
+        *(f"{name}/{model}" for name in (*HEADLINES, *PLAIN) for model in models),
         "balanced_accuracy_difference/resnet152 minus resnet50",
     }
     assert run.data.metrics["balanced_accuracy/always nv"] == pytest.approx(1 / 7)

@@ -64,8 +64,9 @@ def test_the_metrics_of_a_subgroup_are_scikit_learns_on_its_images(measured) -> 
         rows = subgroups[(subgroups["by"] == by) & (subgroups["subgroup"] == name)].set_index("metric")
         assert rows.value.to_dict() == pytest.approx(expected)
         part = Predictions(probabilities=probabilities, targets=targets, image_ids=())
-        for metric, interval in compute_intervals(part, lesions[inside]).items():
-            assert (rows.low[metric], rows.high[metric]) == interval
+        intervals = compute_intervals(part, lesions[inside])
+        for metric in rows.index:
+            assert (rows.low[metric], rows.high[metric]) == intervals[metric]
         assert set(rows.images) == {len(targets)}
         assert set(rows.lesions) == {len(set(lesions[inside]))}
         assert set(rows.classes) == {len(set(targets))}

@@ -11,7 +11,14 @@ from numpy.typing import NDArray
 from skin_resnet.config import CompareConfig, RuntimeOptions
 from skin_resnet.data.split import join_lesions
 from skin_resnet.errors import UserError
-from skin_resnet.evaluation.metrics import HEADLINES, Predictions, compare_models, is_better, predict_always
+from skin_resnet.evaluation.metrics import (
+    HEADLINES,
+    PLAIN,
+    Predictions,
+    compare_models,
+    is_better,
+    predict_always,
+)
 from skin_resnet.evaluation.page import LEAK_BANNER, format_score, format_table, print_markdown, spell_metric
 from skin_resnet.evaluation.plots.curves import plot_curves_of_models, plot_differences
 from skin_resnet.tracking import history as finished_runs
@@ -161,11 +168,12 @@ def format_difference(row: Any) -> str:
 
 
 def _tabulate_scores(scores: pd.DataFrame) -> str:
-    rows = [
-        [name, *(format_score(each.value, (each.low, each.high)) for each in part.itertuples())]
-        for name, part in scores.groupby(level="model", sort=False)
-    ]
-    return format_table(["", *map(spell_metric, HEADLINES)], rows)
+    cells = {key: format_score(each.value, (each.low, each.high)) for key, each in scores.iterrows()}
+    models = scores.index.unique("model")
+    rows = [[str(model), *(cells[model, metric] for metric in HEADLINES)] for model in models]
+    rows += [[f"{model}, plain", *(cells[model, metric] for metric in PLAIN), ""] for model in models[1:]]
+    note = "Plain: the most probable class is predicted, whatever its prior."
+    return f"{format_table(['', *map(spell_metric, HEADLINES)], rows)}\n\n{note}"
 
 
 def _tabulate_cost(runs: dict[str, FinishedRun]) -> str:

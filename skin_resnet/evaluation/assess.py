@@ -160,7 +160,7 @@ def _measure(
     raw: Predictions, calibrated: Predictions, lesions: NDArray[np.str_], baseline: int
 ) -> Iterator[Row]:
     images = len(lesions)
-    metrics, intervals = compute_metrics(calibrated), compute_intervals(calibrated, lesions, plain=True)
+    metrics, intervals = compute_metrics(calibrated), compute_intervals(calibrated, lesions)
     always = compute_metrics(predict_always(baseline, calibrated))
     for name in HEADLINES:
         yield name, getattr(metrics, name), *intervals[name], images

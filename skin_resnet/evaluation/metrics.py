@@ -14,6 +14,7 @@ from sklearn import metrics as sk
 from skin_resnet.errors import UserError
 
 HEADLINES = ("balanced_accuracy", "accuracy", "macro_auc")
+PLAIN = ("plain_balanced_accuracy", "plain_accuracy")  # of the plain decision
 Floats = NDArray[np.float64]
 
 
@@ -143,18 +144,9 @@ def predict_always(target: int, like: Predictions) -> Predictions:
     return replace(like.plain, probabilities=np.tile(certain, (len(like.targets), 1)))
 
 
-def compute_intervals(
-    predictions: Predictions, lesions: NDArray[Any], *, plain: bool = False
-) -> dict[str, tuple[float, float]]:
-    """Compute a 95 % interval of each headline metric by drawing lesions, (N,), with replacement.
-
-    With `plain`, the plain decision's are included, as `plain_accuracy` and `plain_balanced_accuracy`. Macro
-    AUC, which takes most of the time, does not depend on the decision.
-    """
-    weights = draw_lesions(lesions)
-    draws = compute_weighted(predictions, weights)
-    if plain:
-        draws |= {f"plain_{name}": each for name, each in weigh_hits(predictions.plain, weights).items()}
+def compute_intervals(predictions: Predictions, lesions: NDArray[Any]) -> dict[str, tuple[float, float]]:
+    """Compute a 95 % interval of each metric in HEADLINES and PLAIN by drawing lesions (N,) with replacement."""
+    draws = compute_weighted(predictions, draw_lesions(lesions))
     return {name: compute_percentiles(each) for name, each in draws.items()}
 
 
@@ -209,7 +201,7 @@ def compute_share_interval(hits: NDArray[np.bool_], lesions: NDArray[Any]) -> tu
 
 
 def compute_weighted(predictions: Predictions, weights: Floats) -> dict[str, Floats]:
-    """Compute the headline metrics for many weightings of the images, (B, N), at once; each (B,).
+    """Compute HEADLINES and PLAIN for many weightings of the images, (B, N), at once; each (B,).
 
     A draw that lacks one of the classes has no balanced accuracy and no macro AUC (NaN): a mean over fewer
     classes is a different metric, and would shift the intervals of rare classes upwards.
@@ -220,11 +212,12 @@ def compute_weighted(predictions: Predictions, weights: Floats) -> dict[str, Flo
             _compute_weighted_auc(targets == target, predictions.probabilities[:, target], weights)
             for target in np.unique(targets)
         ]
-    return {**weigh_hits(predictions, weights), "macro_auc": np.mean(aucs, axis=0)}
+    plain = {f"plain_{name}": each for name, each in _weigh_hits(predictions.plain, weights).items()}
+    return {**_weigh_hits(predictions, weights), "macro_auc": np.mean(aucs, axis=0), **plain}
 
 
-def weigh_hits(predictions: Predictions, weights: Floats) -> dict[str, Floats]:
-    """Compute what depends on the decisions, accuracy and balanced accuracy, as `compute_weighted` does."""
+def _weigh_hits(predictions: Predictions, weights: Floats) -> dict[str, Floats]:
+    """Compute what depends on the decisions."""
     hits = weights * (predictions.predicted == predictions.targets)
     positives = [predictions.targets == target for target in np.unique(predictions.targets)]
     with np.errstate(invalid="ignore"):
@@ -252,7 +245,7 @@ def _compute_weighted_auc(positive: NDArray[np.bool_], scores: Floats, weights: 
 def compare_models(
     models: Mapping[str, Sequence[Predictions]], lesions: NDArray[np.str_]
 ) -> tuple[pd.DataFrame, pd.DataFrame]:
-    """Compute the headline metrics of each model, and the difference of each two models.
+    """Compute the metrics in HEADLINES and PLAIN of each model, and each two models' difference in the first.
 
     All are computed on the same bootstrap draws: what is hard for two models cancels out in their difference.
     Of a model with several trainings, the metrics are means: the intervals say what other lesions would have
@@ -279,10 +272,10 @@ def compare_models(
                 raise UserError(
                     f"{name} and {names[0]} were evaluated on different images; pass runs of one split."
                 )
-        metrics = [compute_metrics(each) for each in trainings]
+        metrics = [compute_weighted(each, np.ones((1, len(lesions)))) for each in trainings]
         weighted = [compute_weighted(each, weights) for each in trainings]
-        for metric in HEADLINES:
-            points[name, metric] = float(np.mean([getattr(each, metric) for each in metrics]))
+        for metric in (*HEADLINES, *PLAIN):
+            points[name, metric] = float(np.mean([each[metric] for each in metrics]))
             draws[name, metric] = np.mean([each[metric] for each in weighted], axis=0)
     scores = pd.DataFrame(
         [(value, *compute_percentiles(draws[key])) for key, value in points.items()],
