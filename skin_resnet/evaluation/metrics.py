@@ -145,7 +145,7 @@ def predict_always(target: int, like: Predictions) -> Predictions:
 
 
 def compute_intervals(predictions: Predictions, lesions: NDArray[Any]) -> dict[str, tuple[float, float]]:
-    """Compute a 95 % interval of each metric in HEADLINES and PLAIN by drawing lesions (N,) with replacement."""
+    """Compute a 95 % interval of each metric in HEADLINES and PLAIN by drawing lesions, (N,), many times."""
     draws = compute_weighted(predictions, draw_lesions(lesions))
     return {name: compute_percentiles(each) for name, each in draws.items()}
 
