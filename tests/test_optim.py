@@ -81,7 +81,7 @@ def test_only_kernels_decay(name: str) -> None:
 
 @pytest.mark.parametrize("name", ["adam", "adamw", "sgd"])
 def test_the_schedule_reaches_every_parameter(name: str) -> None:
-    config = TrainConfig(optimizer=name, lr=0.5, warmup_epochs=1)
+    config = TrainConfig(optimizer=name, lr=0.5, lr_schedule="cosine", warmup_epochs=1)
     optimizer = build_optimizer(network(), config)
     Schedule(optimizer, config, steps_per_epoch=10).set_lr(0)
     assert [group["lr"] for group in optimizer.param_groups] == [0.05, 0.05]

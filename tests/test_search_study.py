@@ -335,7 +335,7 @@ def test_a_study_of_another_program_is_refused_and_left_as_it_is(
     config = make_config(tmp_path)
     other = optuna.create_study(study_name="demo", storage=config.storage, direction=direction)
     other.optimize(lambda trial: trial.suggest_float("x", 0, 1), n_trials)
-    if (direction, n_trials) == ("maximize", 0):  # as ours that was killed while it was created
+    if (direction, n_trials) == ("minimize", 0):  # as ours that was killed while it was created
         assert len(open_study(config).trials) == 2
         return
     with pytest.raises(UserError, match=r"^study_name: [^\n]+$"):
