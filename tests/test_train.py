@@ -341,6 +341,18 @@ def test_a_full_memory_names_what_to_try(config: TrainConfig, monkeypatch, error
         train(config)
 
 
+@pytest.mark.parametrize(("data", "expected"), [("demo", "none"), ("", "imagenet")])
+def test_all_but_the_demo_start_from_imagenet(
+    config: TrainConfig, monkeypatch, data: str, expected: str
+) -> None:
+    def stop(network: torch.nn.Module, weights: str, arch: str) -> str:
+        raise UserError(f"starts from {weights}")
+
+    monkeypatch.setattr("skin_resnet.training.run.load_weights", stop)
+    with pytest.raises(UserError, match=f"starts from {expected}"):
+        run_training(config.with_changes(weights="auto", data=data or config.data))
+
+
 def test_skipped_images_are_counted_and_listed(config: TrainConfig, tmp_path) -> None:
     folder = write_class_folders(tmp_path / "data")
     (folder / "red" / "red_03.png").write_bytes(b"no picture")
