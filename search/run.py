@@ -25,7 +25,7 @@ from skin_resnet.data.prepare import prepare_data
 from skin_resnet.data.split import join_lesions
 from skin_resnet.errors import UserError
 from skin_resnet.evaluation.metrics import Predictions
-from skin_resnet.evaluation.page import format_score, print_markdown
+from skin_resnet.evaluation.page import format_score, format_summary, print_markdown
 from skin_resnet.evaluation.plots.curves import FEWEST_EPOCHS
 from skin_resnet.options import format_value
 from skin_resnet.tracking import history as finished_runs
@@ -55,7 +55,7 @@ def search(config: SearchConfig) -> None:
         titled = f"### Search {config.study}: {config.arch}, {config.n_trials} trials\n\n{page}"
         print_markdown(titled)
         wait_for_server(lambda: run.log_artifacts({"report.md": titled}))
-        wait_for_server(lambda: run.describe(f"{_link_winner(config, study, run)}\n\n{page}"))
+        wait_for_server(lambda: run.describe(f"{page}\n\n{_link_winner(config, study, run)}"))
         wait_for_server(lambda: run.log_metrics({"search_eta_s": 0.0}, step=config.n_trials))
     print(f"\n{describe_location(run.run_id)}")
 
@@ -221,7 +221,9 @@ def _test(run: TrackedRun, retrained: pd.DataFrame) -> tuple[pd.DataFrame, str]:
     def evaluate(run_id: str) -> Predictions:
         checkpoint = read_checkpoint(finished_runs.download_checkpoint(run_id))
         with open_run(run_id=run_id) as child:
-            assess_and_log(child, checkpoint, table, data.store, config)
+            assessment, page = assess_and_log(child, checkpoint, table, data.store, config)
+            trained = finished_runs.read_tags(run_id).get("mlflow.note.content", "")
+            child.describe("\n\n".join([format_summary(assessment, "test"), trained, page]))
         return read_predictions(finished_runs.read_run(run_id, "test").predictions)
 
     predictions: dict[str, list[Predictions]] = {name: [] for name in retrained.recipe}

@@ -130,6 +130,8 @@ def _work(config: SearchConfig, study_id: str, parent_run_id: str, environment: 
     """Run in a worker process."""
     os.environ.update(environment)  # CUDA reads it when it is first used
     os.environ.pop("MLFLOW_RUN_ID", None)  # or it would open the search's run as its own
+    if config.workers > 1:
+        os.environ["TQDM_DISABLE"] = "1"  # the bars of several would overwrite each other
     if config.workers > 1 and "OMP_NUM_THREADS" not in os.environ:
         torch.set_num_threads(max(1, (os.cpu_count() or 1) // config.workers))
     try:

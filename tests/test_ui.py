@@ -157,14 +157,14 @@ def test_a_search_shows_its_winner_progress_and_trials(page: Any, links: dict[st
     assert is_on_screen(page.get_by_text("About this run")), "the command does not push the sidebar away"
     trials = page.get_by_role("link", name="the runs of its trials").get_attribute("href")
     open_tab(page, links["search"], "model-metrics")
-    for metric in ("search_best_val_balanced_accuracy", "search_eta_s"):
+    for metric in ("search_best_val_loss", "search_eta_s"):
         assert is_on_screen(page.get_by_text(metric, exact=True).first), metric
     page.goto(links["search"].partition("#")[0] + trials)
     for name in ("trial 0 · baseline recipe", "trial 1 · defaults", "baseline recipe · seed 1"):
         page.get_by_role("link", name=name).wait_for()
     assert not page.get_by_role("link", name="search · folders").count()
     assert {
-        "data", "image_size", "seed", "best_val_balanced_accuracy", "test_balanced_accuracy",
+        "arch", "image_size", "seed", "best_val_balanced_accuracy", "test_balanced_accuracy",
         "test_macro_auc", "final_gap",
     } <= set(read_columns(page))  # fmt: skip
 

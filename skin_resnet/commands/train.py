@@ -1,5 +1,6 @@
 """The command `train`: from a data set to a tracked, tested network."""
 
+import os
 import shlex
 import textwrap
 from contextlib import ExitStack
@@ -58,8 +59,9 @@ def train(config: TrainConfig) -> None:
         f"\n{result}\n"
         # Without the run's name and id.
         f"{describe_location(run.run_id).partition(chr(10))[2]}\n"
-        f"serve    mlflow models serve --env-manager=local \\\n           -m runs:/{run.run_id}/model\n"
-        f"compare  {_write_command(run, 'compare', {'runs': 'best'}, by_project=by_project)}"
+        f"serve    mlflow models serve --env-manager=local -p 5001 \\\n"
+        f"           -m runs:/{run.run_id}/model\n"
+        f"compare  {_write_command(run, 'compare', {'runs': f'{run.run_id},RUN_ID'}, by_project=by_project)}"
     )
 
 
@@ -68,11 +70,12 @@ def _write_command(run: TrackedRun, command: str, options: dict[str, str], *, by
     if not by_project:
         typed = [part for name, value in options.items() for part in (f"--{name}", value)]
         return shlex.join(["skin-resnet", command, *typed])
-    # MLflow names the environment manager unless it is `local`.
+    # MLflow names the environment manager unless it is `local`, and the experiment to the process it starts.
     manager = read_tags(run.run_id).get("mlflow.project.env", "local")
+    where = [f"--env-manager={manager}", f"--experiment-id={os.environ.get('MLFLOW_EXPERIMENT_ID', '0')}"]
     entry_point = [] if command == "train" else ["-e", command]
     typed = [part for name, value in options.items() for part in ("-P", f"{name}={value}")]
-    return shlex.join(["mlflow", "run", ".", f"--env-manager={manager}", *entry_point, *typed])
+    return shlex.join(["mlflow", "run", ".", *where, *entry_point, *typed])
 
 
 def _train_and_test(run: TrackedRun, point: ResumePoint) -> str:

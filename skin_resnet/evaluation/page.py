@@ -28,7 +28,12 @@ _LISTED = 10  # pairs of a kind on the page; the JSON file has all
 
 def print_markdown(text: str) -> None:
     """Print Markdown as plain text, its tables fitted to the terminal's width, or to 80 columns elsewhere."""
-    Console(highlight=False).print(Markdown(text))
+    console = Console(highlight=False)
+    for number, part in enumerate(text.split("```")):
+        if number % 2:  # a command, to be pasted: rich would give it margins and trailing spaces
+            console.out(part.partition("\n")[2])
+        else:
+            console.print(Markdown(part))
 
 
 def spell_metric(name: str) -> str:
@@ -99,9 +104,9 @@ def format_summary(assessment: Assessment, split: str) -> str:
         f"{spell_metric(name)} {format_score(assessment.get(f'plain_{name}').value)}"
         for name in ("balanced_accuracy", "accuracy")
     )
-    always = f"always {assessment.baseline_class}: {baseline}"
-    text = f"{split.capitalize()} {scores}; {always}. Plain decision: {plain}."
-    return " ".join(filter(None, [_judge(assessment), text]))
+    text = f"{split.capitalize()} {scores}; always {assessment.baseline_class}: {baseline}."
+    decided = f"Plain decision: {plain}." if assessment.calibration["tau"] > 0 else ""
+    return " ".join(filter(None, [_judge(assessment), text, decided]))
 
 
 def _format_headlines(assessment: Assessment, split: str) -> Iterator[str]:
@@ -170,25 +175,23 @@ def _format_referral(assessment: Assessment) -> Iterator[str]:
 
 
 def _format_retest(retest: pd.DataFrame) -> Iterator[str]:
-    if retest.empty:
-        return
-    yield "### Test-retest: agreement between photos of one lesion"
     pairs, unanimous = (
         retest[(retest.metric == name) & retest.value.notna()] for name in ("agreement", "unanimous")
     )
-    if len(pairs):
-        table = pd.DataFrame(
-            {
-                **pairs[["dx", "lesions"]],
-                "photos": pairs.images,
-                "pairs agree [95 %]": _format_intervals(pairs),
-                "of other lesions": pairs.others,
-                "all agree [95 %]": _format_intervals(unanimous),
-            }
-        )
-        yield format_frame(table)
-        yield "Means: pairs of photos with the same predicted class; lesions in which all agree."
-    yield f"Shown from {MIN_LESIONS} lesions with several photos on."
+    if pairs.empty:
+        return
+    yield "### Test-retest: agreement between photos of one lesion"
+    table = pd.DataFrame(
+        {
+            **pairs[["dx", "lesions"]],
+            "photos": pairs.images,
+            "pairs agree [95 %]": _format_intervals(pairs),
+            "of other lesions": pairs.others,
+            "all agree [95 %]": _format_intervals(unanimous),
+        }
+    )
+    yield format_frame(table)
+    yield f"Of classes with {MIN_LESIONS} such lesions: pairs predicted alike; lesions with all photos alike."
 
 
 def _format_intervals(rows: pd.DataFrame) -> list[str]:
@@ -210,9 +213,8 @@ def _format_subgroups(subgroups: pd.DataFrame) -> Iterator[str]:
         )
         yield format_frame(table)
     if hidden := len(rows) - len(shown):
-        count = "1 subgroup is" if hidden == 1 else f"{hidden} subgroups are"
         limits = f"fewer than {MIN_IMAGES} images or {MIN_LESIONS} lesions, or one class only"
-        yield f"{count} not shown: {limits}."
+        yield f"Not shown: {_count(hidden, 'subgroup')} with {limits}."
 
 
 def format_leakage(report: LeakageReport) -> str:

@@ -17,8 +17,8 @@ _VIEW = "mlflow.sharedViewState."
 _RESULTS = "results"  # the view of all runs
 # The columns with their widths in pixels: together with those of every run they fit on a page of 1,500.
 _COLUMNS = {
-    "attributes.`Run Name`": 185, "runDateAndNestInfo": 126,
-    "params.`arch`": 75, "params.`data`": 70, "params.`image_size`": 90, "params.`seed`": 50,
+    "attributes.`Run Name`": 255, "runDateAndNestInfo": 126,
+    "params.`arch`": 75, "params.`image_size`": 90, "params.`seed`": 50,
     "metrics.`best_val_balanced_accuracy`": 215, "metrics.`test_balanced_accuracy`": 165,
     "metrics.`test_macro_auc`": 117, "metrics.`final_gap`": 80,
 }  # fmt: skip

@@ -1,5 +1,6 @@
 """What a training prints: a header, a bar while an epoch runs, a line when it is done."""
 
+import os
 import sys
 from collections.abc import Iterable, Iterator
 
@@ -44,7 +45,7 @@ def describe_epoch(result: EpochResult, config: TrainConfig, *, is_best: bool) -
 
 def show_progress(state: TrainingState, loader: Loader) -> Progress:
     """Return what shows a bar, with images per second and remaining time, on a terminal only."""
-    is_shown = state.fabric.is_global_zero and sys.stderr.isatty()
+    is_shown = state.fabric.is_global_zero and sys.stderr.isatty() and "TQDM_DISABLE" not in os.environ
 
     def show(batches: Iterable[Batch], epoch: int) -> Iterator[Batch]:
         with tqdm(
