@@ -247,11 +247,10 @@ def _judge(winner: str, scores: pd.DataFrame | None) -> str:
     if scores is None:
         return "Test was not evaluated."
     low, high = scores.loc[(DIFFERENCE, "balanced_accuracy"), ["low", "high"]]
+    pair = " against ".join(f"{scores.value[name, 'balanced_accuracy']:.3f}" for name in (WINNER, BASELINE))
+    on_test = f"than the {BASELINE} on test, balanced accuracy {pair}"
     if low > 0:
-        return f"The {WINNER} is better than the {BASELINE} on test."
+        return f"The {WINNER} is better {on_test}."
     if high < 0:
-        return f"The {WINNER} is worse than the {BASELINE} on test: what was found on val did not generalize."
-    return (
-        f"The {WINNER} is not significantly better than the {BASELINE} on test: the interval of their "
-        "difference contains 0."
-    )
+        return f"The {WINNER} is worse {on_test}: what was found on val did not generalize."
+    return f"The {WINNER} is not significantly better {on_test}: the difference's interval contains 0."

@@ -55,7 +55,8 @@ def search(config: SearchConfig) -> None:
         titled = f"### Search {config.study}: {config.arch}, {config.n_trials} trials\n\n{page}"
         print_markdown(titled)
         wait_for_server(lambda: run.log_artifacts({"report.md": titled}))
-        wait_for_server(lambda: run.describe(f"{page}\n\n{_link_winner(config, study, run)}"))
+        verdict, _, rest = page.partition("\n\n")
+        wait_for_server(lambda: run.describe(f"{verdict}\n\n{_link_winner(config, study, run)}\n\n{rest}"))
         wait_for_server(lambda: run.log_metrics({"search_eta_s": 0.0}, step=config.n_trials))
     print(f"\n{describe_location(run.run_id)}")
 
