@@ -27,7 +27,7 @@ from conftest import write_class_folders
 from PIL import Image
 
 from skin_resnet.cli import COMMANDS, load_config_type, parse_options
-from skin_resnet.model.resnet import build_resnet
+from skin_resnet.model.resnet import STAGE_DEPTHS, build_resnet
 
 ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -205,10 +205,9 @@ def project(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Project]:
     # As if torchvision's weights had been downloaded before.
     downloaded = folder / ".cache/torch/hub/checkpoints"
     downloaded.mkdir(parents=True)
-    url = torchvision.models.ResNet50_Weights.IMAGENET1K_V2.url
-    state = build_resnet("resnet50", num_classes=1000).state_dict()
-    torch.save(state, downloaded / Path(url).name)
-    torch.save(state, folder / "resnet50.pth")
+    for arch in STAGE_DEPTHS:
+        url = torchvision.models.get_model_weights(arch)["IMAGENET1K_V2"].url
+        torch.save(build_resnet(arch, num_classes=1000).state_dict(), downloaded / Path(url).name)
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = str(free.getsockname()[1])
@@ -224,7 +223,7 @@ def project(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Project]:
         project = Project(
             folder=folder,
             environment=environment,
-            placeholders={"FOLDER": "images", "FILE.csv": "split.csv", "FILE": "resnet50.pth", "5001": port},
+            placeholders={"FOLDER": "images", "FILE.csv": "split.csv", "5001": port},
             servers=servers,
         )
         project.run("skin-resnet train --data FOLDER")
