@@ -15,7 +15,7 @@ from optuna.trial import FrozenTrial, TrialState
 
 from search.config import SearchConfig
 from search.space import BASELINE, Space, build_space
-from search.study import MAX_RETRIES, choose_best, drop_retried, find_front, find_to_retry, get_study_id
+from search.study import MAX_RETRIES, choose_best, drop_retried, find_front, get_study_id, list_ended
 from skin_resnet.evaluation.metrics import (
     HEADLINES,
     Predictions,
@@ -64,7 +64,7 @@ def describe_trials(config: SearchConfig, study: Study, best: FrozenTrial) -> st
 def describe_progress(config: SearchConfig, study: Study, run_id: str, left_s: float) -> str:
     """Describe the best trial so far, how many have ended, and how long the others take (NaN: unknown)."""
     best = choose_best(config, study)
-    states = Counter(trial.state for trial in list_ended(study))
+    states = Counter(trial.state for trial in list_ended(study.get_trials(deepcopy=False)))
     head = f"Best so far: {link_trial(config, best)}" if best else "No trial has finished yet"
     counts = (
         f"{states[TrialState.COMPLETE]} finished, {states[TrialState.PRUNED]} pruned, "
@@ -87,13 +87,6 @@ def name_view(config: SearchConfig, study: Study) -> str:
     return f"search-{config.study}-{get_study_id(study)[:8]}"
 
 
-def list_ended(study: Study) -> list[FrozenTrial]:
-    """Return the trials that have ended for good, each once."""
-    trials = study.get_trials(deepcopy=False)
-    killed = {trial.number for trial in find_to_retry(trials)}
-    return [t for t in drop_retried(trials) if t.state.is_finished() and t.number not in killed]
-
-
 def link_trial(config: SearchConfig, trial: FrozenTrial) -> str:
     """Return a link to a finished trial's run, with its objectives."""
     link = link_run(trial.user_attrs["run_id"], f"trial {trial.number}")
@@ -106,12 +99,12 @@ class TrialProgress:
     def __init__(self, config: SearchConfig, study: Study) -> None:
         self._config, self._study = config, study
         self._start_s = time.monotonic()
-        self._shown = {trial.number for trial in list_ended(study)}
+        self._shown = {trial.number for trial in list_ended(study.get_trials(deepcopy=False))}
         self._ended_before = len(self._shown)
 
     def estimate_left_s(self) -> float:
         """Return how long the trials and retrainings that are left will take; NaN if nothing shows it yet."""
-        ended = list_ended(self._study)
+        ended = list_ended(self._study.get_trials(deepcopy=False))
         left = max(0, self._config.n_trials - len(ended))
         if left and len(ended) == self._ended_before:
             return math.nan
@@ -120,7 +113,7 @@ class TrialProgress:
 
     def show(self) -> None:
         """Print the trials that have ended since the last call."""
-        for trial in list_ended(self._study):
+        for trial in list_ended(self._study.get_trials(deepcopy=False)):
             if trial.number not in self._shown:
                 self._shown.add(trial.number)
                 print(self._describe(trial), flush=True)

@@ -14,7 +14,15 @@ from search.config import SearchConfig
 from search.objective import PatientTracker, open_child, wait_for_server
 from search.report import MAJORITY, WINNER, compare_recipes
 from search.space import BASELINE, BASELINE_RECIPE
-from search.study import choose_best, count_done, get_study_id, lock, open_study, report_storage_errors
+from search.study import (
+    choose_best,
+    count_done,
+    get_study_id,
+    list_ended,
+    lock,
+    open_study,
+    report_storage_errors,
+)
 from search.workers import close_killed_runs, log_progress, name_session, run_workers
 from skin_resnet.commands.compare import read_predictions
 from skin_resnet.commands.evaluate import assess_and_log
@@ -76,7 +84,7 @@ def _run_trials(config: SearchConfig, study: Study, run: TrackedRun) -> None:
     prepare_data(config.training)  # before there are workers, which would all decode the same images
     run_workers(config, study, run)
     close_killed_runs(config, study)
-    left_s = report.estimate_retraining_s(config, report.list_ended(study))
+    left_s = report.estimate_retraining_s(config, list_ended(study.get_trials(deepcopy=False)))
     wait_for_server(lambda: log_progress(config, study, run, left_s))
 
 
@@ -236,7 +244,7 @@ def _test(run: TrackedRun, retrained: pd.DataFrame) -> tuple[pd.DataFrame, str]:
 def register(config: SearchConfig, retrained: pd.DataFrame, scores: pd.DataFrame | None) -> str:
     """Register the winner's model with the highest val score; return a sentence about it.
 
-    It is not registered if the winner's mean is not above the score of always predicting the majority class.
+    It is not registered if the winner is not better than always predicting the majority class.
     """
     best = retrained[retrained.recipe == retrained.recipe.iloc[-1]].nlargest(1, "val").iloc[0]
     data = prepare_data(TrainConfig.model_validate_json(best.config))

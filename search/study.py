@@ -224,7 +224,13 @@ def find_to_retry(trials: Sequence[FrozenTrial]) -> list[FrozenTrial]:
 
 def count_done(trials: Sequence[FrozenTrial]) -> int:
     """Count the trials that have ended for good, each once."""
-    return sum(trial.state.is_finished() for trial in drop_retried(trials)) - len(find_to_retry(trials))
+    return len(list_ended(trials))
+
+
+def list_ended(trials: Sequence[FrozenTrial]) -> list[FrozenTrial]:
+    """Return the trials that have ended for good, each once."""
+    killed = {trial.number for trial in find_to_retry(trials)}
+    return [t for t in drop_retried(trials) if t.state.is_finished() and t.number not in killed]
 
 
 def find_front(config: SearchConfig, study: Study) -> list[FrozenTrial]:

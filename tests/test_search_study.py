@@ -22,7 +22,6 @@ from optuna.trial import FrozenTrial, TrialState
 from search import objective
 from search.config import SearchConfig
 from search.objective import Objective, wait_for_server
-from search.report import list_ended
 from search.run import search
 from search.space import BASELINE_RECIPE, BASELINES
 from search.study import (
@@ -34,6 +33,7 @@ from search.study import (
     drop_retried,
     find_front,
     get_study_id,
+    list_ended,
     lock,
     open_study,
     summarize,
@@ -223,7 +223,7 @@ def test_a_trial_that_always_kills_its_process_is_given_up_unless_it_is_a_baseli
     trials = run(config, parent, die)
     assert count_done(trials) == 3
     assert [trial.state for trial in drop_retried(trials)].count(State.COMPLETE) == 2
-    assert [trial.state for trial in list_ended(open_study(config))].count(State.FAIL) == 1
+    assert [trial.state for trial in list_ended(open_study(config).trials)].count(State.FAIL) == 1
 
 
 def test_a_process_killed_before_its_first_heartbeat_loses_no_trial(tmp_path: Path, parent: str) -> None:
