@@ -188,7 +188,7 @@ def _retrain(study: Study, recipe: str, config: TrainConfig, parent_run_id: str)
     with open_child(name, parent_run_id, tags) as run:
         result = run_training(config, tracker=PatientTracker(run))
         wait_for_server(lambda: run.describe(report_training(run, result)))
-        model_uri = wait_for_server(lambda: run.log_model(result.checkpoint_path, result.data.classes))
+        model_uri = wait_for_server(lambda: run.log_model(result.checkpoint_path))
     retrained = {
         "recipe": recipe, "config": config.model_dump_json(), "run_id": run.run_id, "model_uri": model_uri,
         "val": result.best.val.balanced_accuracy, "gap": result.final_gap,

@@ -10,10 +10,11 @@ import pandas as pd
 import pytest
 from PIL import Image
 
-from skin_resnet.commands.evaluate import combine, evaluate, read_finished, read_models
+from skin_resnet.commands.evaluate import evaluate
 from skin_resnet.commands.train import train
 from skin_resnet.config import EvaluateConfig, TrainConfig
 from skin_resnet.errors import UserError
+from skin_resnet.tracking.models import combine, read_finished, read_models
 from tests.conftest import write_class_folders
 
 

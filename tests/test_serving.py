@@ -22,7 +22,6 @@ import torch
 from PIL import Image
 
 from skin_resnet.data.decode import decode_image
-from skin_resnet.errors import UserError
 from skin_resnet.model.preprocess import normalize
 from skin_resnet.model.resnet import build_resnet
 from skin_resnet.tracking.run import TrackedRun
@@ -47,13 +46,21 @@ def model_uri(tmp_path_factory: pytest.TempPathFactory, network: torch.nn.Module
         "classes": list(CLASSES),
         "image_size": 48,
         "network": network.state_dict(),
-        "calibration": {"temperature": TEMPERATURE, "decision_weights": WEIGHTS},
+        "calibration": {
+            "temperature": TEMPERATURE,
+            "decision_weights": WEIGHTS,
+            "least_probability": 0.3,
+        },
+        "familiarity": {"center": torch.zeros(256), "whitening": torch.eye(256)},
+        "license": "none",
+        "run_id": "0123456789abcdef",
+        "epoch": 3,
     }
     save_checkpoint(folder / "best.pt", checkpoint)
     mlflow.set_tracking_uri(f"sqlite:///{folder}/mlflow.db")
     experiment = mlflow.create_experiment("packaged", artifact_location=(folder / "artifacts").as_uri())
     with mlflow.start_run(experiment_id=experiment) as run:
-        uri = TrackedRun(run.info.run_id).log_model(folder / "best.pt", CLASSES)
+        uri = TrackedRun(run.info.run_id).log_model(folder / "best.pt")
     path = mlflow.artifacts.download_artifacts(uri)
     mlflow.set_tracking_uri(None)
     return path
@@ -79,9 +86,11 @@ def test_probabilities_are_those_of_the_network_on_the_decoded_image(model_uri, 
     assert (decided != expected.argmax(dim=1)).any()
 
 
-def test_a_broken_image_is_named_by_its_row(model_uri) -> None:
-    with pytest.raises(UserError, match="row 1 of the column image"):
-        mlflow.pyfunc.load_model(model_uri).predict(pd.DataFrame({"image": [encode(), b"no picture"]}))
+def test_a_broken_image_is_a_row_with_its_reason(model_uri) -> None:
+    table = mlflow.pyfunc.load_model(model_uri).predict(pd.DataFrame({"image": [encode(), b"no picture"]}))
+    assert table.error[0] == ""
+    assert "not an image" in table.error[1]
+    assert table.loc[1].drop(["error"]).isna().all()
 
 
 @pytest.fixture

@@ -23,6 +23,7 @@ from skin_resnet.data.loader import Loader
 from skin_resnet.data.prepare import HIDDEN, open_test, prepare_data
 from skin_resnet.data.split import Split
 from skin_resnet.errors import UserError
+from skin_resnet.evaluation.calibration import get_val_predictions
 from skin_resnet.evaluation.metrics import compute_metrics
 from skin_resnet.evaluation.page import LEAK_BANNER
 from skin_resnet.tracking.history import download_checkpoint
@@ -152,7 +153,8 @@ def test_the_checkpoint_holds_the_best_epoch_and_the_split(run: Run) -> None:
     assert checkpoint["classes"] == ["blue", "green", "red"]
     assert checkpoint["run_id"] == run.info.run_id
     history = mlflow.MlflowClient().get_metric_history(run.info.run_id, "val/loss")
-    assert checkpoint["val"]["val/loss"] == min(point.value for point in history)
+    loss = compute_metrics(get_val_predictions(checkpoint)).loss
+    assert loss == min(point.value for point in history)
 
 
 def test_test_was_evaluated_once_and_predictions_agree_with_the_metrics(run: Run) -> None:

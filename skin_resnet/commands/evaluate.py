@@ -11,21 +11,20 @@ import torch
 from skin_resnet.config import EvaluateConfig, TrainConfig
 from skin_resnet.data.extract import extract
 from skin_resnet.data.loader import Loader, place_pixels
-from skin_resnet.data.split import Split, drop_seen
+from skin_resnet.data.split import drop_seen
 from skin_resnet.data.store import ImageStore, fingerprint_images, open_store
 from skin_resnet.errors import UserError
 from skin_resnet.evaluation.artifacts import list_artifacts, show_images
 from skin_resnet.evaluation.assess import Assessment, assess
-from skin_resnet.evaluation.calibration import fit_calibration
 from skin_resnet.evaluation.metrics import Predictions
 from skin_resnet.evaluation.page import LEAK_BANNER, format_summary, print_markdown
-from skin_resnet.model.resnet import ResNet, build_resnet
-from skin_resnet.tracking import history as finished_runs
+from skin_resnet.model.classifier import build_network
+from skin_resnet.model.resnet import ResNet
 from skin_resnet.tracking.history import log_test_access
 from skin_resnet.tracking.links import describe_location
+from skin_resnet.tracking.models import combine, get_split, read_models
 from skin_resnet.tracking.run import TrackedRun, is_project_run, open_run
 from skin_resnet.tracking.store import prepare_store
-from skin_resnet.training.checkpoint import read_checkpoint
 from skin_resnet.training.device import build_fabric
 from skin_resnet.training.engine import predict
 
@@ -64,7 +63,7 @@ def evaluate(config: EvaluateConfig) -> None:
             run.set_tags({"skipped_images": count})
             run.log_artifacts({"data/skipped_images.json": dict(store.skipped)})
         warning = ""
-        split = _get_split(checkpoint)
+        split = get_split(checkpoint)
         if set(split.test) & set(images.image_id):
             warning = max(log_test_access(run.run_id, split.hash, each["run_id"]) for each in members)
         assessment, page = assess_and_log(run, checkpoint, images, store, config, warning)
@@ -91,7 +90,7 @@ def _read_images(checkpoint: dict[str, Any], config: EvaluateConfig) -> tuple[pd
     on_bad_image = trained_with.on_bad_image if config.on_bad_image == "same" else config.on_bad_image
     store = open_store(table, image_size, config.cache_dir, on_bad_image)
     table = table[table.image_id.isin(store.image_ids)].reset_index(drop=True)
-    split = _get_split(checkpoint)
+    split = get_split(checkpoint)
     if is_same:
         _check_unchanged(checkpoint, table[table.image_id.isin(split.test)], store)
     unseen = drop_seen(_match_classes(table, tuple(checkpoint["classes"])), split)
@@ -115,75 +114,10 @@ def _check_unchanged(checkpoint: dict[str, Any], test: pd.DataFrame, store: Imag
     )
 
 
-def _get_split(checkpoint: dict[str, Any]) -> Split:
-    return Split(**{name: tuple(ids) for name, ids in checkpoint["split"].items()})
-
-
-def read_models(models: str) -> list[dict[str, Any]]:
-    """Read the checkpoints that names stand for, separated by commas; see `read_finished`.
-
-    Raises:
-        UserError: One cannot be read, or they were not trained on one split at one image size.
-    """
-    names = [each.strip() for each in models.split(",") if each.strip()]
-    checkpoints = {name: read_finished(name) for name in names}
-    if not checkpoints:
-        raise UserError(f"model: {models!r} names no model; pass a run id, models:/NAME@ALIAS or a file")
-    first = checkpoints[names[0]]
-    for name, each in checkpoints.items():
-        for key in ("classes", "split", "image_size"):
-            if each[key] != first[key]:
-                raise UserError(
-                    f"model: {name} and {names[0]} differ in {key}; average models that were trained on one "
-                    "split at one image size"
-                )
-    return list(checkpoints.values())
-
-
-def combine(checkpoints: list[dict[str, Any]]) -> dict[str, Any]:
-    """Return a checkpoint that stands for the mean probabilities of several, calibrated for that mean."""
-    first = checkpoints[0]
-    if len(checkpoints) == 1:
-        return first
-    val = Predictions(
-        probabilities=np.mean([each["val_probabilities"].numpy() for each in checkpoints], axis=0),
-        targets=first["val_targets"].numpy(),
-        image_ids=tuple(first["split"]["val"]),
-    )
-    counts = np.array(first["class_counts"])
-    calibration = fit_calibration(val, tuple(first["classes"]), first["calibration"]["coverage"], counts)
-    return {**first, "members": checkpoints, "calibration": calibration}
-
-
 def _describe(checkpoint: dict[str, Any]) -> str:
     if "members" in checkpoint:
         return f"mean of {len(checkpoint['members'])} networks"
     return f"{checkpoint['arch']} epoch {checkpoint['epoch']}"
-
-
-def read_finished(model: str) -> dict[str, Any]:
-    """Read the checkpoint that a name stands for: a run id, a model's URI or a file.
-
-    Raises:
-        UserError: There is none, it is not of a finished training, or an incompatible version wrote it.
-    """
-    path = Path(model).expanduser()
-    is_file = path.suffix in {".pt", ".pth", ".safetensors"} or path.is_file()
-    checkpoint = read_checkpoint(path if is_file else finished_runs.download_checkpoint(model))
-    if "calibration" not in checkpoint:
-        raise UserError(f"{model!r} is not a finished training; wait until it finishes, or resume it.")
-    try:
-        TrainConfig.model_validate(checkpoint["config"])
-        _get_split(checkpoint).to_frame()
-        checkpoint["calibration"]["decision_weights"]
-        build_network(checkpoint)
-    except Exception as error:  # what another version, or a user, has written can raise any
-        reason = (str(error).splitlines() or [""])[0]
-        raise UserError(
-            f"the checkpoint of {model!r} was written by an incompatible version ({reason}); train again, or "
-            "use the version it was trained with."
-        ) from None
-    return checkpoint
 
 
 def _match_classes(table: pd.DataFrame, classes: tuple[str, ...]) -> pd.DataFrame:
@@ -218,14 +152,6 @@ def _predict(
         targets=table.target.to_numpy(),
         image_ids=tuple(table.image_id),
     )
-
-
-def build_network(checkpoint: dict[str, Any]) -> ResNet:
-    """Build the network of a checkpoint, ready to predict."""
-    with torch.device("meta"):  # drawing random weights takes longer than all else here
-        network = build_resnet(checkpoint["arch"], len(checkpoint["classes"]))
-    network.load_state_dict(checkpoint["network"], assign=True)
-    return network.to(memory_format=torch.channels_last).eval()
 
 
 def assess_and_log(

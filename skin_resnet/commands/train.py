@@ -96,7 +96,7 @@ def _train_and_test(run: TrackedRun, point: ResumePoint) -> str:
     # The page of a run shows the first lines only.
     curves = show_figure(run.run_id, "figures/curves.png") if len(result.history) > 1 else ""
     run.describe("\n\n".join(filter(None, [summary, text, curves, page])))
-    run.log_model(result.checkpoint_path, result.data.classes)
+    run.log_model(result.checkpoint_path)
     if config.print_report == "true":
         print_markdown(f"{text}\n\n{page}")
     lines["verdict"] = text.partition("\n")[0].replace("*", "")

@@ -11,8 +11,11 @@ from skin_resnet.errors import UserError, expand_cache
 from skin_resnet.labels import order_classes
 
 _OLDEST_AGE = 130  # tables write 999 for an unknown age
-# The other columns of a run's table of predictions.
-_COLUMN_NAMES = ("image_id", "lesion_id", "dx", "prediction")
+# The other columns of tables of predictions.
+_COLUMN_NAMES = (
+    *("image_id", "lesion_id", "dx", "prediction", "name", "set", "p_malignant", "refer", "unfamiliarity"),
+    *("model_version", "error", "image"),
+)
 
 
 def extract(source: str, cache_dir: Path, fewest_classes: int = 2) -> pd.DataFrame:

@@ -50,6 +50,13 @@ class PreparedData:
         return str(self.select(self.split.train).dx.mode()[0])
 
     @property
+    def license(self) -> str:
+        """The license of the images, as far as their ids tell."""
+        if self.table.lesion_id.str.match("HAM_[0-9]{7}$").all():
+            return "CC BY-NC 4.0 (HAM10000): no commercial use"
+        return "unknown: that of the images' source"
+
+    @property
     def class_counts(self) -> NDArray[np.int64]:
         """Training images of each class, int64 (K,)."""
         return np.bincount(self.select(self.split.train).target, minlength=len(self.classes))

@@ -5,8 +5,9 @@ predict another one.
 """
 
 import math
+from collections.abc import Mapping
 from dataclasses import replace
-from typing import TypedDict
+from typing import Any, TypedDict
 
 import numpy as np
 import pandas as pd
@@ -67,6 +68,15 @@ def fit_calibration(
         coverage=coverage,
         least_probability=fit_conformal(calibrated, coverage),
         thresholds=choose_thresholds(calibrated, classes),
+    )
+
+
+def get_val_predictions(checkpoint: Mapping[str, Any]) -> Predictions:
+    """Return the predictions of a checkpoint's network on val, before temperature."""
+    return Predictions(
+        probabilities=checkpoint["val_probabilities"].numpy(),
+        targets=checkpoint["val_targets"].numpy(),
+        image_ids=tuple(checkpoint["split"]["val"]),
     )
 
 

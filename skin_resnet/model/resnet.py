@@ -98,8 +98,16 @@ class ResNet(nn.Module):
 
     def forward(self, images: Tensor) -> Tensor:
         """Map normalized images float (N, 3, H, W), H and W of 32 or more, to logits (N, num_classes)."""
-        x = self.maxpool(self.relu(self.bn1(self.conv1(images))))
-        x = self.layer4(self.layer3(self.layer2(self.layer1(x))))
+        return self.classify(self.begin(images))
+
+    def begin(self, images: Tensor) -> Tensor:
+        """Map normalized images to the features of the first stage, (N, 256, H / 4, W / 4)."""
+        features: Tensor = self.layer1(self.maxpool(self.relu(self.bn1(self.conv1(images)))))
+        return features
+
+    def classify(self, features: Tensor) -> Tensor:
+        """Map the features of the first stage to logits (N, num_classes)."""
+        x = self.layer4(self.layer3(self.layer2(features)))
         # In fp32 whatever the precision of the rest: in bf16, the two highest logits are often equal.
         with torch.autocast(x.device.type, enabled=False):
             logits: Tensor = self.fc(self.dropout(self.avgpool(x.float()).flatten(1)))

@@ -227,10 +227,10 @@ class TrackedRun:
                 else:
                     self._client.log_figure(self.run_id, content, path)
 
-    def log_model(self, checkpoint: Path, classes: tuple[str, ...]) -> str:
+    def log_model(self, checkpoint: Path) -> str:
         """Log the model that serves a checkpoint, which travels in it, and return the model's URI."""
         with _explain_full_folder():
-            return serving.log_model(checkpoint, classes)
+            return serving.log_model(checkpoint)
 
     def on_start(self, start: TrainStart) -> None:
         """Log options, hardware, data and split of a training that begins or is resumed."""

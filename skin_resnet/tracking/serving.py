@@ -1,4 +1,4 @@
-"""The logged model: image bytes in, probabilities out; preprocessing, classes and calibration are included.
+"""The logged model: image bytes in, a table of predictions out; it carries all that this needs.
 
 MLflow runs this file as the model's code ("models from code"): nothing is pickled, and a copy of the package
 is logged with it (`code_paths`), so that the model loads where the package is not installed.
@@ -6,6 +6,7 @@ is logged with it (`code_paths`), so that the model loads where the package is n
 
 import importlib.metadata
 import io
+import os
 import tempfile
 from pathlib import Path
 from typing import Any
@@ -14,26 +15,29 @@ import mlflow
 import pandas as pd
 import torch
 from mlflow.models import ModelSignature
+from mlflow.protos.databricks_pb2 import INVALID_PARAMETER_VALUE
 from mlflow.pyfunc.model import PythonModel
 from mlflow.types import ColSpec, DataType, Schema
+from mlflow.types.schema import Array
 from PIL import Image
 
 import skin_resnet
-from skin_resnet.data.decode import BadImageError, decode_image
-from skin_resnet.model.preprocess import normalize, to_float
-from skin_resnet.model.resnet import build_resnet
+from skin_resnet.model.classifier import build_classifier
 from skin_resnet.training.checkpoint import read_checkpoint
 
 # What loading and predicting needs, besides the package itself.
 REQUIREMENTS = ("torch", "torchvision", "numpy", "pandas", "pillow")
-BATCH_SIZE = 64
+MOST_SERVED = 256  # images in a request to a server, which answers 504 after a minute
+_KINDS: dict[str, DataType | Array] = {
+    "string": DataType.string,
+    "double": DataType.double,
+    "strings": Array(DataType.string),
+}
 
 
-def log_model(checkpoint: Path, classes: tuple[str, ...]) -> str:
+def log_model(checkpoint: Path) -> str:
     """Log a checkpoint and the code that serves it as a model of the active run, and return its URI."""
-    inputs = Schema([ColSpec(DataType.binary, "image")])
-    columns = {"prediction": DataType.string, **dict.fromkeys(classes, DataType.double)}
-    outputs = Schema([ColSpec(kind, name) for name, kind in columns.items()])
+    classifier = build_classifier(read_checkpoint(checkpoint), torch.device("cpu"))
     example = io.BytesIO()
     Image.new("RGB", (64, 48), (222, 178, 154)).save(example, "PNG")
     with tempfile.TemporaryDirectory() as folder:
@@ -42,8 +46,12 @@ def log_model(checkpoint: Path, classes: tuple[str, ...]) -> str:
             python_model=__file__,
             code_paths=[str(_copy_package(Path(folder)))],
             artifacts={"checkpoint": str(checkpoint)},
-            signature=ModelSignature(inputs, outputs),
+            signature=ModelSignature(
+                Schema([ColSpec(DataType.binary, "image")]),
+                Schema([ColSpec(_KINDS[kind], name) for name, kind in classifier.columns.items()]),
+            ),
             input_example=pd.DataFrame({"image": [example.getvalue()]}),
+            metadata={"data_license": classifier.facts["license"]},
             pip_requirements=[
                 f"{name}=={importlib.metadata.version(name).split('+')[0]}" for name in REQUIREMENTS
             ],
@@ -67,53 +75,23 @@ class LesionClassifier(PythonModel):
 
     def load_context(self, context: Any) -> None:
         """Build the network from the checkpoint among the model's artifacts."""
-        checkpoint = read_checkpoint(Path(context.artifacts["checkpoint"]))
-        self._classes = tuple(checkpoint["classes"])
-        self._temperature = float(checkpoint["calibration"]["temperature"])
-        self._decision_weights = checkpoint["calibration"]["decision_weights"]
-        self._image_size = int(checkpoint["image_size"])
-        self._device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-        network = build_resnet(checkpoint["arch"], len(self._classes))
-        network.load_state_dict(checkpoint["network"])
-        self._network = network.to(self._device).eval()
+        device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        self._classifier = build_classifier(read_checkpoint(Path(context.artifacts["checkpoint"])), device)
 
     def predict(
         self, context: Any, model_input: pd.DataFrame, params: dict[str, Any] | None = None
     ) -> pd.DataFrame:
-        """Return a row per image file in the column `image`: the predicted class, and all probabilities.
-
-        As in the evaluation, the class is the one with the highest p / prior**tau.
+        """Return a row per image file in the column `image`, as `Classifier.predict` does.
 
         Raises:
-            BadImageError: An image cannot be decoded; the message names its row.
+            MlflowException: A request to a server has more than `MOST_SERVED` images.
         """
-        images = list(model_input["image"])
-        batches = [
-            self._classify(images[start : start + BATCH_SIZE], start)
-            for start in range(0, len(images), BATCH_SIZE)
-        ]
-        probabilities = pd.DataFrame(
-            torch.cat(batches).numpy() if batches else [],
-            columns=list(self._classes),
-            index=model_input.index,
-        )
-        scores = probabilities * self._decision_weights
-        prediction = pd.Series(scores.idxmax(axis=1) if batches else [], dtype=str, name="prediction")
-        return pd.concat([prediction, probabilities], axis=1)
-
-    @torch.no_grad()
-    def _classify(self, images: list[bytes], first_row: int) -> torch.Tensor:
-        pixels = torch.stack(
-            [torch.from_numpy(self._decode(image, first_row + i)) for i, image in enumerate(images)]
-        )
-        logits: torch.Tensor = self._network(normalize(to_float(pixels.to(self._device))))
-        return (logits / self._temperature).softmax(dim=1).double().cpu()
-
-    def _decode(self, image: bytes, row: int) -> Any:
-        try:
-            return decode_image(io.BytesIO(image), self._image_size)
-        except BadImageError as error:
-            raise BadImageError(f"row {row} of the column image: {error}") from None
+        if len(model_input) > MOST_SERVED and "_MLFLOW_IS_IN_SERVING_ENVIRONMENT" in os.environ:
+            raise mlflow.MlflowException(
+                f"a request has at most {MOST_SERVED} images, not {len(model_input)}; send several",
+                error_code=INVALID_PARAMETER_VALUE,
+            )
+        return self._classifier.predict(model_input["image"]).set_axis(model_input.index)
 
 
 mlflow.models.set_model(LesionClassifier())

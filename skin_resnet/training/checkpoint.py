@@ -14,7 +14,7 @@ from torch import Tensor
 from skin_resnet.errors import UserError
 from skin_resnet.model.weights import read_torch_file
 
-FORMAT = 2  # raised when what is in a checkpoint changes its meaning
+FORMAT = 3  # raised when what is in a checkpoint changes its meaning
 
 
 def save_checkpoint(path: Path, content: dict[str, Any]) -> None:

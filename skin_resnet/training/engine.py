@@ -2,7 +2,7 @@
 
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -17,6 +17,7 @@ from skin_resnet.data.loader import Batch, Loader
 from skin_resnet.errors import UserError
 from skin_resnet.evaluation.metrics import Metrics, Predictions, compute_metrics
 from skin_resnet.model.preprocess import normalize, to_float
+from skin_resnet.model.resnet import ResNet
 from skin_resnet.training.optim import compute_loss
 from skin_resnet.training.state import TrainingState
 
@@ -251,6 +252,13 @@ def predict(
 def measure(network: nn.Module, loader: Loader, fabric: Fabric) -> Metrics:
     """Measure a network on a loader's images, without augmentation."""
     return _measure(predict(network, loader, fabric), loader.targets)
+
+
+@torch.no_grad()
+def extract_features(network: ResNet, loader: Loader) -> Tensor:
+    """Return the mean features of the first stage of a loader's images, or of about 2,000, (N, 256)."""
+    batches = replace(loader.thin(2000), rank=0, world_size=1).ordered()
+    return torch.cat([network.begin(normalize(to_float(each.pixels))).mean((2, 3)).cpu() for each in batches])
 
 
 def _sum_over_ranks(values: Tensor, fabric: Fabric) -> Tensor:

@@ -15,14 +15,22 @@ from skin_resnet.config import TrainConfig
 from skin_resnet.data.loader import Loader
 from skin_resnet.data.prepare import PreparedData, prepare_data
 from skin_resnet.data.split import SPLITS
-from skin_resnet.evaluation.calibration import Calibration, fit_calibration
+from skin_resnet.evaluation.calibration import Calibration, fit_calibration, get_val_predictions
 from skin_resnet.evaluation.metrics import Metrics, Predictions
+from skin_resnet.model.classifier import build_network, fit_familiarity
 from skin_resnet.model.resnet import build_resnet
 from skin_resnet.model.weights import load_weights
 from skin_resnet.training import get_worker_task, interrupts, start_workers_with
 from skin_resnet.training.checkpoint import RunFolder, hash_network, read_checkpoint, save_checkpoint
 from skin_resnet.training.device import build_fabric
-from skin_resnet.training.engine import EpochResult, NonFiniteLossError, find_best, fit, measure
+from skin_resnet.training.engine import (
+    EpochResult,
+    NonFiniteLossError,
+    extract_features,
+    find_best,
+    fit,
+    measure,
+)
 from skin_resnet.training.progress import describe_epoch, describe_start, show_progress
 from skin_resnet.training.resume import ResumePoint, describe_state, restore
 from skin_resnet.training.state import TrainingState, build_state
@@ -165,7 +173,7 @@ class _Training:
     ) -> None:
         self._config, self._data, self._fabric = point.config, data, fabric
         self._tracker, self._point = tracker, point
-        self._train, self._val = data.build_loaders(fabric, self._config.batch_size)
+        self._loaders = self._train, self._val = data.build_loaders(fabric, self._config.batch_size)
         self._state, weights = _build_state(self._config, data, fabric, self._train)
         restore(point, self._state, data.fingerprint)
         self._history = point.history
@@ -201,22 +209,21 @@ class _Training:
         path = self._point.folder.best
         self._fabric.barrier()  # the first process has written it
         checkpoint = read_checkpoint(path)
-        val = self._data.select(self._data.split.val)
-        predictions = Predictions(
-            probabilities=checkpoint["val_probabilities"].numpy(),
-            targets=val.target.to_numpy(),
-            image_ids=self._data.split.val,
-        )
+        predictions = get_val_predictions(checkpoint)
         calibration = fit_calibration(
             predictions, self._data.classes, self._config.coverage, self._data.class_counts
         )
         if self._fabric.is_global_zero:
-            save_checkpoint(path, {**checkpoint, "calibration": calibration})
+            network = build_network(checkpoint).to(self._fabric.device)
+            familiarity = fit_familiarity(*(extract_features(network, each) for each in self._loaders))
+            save_checkpoint(path, {**checkpoint, "calibration": calibration, "familiarity": familiarity})
         result = TrainResult(
             config=self._config,
             best=find_best(self._history, self._config.best_by),
             history=tuple(self._history),
-            final_train=measure(self._state.scored_network, self._train.thin(len(val)), self._fabric),
+            final_train=measure(
+                self._state.scored_network, self._train.thin(len(predictions.targets)), self._fabric
+            ),
             checkpoint_path=path,
             data=self._data,
             val_predictions=predictions,
@@ -257,24 +264,22 @@ class _Training:
 
     def _describe_checkpoint(self, result: EpochResult) -> dict[str, Any]:
         """Return what it takes to use a network anywhere, and never to test it on its training images."""
-        data, split, probabilities = self._data, self._data.split, self._state.val_probabilities
-        assert probabilities is not None, "an epoch has finished"
+        data, split = self._data, self._data.split
         return {
             "arch": self._config.arch,
             "classes": list(data.classes),
             "image_size": data.store.image_size,
             "network": self._state.scored_network.state_dict(),
             "epoch": result.epoch,
-            "val": result.val.to_dict("val"),
-            "val_probabilities": torch.from_numpy(probabilities),
+            "val_probabilities": torch.tensor(self._state.val_probabilities),
             "val_targets": torch.tensor(data.select(split.val).target.to_numpy()),
             "class_counts": data.class_counts.tolist(),
             "config": self._config.model_dump(mode="json"),
             "split": {name: list(getattr(split, name)) for name in SPLITS},
-            "data_fingerprint": data.fingerprint,
             "split_fingerprints": dict(data.split_fingerprints),
             "baseline_class": data.baseline_class,
             "leaks": data.leakage.leaks,
+            "license": data.license,
             "run_id": self._tracker.run_id if self._tracker else "",
         }
 
