@@ -12,21 +12,33 @@ import argparse
 import os
 import subprocess
 import sys
+import zlib
+from dataclasses import replace
 
 import mlflow
+import numpy as np
 import pandas as pd
 
 from skin_resnet.commands.compare import read_predictions
+from skin_resnet.config import TrainConfig
+from skin_resnet.data.prepare import prepare_data
 from skin_resnet.data.split import join_lesions
-from skin_resnet.evaluation.metrics import compare_models, compute_metrics
+from skin_resnet.evaluation.calibration import apply_temperature, decide, fit_tau, get_val_predictions
+from skin_resnet.evaluation.metrics import Predictions, compare_models, compute_metrics
 from skin_resnet.evaluation.page import format_table
+from skin_resnet.model.classifier import build_network
 from skin_resnet.tracking.history import read_run
+from skin_resnet.tracking.models import read_finished
+from skin_resnet.training.device import build_fabric
+from skin_resnet.training.engine import predict
 
 EXPERIMENT = "ablation"
+METRICS = ("loss", "balanced_accuracy", "accuracy", "macro_auc")
 BASE: dict[str, object] = {
-    "image_size": 64, "epochs": 7, "batch_size": 64, "optimizer": "adamw", "lr": 0.0005, "weight_decay": 0.05,
-    "lr_schedule": "onecycle", "warmup_epochs": 0, "class_weighting": "none", "label_smoothing": 0,
-    "ema_decay": 0.99, "augment": "crops", "test": "never",
+    "image_size": 64, "train_fraction": 0.4, "epochs": 5, "batch_size": 64, "optimizer": "adamw",
+    "lr": 0.0005, "weight_decay": 0.05, "lr_schedule": "onecycle", "warmup_epochs": 0,
+    "class_weighting": "none", "label_smoothing": 0, "ema_decay": 0.99, "augment": "crops",
+    "precision": "bf16", "test": "never",
 }  # fmt: skip
 CHANGES: dict[str, dict[str, object]] = {
     "base": {},
@@ -47,6 +59,7 @@ CHANGES: dict[str, dict[str, object]] = {
     "lr 0.002": {"lr": 0.002},
     "lr 0.00025": {"lr": 0.00025},
     "batch size 32": {"batch_size": 32},
+    "fp32": {"precision": "fp32"},
     "weight decay 0.2": {"weight_decay": 0.2},
     "cosine": {"lr_schedule": "cosine", "warmup_epochs": 1},
 }
@@ -88,18 +101,42 @@ def _is_same(text: str, value: str) -> bool:
 
 
 def report() -> None:
-    """Print the table: means over the seeds that base and recipe share, and paired differences from base."""
+    """Print the tables: each recipe's means over the seeds that it shares with the base, and their signal."""
     runs = find_runs()
-    seeds_of = {name: {seed for each, seed in runs if each == name} for name in CHANGES}
-    rows = []
+    models: dict[str, list[Predictions]] = {}
+    gaps, base = {}, []
     for name in CHANGES:
-        shared = sorted(seeds_of["base"] & seeds_of[name])
-        if shared:
-            pairs = {each: [read_run(runs[each, seed], "val") for seed in shared] for each in ("base", name)}
-            rows.append([name, str(len(shared)), *_describe(pairs, name)])
+        shared = [seed for seed in range(100) if {("base", seed), (name, seed)} <= set(runs)]
+        found = [read_run(runs[name, seed], "val") for seed in shared]
+        if found:
+            models[name] = [read_predictions(run.predictions).plain for run in found]
+            gaps[name] = f"{np.mean([run.metrics['final_gap'] for run in found]):+.3f}"
+            base = base if name != "base" else found
+    lesions = join_lesions(base[0].predictions).to_numpy(str)
+    counts = np.array(read_finished(base[0].run_id)["class_counts"])
+    models["base, adjusted decision"] = [_adjust_crosswise(each, counts, lesions) for each in models["base"]]
+    models["base, 8 views (TTA)"] = [_predict_views(run.run_id) for run in base]
+    mean = np.mean([each.probabilities for each in models["base"]], axis=0)
+    models["base, ensemble of the seeds"] = [replace(models["base"][0], probabilities=mean)]
+    print(_tabulate(models, gaps, lesions), "\n", _tabulate_signal(models), sep="\n")
+
+
+def _tabulate(models: dict[str, list[Predictions]], gaps: dict[str, str], lesions: np.ndarray) -> str:
+    rows = []
+    for name, trainings in models.items():
+        scores = pd.DataFrame([vars(compute_metrics(each)) for each in trainings]).mean()
+        cells = [name, str(len(trainings)), *(f"{scores[metric]:.3f}" for metric in METRICS)]
+        differences = ["", ""]
+        if name != "base":
+            pair = compare_models({"base": models["base"], name: trainings}, lesions)[1].set_index("metric")
+            differences = [
+                f"{100 * row.value:+.1f} [{100 * row.low:+.1f}, {100 * row.high:+.1f}]"
+                for row in pair.loc[["macro_auc", "balanced_accuracy"]].itertuples()
+            ]
+        rows.append([*cells, gaps.get(name, ""), *differences])
     header = [
         "recipe",
-        "seeds",
+        "n",
         "loss",
         "balanced acc.",
         "accuracy",
@@ -108,23 +145,46 @@ def report() -> None:
         "AUC - base",
         "bal. - base",
     ]
-    print(format_table(header, rows))
+    return format_table(header, rows)
 
 
-def _describe(pairs: dict[str, list], name: str) -> list[str]:
-    plain = {each: [read_predictions(run.predictions).plain for run in runs] for each, runs in pairs.items()}
-    metrics = pd.DataFrame([vars(compute_metrics(each)) for each in plain[name]]).mean()
-    gap = sum(run.metrics["final_gap"] for run in pairs[name]) / len(pairs[name])
-    cells = [f"{metrics[key]:.3f}" for key in ("loss", "balanced_accuracy", "accuracy", "macro_auc")]
-    cells.append(f"{gap:+.3f}")
-    if name == "base":
-        return [*cells, "", ""]
-    lesions = join_lesions(pairs[name][0].predictions).to_numpy(str)
-    _, differences = compare_models(plain, lesions)
-    for metric in ("macro_auc", "balanced_accuracy"):
-        row = differences[differences.metric == metric].iloc[0]
-        cells.append(f"{100 * row.value:+.1f} [{100 * row.low:+.1f}, {100 * row.high:+.1f}]")
-    return cells
+def _tabulate_signal(models: dict[str, list[Predictions]]) -> str:
+    """Compare how far recipes lie apart with how far seeds of one recipe do: the objective's signal."""
+    values = pd.concat(
+        {
+            name: pd.DataFrame([vars(compute_metrics(each)) for each in models[name]])
+            for name in CHANGES
+            if len(models.get(name, ())) > 1
+        }
+    )
+    within = np.sqrt(values.groupby(level=0).var().mean())
+    between = values.groupby(level=0).mean().std()
+    rows = [
+        [metric, f"{within[metric]:.4f}", f"{between[metric]:.4f}", f"{between[metric] / within[metric]:.1f}"]
+        for metric in METRICS
+    ]
+    return format_table(["val metric", "sd over seeds", "sd over recipes", "ratio"], rows)
+
+
+def _adjust_crosswise(plain: Predictions, counts: np.ndarray, lesions: np.ndarray) -> Predictions:
+    """Decide by p / prior**tau, with tau fitted on the other half of the lesions."""
+    half = np.array([zlib.crc32(lesion.encode()) % 2 for lesion in lesions])
+    decisions = np.zeros_like(plain.targets)
+    for side in (0, 1):
+        weights = counts.astype(float) ** -fit_tau(plain.select(half != side), counts)
+        decisions[half == side] = decide(plain, weights).predicted[half == side]
+    return replace(plain, decisions=decisions)
+
+
+def _predict_views(run_id: str) -> Predictions:
+    checkpoint = read_finished(run_id)
+    config = TrainConfig.model_validate(checkpoint["config"])
+    data = prepare_data(config)
+    fabric = build_fabric("cpu", "auto", devices=1)
+    _, val = data.build_loaders(fabric, config.batch_size)
+    probabilities = predict(build_network(checkpoint), val, fabric, views=8)
+    predictions = replace(get_val_predictions(checkpoint), probabilities=probabilities)
+    return apply_temperature(predictions, checkpoint["calibration"]["temperature"])
 
 
 def main() -> None:
