@@ -94,7 +94,7 @@ def link_trial(config: SearchConfig, trial: FrozenTrial) -> str:
 
 
 class TrialProgress:
-    """Prints a line for each trial of a study that ends: `trial 3/30 adam 4.5e-04 strong -> 0.612 ...`."""
+    """Prints a line for each trial of a study that ends: `4/30 trial 3: adam 0.00045 strong -> 0.612 ...`."""
 
     def __init__(self, config: SearchConfig, study: Study) -> None:
         self._config, self._study = config, study
@@ -125,7 +125,7 @@ class TrialProgress:
             TrialState.COMPLETE: f"{trial.values[0]:.3f}" if trial.values else "",
             TrialState.PRUNED: f"pruned in epoch {trial.user_attrs.get('epochs', 0)}",
         }.get(trial.state, "failed")
-        line = f"trial {trial.number}/{self._config.n_trials} {recipe} -> {outcome}"
+        line = f"{len(self._shown)}/{self._config.n_trials} trial {trial.number}: {recipe} -> {outcome}"
         if trial.state == TrialState.COMPLETE and (best := choose_best(self._config, self._study)):
             line += f" (best {best.values[0]:.3f}, trial {best.number})"
         left_s = self.estimate_left_s()
