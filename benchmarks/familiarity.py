@@ -17,7 +17,7 @@ from skin_resnet.config import TrainConfig
 from skin_resnet.data.decode import decode_image
 from skin_resnet.data.prepare import read_images
 from skin_resnet.evaluation.page import format_table
-from skin_resnet.model.classifier import build_network, fit_familiarity
+from skin_resnet.model.classifier import build_network, fit_familiarity, measure_unfamiliarity
 from skin_resnet.model.preprocess import normalize, to_float
 from skin_resnet.model.resnet import ResNet
 from skin_resnet.tracking.models import read_finished
@@ -58,10 +58,7 @@ def main() -> None:
         scores = {part: features[name] for part, features in parts.items()}
         if name != "energy":
             fitted = fit_familiarity(scores["train"], scores["val"])
-            scores = {
-                part: ((each - fitted["center"]) @ fitted["whitening"]).norm(dim=1)
-                for part, each in scores.items()
-            }
+            scores = {part: measure_unfamiliarity(each, **fitted) for part, each in scores.items()}
         limit = torch.quantile(scores["val"], 0.99)
         rows.append([name, *(f"{(scores[part] > limit).float().mean():.3f}" for part in ("test", "others"))])
     print(f"{len(files)} other images; {checkpoint['arch']} at {size} px, epoch {checkpoint['epoch']}\n")

@@ -14,7 +14,7 @@ from skin_resnet.commands.evaluate import evaluate
 from skin_resnet.commands.train import train
 from skin_resnet.config import EvaluateConfig, TrainConfig
 from skin_resnet.errors import UserError
-from skin_resnet.tracking.models import combine, read_finished, read_models
+from skin_resnet.tracking.models import combine, load_model, read_finished, read_models
 from tests.conftest import write_class_folders
 
 
@@ -118,3 +118,22 @@ def read_run_predictions(run_id: str) -> pd.DataFrame:
     return pd.read_csv(
         mlflow.artifacts.download_artifacts(run_id=run_id, artifact_path="test/predictions.csv")
     )
+
+
+def test_images_unlike_the_training_images_are_counted(training: EvaluateConfig, tmp_path: Path) -> None:
+    for dx in ("blue", "red"):
+        (tmp_path / "stripes" / dx).mkdir(parents=True)
+        for number in range(4):
+            pixels = np.zeros((32, 32, 3), np.uint8)
+            pixels[:: number + 2] = 255
+            Image.fromarray(pixels).save(tmp_path / "stripes" / dx / f"{dx}{number}.png")
+    shares = {}
+    for data in ("same", str(tmp_path / "stripes")):
+        evaluate(training.with_changes(data=data))
+        (run,) = mlflow.search_runs(output_format="list", max_results=1)
+        path = mlflow.artifacts.download_artifacts(run_id=run.info.run_id, artifact_path="test/metrics.csv")
+        shares[data] = pd.read_csv(path).set_index("name").value["unfamiliar"]
+    assert shares["same"] < 0.5
+    assert shares[str(tmp_path / "stripes")] == 1
+    files = sorted((tmp_path / "stripes").rglob("*.png"))
+    assert set(load_model(training.model, device="cpu").predict(files).refer) == {"unfamiliar"}

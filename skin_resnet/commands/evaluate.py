@@ -18,15 +18,14 @@ from skin_resnet.evaluation.artifacts import list_artifacts, show_images
 from skin_resnet.evaluation.assess import Assessment, assess
 from skin_resnet.evaluation.metrics import Predictions
 from skin_resnet.evaluation.page import LEAK_BANNER, format_summary, print_markdown
-from skin_resnet.model.classifier import build_network
-from skin_resnet.model.resnet import ResNet
+from skin_resnet.model.classifier import build_network, measure_unfamiliarity
 from skin_resnet.tracking.history import log_test_access
 from skin_resnet.tracking.links import describe_location
 from skin_resnet.tracking.models import combine, get_split, read_models
 from skin_resnet.tracking.run import TrackedRun, is_project_run, open_run
 from skin_resnet.tracking.store import prepare_store
 from skin_resnet.training.device import build_fabric
-from skin_resnet.training.engine import predict
+from skin_resnet.training.engine import extract_features, predict
 
 
 def evaluate(config: EvaluateConfig) -> None:
@@ -132,7 +131,10 @@ def _match_classes(table: pd.DataFrame, classes: tuple[str, ...]) -> pd.DataFram
 
 
 def _predict(
-    networks: list[ResNet], table: pd.DataFrame, store: ImageStore, config: TrainConfig | EvaluateConfig
+    members: list[dict[str, Any]],
+    table: pd.DataFrame,
+    store: ImageStore,
+    config: TrainConfig | EvaluateConfig,
 ) -> Predictions:
     if table.empty:
         raise UserError("there are no images the model was not trained on; pass other data.")
@@ -145,12 +147,17 @@ def _predict(
         batch_size=config.batch_size,
     )
     views = getattr(config, "tta", 1)
+    probabilities, unfamiliarity = [], []
+    for member in members:
+        network = build_network(member).to(fabric.device)
+        probabilities.append(predict(network, loader, fabric, views))
+        features = extract_features(network, loader)
+        unfamiliarity.append(measure_unfamiliarity(features, **member["familiarity"]).numpy())
     return Predictions(
-        probabilities=np.mean(
-            [predict(network.to(fabric.device), loader, fabric, views) for network in networks], axis=0
-        ),
+        probabilities=np.mean(probabilities, axis=0),
         targets=table.target.to_numpy(),
         image_ids=tuple(table.image_id),
+        unfamiliarity=np.mean(unfamiliarity, axis=0),
     )
 
 
@@ -170,8 +177,8 @@ def assess_and_log(
     Raises:
         UserError: There is no image, or the network's output is not finite.
     """
-    networks = [build_network(each) for each in checkpoint.get("members", [checkpoint])]
-    raw = _predict(networks, table, store, config)
+    members = checkpoint.get("members", [checkpoint])
+    raw = _predict(members, table, store, config)
     classes, calibration = tuple(checkpoint["classes"]), checkpoint["calibration"]
     assessment = assess(raw, table, classes, checkpoint["baseline_class"], calibration)
     title = f"Test, {_describe(checkpoint)}"
@@ -183,5 +190,5 @@ def assess_and_log(
     ]
     run.log_metrics(assessment.metrics("test"), step=checkpoint["epoch"])
     files = list_artifacts(assessment, "test", title, notes)
-    run.log_artifacts(files | show_images(assessment, "test", title, networks[0].cpu(), store))
+    run.log_artifacts(files | show_images(assessment, "test", title, build_network(members[0]), store))
     return assessment, str(files["test/evaluation.md"])

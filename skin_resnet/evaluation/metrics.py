@@ -27,12 +27,14 @@ class Predictions:
         targets: int64 (N,), class indices.
         image_ids: N image ids.
         decisions: int64 (N,), the predicted classes; None: the most probable ones.
+        unfamiliarity: (N,), above 1 where an image is unlike the training images; None: not measured.
     """
 
     probabilities: Floats
     targets: NDArray[np.int64]
     image_ids: tuple[str, ...]
     decisions: NDArray[np.int64] | None = None
+    unfamiliarity: Floats | None = None
 
     @property
     def predicted(self) -> NDArray[np.int64]:

@@ -167,11 +167,11 @@ def _format_thresholds(assessment: Assessment) -> Iterator[str]:
 
 def _format_referral(assessment: Assessment) -> Iterator[str]:
     accuracy = assessment.referral.accuracy
-    kept = ", ".join(
-        f"{accuracy[int(fraction * len(accuracy))]:.3f} at {fraction:.0%}" for fraction in (0, 0.1, 0.2, 0.5)
-    )
+    kept = ", ".join(f"{accuracy[int(f * len(accuracy))]:.3f} at {f:.0%}" for f in (0, 0.1, 0.2, 0.5))
     yield "### Referral"
     yield f"Selective accuracy when the least confident images are referred: {kept}."
+    if "unfamiliar" in set(assessment.table.name):
+        yield f"Images unlike the training images: {_format_metric(assessment, 'unfamiliar')} of all."
 
 
 def _format_retest(retest: pd.DataFrame) -> Iterator[str]:

@@ -54,8 +54,7 @@ class Scorer(nn.Module):
         for network, center, whitening in zip(self.members, self.center, self.whitening, strict=True):
             features = network.begin(images)
             probabilities.append(network.classify(features).softmax(dim=1))
-            distances = (features.float().mean((2, 3)) - center) @ whitening
-            unfamiliarity.append(distances.square().sum(dim=1).sqrt())
+            unfamiliarity.append(measure_unfamiliarity(features.float().mean((2, 3)), center, whitening))
         logs = torch.stack(probabilities).mean(dim=0).clamp_min(_TINY).log()
         return (logs / self.temperature).softmax(dim=1), torch.stack(unfamiliarity).mean(dim=0)
 
@@ -78,15 +77,19 @@ def fit_familiarity(train: Tensor, val: Tensor) -> dict[str, Tensor]:
     NeurIPS 2018, section 2.1; one Gaussian instead of one per class.
 
     Returns:
-        `center` (C,) and `whitening` (C, C), float32: the norm of (features - center) @ whitening is it.
+        `center` (C,) and `whitening` (C, C), float32, as `measure_unfamiliarity` takes them.
     """
     train, val = train.double(), val.double()
     center, scale = train.mean(dim=0), train.std(dim=0).clamp_min(1e-6)
     correlation = torch.cov(((train - center) / scale).T) + _RIDGE * torch.eye(len(center))
     whitening = torch.linalg.inv(torch.linalg.cholesky(correlation)).T / scale[:, None]
-    distances = ((val - center) @ whitening).norm(dim=1)
-    limit = torch.quantile(distances, _FAMILIAR)
+    limit = torch.quantile(measure_unfamiliarity(val, center, whitening), _FAMILIAR)
     return {"center": center.float(), "whitening": (whitening / limit).float()}
+
+
+def measure_unfamiliarity(features: Tensor, center: Tensor, whitening: Tensor) -> Tensor:
+    """Return how unlike the training images some are, (N,), from features of the first stage, (N, C)."""
+    return ((features - center) @ whitening).square().sum(dim=1).sqrt()
 
 
 def describe(checkpoint: Mapping[str, Any]) -> dict[str, Any]:

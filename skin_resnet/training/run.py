@@ -206,16 +206,17 @@ class _Training:
 
     def conclude(self) -> TrainResult:
         """Calibrate the best epoch's network on its val predictions, and complete its checkpoint."""
-        path = self._point.folder.best
         self._fabric.barrier()  # the first process has written it
-        checkpoint = read_checkpoint(path)
+        checkpoint = read_checkpoint(path := self._point.folder.best)
         predictions = get_val_predictions(checkpoint)
         calibration = fit_calibration(
             predictions, self._data.classes, self._config.coverage, self._data.class_counts
         )
         if self._fabric.is_global_zero:
             network = build_network(checkpoint).to(self._fabric.device)
-            familiarity = fit_familiarity(*(extract_features(network, each) for each in self._loaders))
+            familiarity = fit_familiarity(
+                *(extract_features(network, each.thin(2000)) for each in self._loaders)
+            )
             save_checkpoint(path, {**checkpoint, "calibration": calibration, "familiarity": familiarity})
         result = TrainResult(
             config=self._config,
