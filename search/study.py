@@ -185,7 +185,8 @@ def build_pruner(config: SearchConfig) -> BasePruner:
     """Build the pruner; none stops a trial in its first epoch."""
     first = max(2, config.epochs // 8)
     pruners: dict[str, BasePruner] = {
-        "median": PatientMedianPruner(n_startup_trials=4, n_warmup_steps=max(1, config.epochs // 4)),
+        # Before half of a schedule, a high learning rate hides what a recipe will reach: docs/experiments.md.
+        "median": PatientMedianPruner(n_startup_trials=4, n_warmup_steps=max(1, config.epochs // 2)),
         "hyperband": HyperbandPruner(min_resource=first, max_resource=max(first, config.epochs)),
         "halving": SuccessiveHalvingPruner(min_resource=first),
         "none": NopPruner(),
