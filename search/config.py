@@ -1,6 +1,5 @@
 """The search's own options; every training option is inherited from `TrainConfig`."""
 
-import re
 from pathlib import Path
 from typing import Any, Literal, Self
 
@@ -79,9 +78,6 @@ class SearchConfig(TrainConfig):
         description="Seconds between a trial's heartbeats. A trial that misses four was killed and is run "
         "again, up to 3 times; the baselines without limit.",
     )
-    model_name: Text = Field(
-        "skin-resnet", description="Registered model to add the winner to, without / and :."
-    )
 
     @model_validator(mode="after")
     def _check_search(self) -> Self:
@@ -102,11 +98,6 @@ class SearchConfig(TrainConfig):
             raise UserError(
                 f"storage: {hide_password(self.storage)!r} is not supported; use sqlite:///FILE or "
                 "postgresql+psycopg://..."
-            )
-        # MLflow would refuse the name only after everything has been trained and tested.
-        if re.search("[/:]", self.model_name):
-            raise UserError(
-                f"model_name: {self.model_name[:60]!r} cannot be registered; use a name without / and :"
             )
         # The default does not count as a choice: `mlflow run` passes every option.
         if self.best_by not in {type(self).model_fields["best_by"].default, self.training.best_by}:
@@ -152,6 +143,7 @@ class SearchConfig(TrainConfig):
     def training(self) -> TrainConfig:
         """The training options of trial 1; the first objective on val chooses the best epoch."""
         values: dict[str, Any] = {name: getattr(self, name) for name in TrainConfig.model_fields}
+        values["register_as"] = "none"  # the winner is registered, no trial
         on_val = [name for name in self.objective_names if name != "gap"]
         if on_val:
             values["best_by"] = on_val[0].removeprefix("val_")

@@ -1,8 +1,6 @@
 """The command `search`: trials, then the winner retrained with new seeds, tested and registered."""
 
-import shlex
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import pandas as pd
@@ -12,7 +10,7 @@ from optuna.trial import FrozenTrial, TrialState
 from search import plots, report
 from search.config import SearchConfig
 from search.objective import PatientTracker, open_child, wait_for_server
-from search.report import MAJORITY, WINNER, compare_recipes
+from search.report import WINNER, compare_recipes
 from search.space import BASELINE, BASELINE_RECIPE
 from search.study import (
     choose_best,
@@ -26,19 +24,18 @@ from search.study import (
 from search.workers import close_killed_runs, log_progress, name_session, run_workers
 from skin_resnet.commands.compare import read_predictions
 from skin_resnet.commands.evaluate import assess_and_log
-from skin_resnet.commands.train import open_test_split
+from skin_resnet.commands.train import log_card, open_test_split
 from skin_resnet.commands.train import report as report_training
-from skin_resnet.config import TrainConfig
+from skin_resnet.config import TrainConfig, write_command
 from skin_resnet.data.prepare import prepare_data
 from skin_resnet.data.split import join_lesions
 from skin_resnet.errors import UserError
 from skin_resnet.evaluation.metrics import Predictions
-from skin_resnet.evaluation.page import format_score, format_summary, print_markdown
+from skin_resnet.evaluation.page import format_summary, print_markdown
 from skin_resnet.evaluation.plots.curves import FEWEST_EPOCHS
-from skin_resnet.options import format_value
 from skin_resnet.tracking import history as finished_runs
 from skin_resnet.tracking.links import describe_location, link_view, save_view
-from skin_resnet.tracking.registry import describe_champion, describe_version, register_model
+from skin_resnet.tracking.registry import register_run
 from skin_resnet.tracking.run import TrackedRun, open_run
 from skin_resnet.training.checkpoint import read_checkpoint
 from skin_resnet.training.run import run_training
@@ -94,7 +91,7 @@ def _conclude(config: SearchConfig, study: Study, run: TrackedRun) -> str:
     if best is None:
         raise UserError("no trial finished; see the tag `failure` of the trials' runs")
     recipes = choose_recipes(config, best)
-    command = wrap_command(write_command(list(recipes.values())[-1]))
+    command = write_command(list(recipes.values())[-1])
     drawn = plots.plot_trials(config, study, _score_majority(config))
     figures = {f"figures/{name}.png": each for name, each in drawn.items()}
     wait_for_server(lambda: run.log_artifacts({**figures, "retrain.sh": f"{command}\n"}))
@@ -130,28 +127,6 @@ def choose_recipes(config: SearchConfig, best: FrozenTrial) -> dict[str, TrainCo
     return {BASELINE: baseline, WINNER: winner}
 
 
-def write_command(config: TrainConfig) -> str:
-    """Return the command that trains with a config: the options that differ from the defaults."""
-    defaults = TrainConfig.model_validate({})
-    options = [
-        f"--{name}={format_value(value)}"
-        for name, value in config.model_dump().items()
-        if value != getattr(defaults, name)
-    ]
-    return shlex.join(["skin-resnet", "train", *options])
-
-
-def wrap_command(command: str, width: int = 76) -> str:
-    """Break a command over lines, each but the last ending with a backslash."""
-    lines: list[str] = []
-    for word in map(shlex.quote, shlex.split(command)):
-        if lines and len(f"{lines[-1]} {word} \\") <= width:
-            lines[-1] += f" {word}"
-        else:
-            lines.append(f"  {word}" if lines else word)
-    return " \\\n".join(lines)
-
-
 def _retrain_and_test(
     config: SearchConfig, study: Study, run: TrackedRun, recipes: dict[str, TrainConfig], best: FrozenTrial
 ) -> str:
@@ -160,7 +135,8 @@ def _retrain_and_test(
     settings |= {"seeds": str(config.seeds), "test": config.test}
     before = study.user_attrs.get("verdict", {})
     if before.get("settings") == settings:
-        return f"{before['page']}\n\nFrom run {before['run_id']}; test was not evaluated again."
+        note = f"From run {before['run_id']}; test was not evaluated again."
+        return "\n\n".join(filter(None, [before["page"], note, _register(config, study, before["winner"])]))
     # The trials' own seed is not among them: it may be what made the winner win.
     retrained = pd.DataFrame(
         _retrain(study, name, each.with_changes(seed=each.seed + number), run.run_id)
@@ -169,12 +145,12 @@ def _retrain_and_test(
     )
     _log_curves(config, run, retrained.drop_duplicates("recipe").set_index("recipe").run_id.to_dict())
     scores, warning = _test(run, retrained) if config.test == "at_end" else (None, "")
-    registered = register(config, retrained, scores)
     in_study = best if config.retrain == "none" else None
-    parts = [report.describe_winner(retrained, scores, in_study), warning, registered]
-    page = "\n\n".join(filter(None, parts))
-    study.set_user_attr("verdict", {"settings": settings, "page": page, "run_id": run.run_id})
-    return page
+    page = "\n\n".join(filter(None, [report.describe_winner(retrained, scores, in_study), warning]))
+    winner = retrained[retrained.recipe == list(recipes)[-1]].nlargest(1, "val").iloc[0].run_id
+    kept = {"settings": settings, "page": page, "run_id": run.run_id, "winner": winner}
+    study.set_user_attr("verdict", kept)
+    return "\n\n".join(filter(None, [page, _register(config, study, winner)]))
 
 
 def _retrain(study: Study, recipe: str, config: TrainConfig, parent_run_id: str) -> dict[str, Any]:
@@ -188,9 +164,11 @@ def _retrain(study: Study, recipe: str, config: TrainConfig, parent_run_id: str)
     with open_child(name, parent_run_id, tags) as run:
         result = run_training(config, tracker=PatientTracker(run))
         wait_for_server(lambda: run.describe(report_training(run, result)))
-        model_uri = wait_for_server(lambda: run.log_model(result.checkpoint_path))
+        checkpoint = read_checkpoint(result.checkpoint_path)
+        wait_for_server(lambda: log_card(run, checkpoint, result.data))
+        wait_for_server(lambda: run.log_model(result.checkpoint_path))
     retrained = {
-        "recipe": recipe, "config": config.model_dump_json(), "run_id": run.run_id, "model_uri": model_uri,
+        "recipe": recipe, "config": config.model_dump_json(), "run_id": run.run_id,
         "val": result.best.val.balanced_accuracy, "gap": result.final_gap,
     }  # fmt: skip
     study.set_user_attr(f"retrained {name}", retrained)
@@ -231,6 +209,7 @@ def _test(run: TrackedRun, retrained: pd.DataFrame) -> tuple[pd.DataFrame, str]:
         checkpoint = read_checkpoint(finished_runs.download_checkpoint(run_id))
         with open_run(run_id=run_id) as child:
             assessment, page = assess_and_log(child, checkpoint, table, data.store, config)
+            log_card(child, checkpoint, data, assessment)
             trained = finished_runs.read_tags(run_id).get("mlflow.note.content", "")
             child.describe("\n\n".join([format_summary(assessment, "test"), trained, page]))
         return read_predictions(finished_runs.read_run(run_id, "test").predictions)
@@ -241,38 +220,11 @@ def _test(run: TrackedRun, retrained: pd.DataFrame) -> tuple[pd.DataFrame, str]:
     return compare_recipes(predictions, join_lesions(table).to_numpy(str)), warning
 
 
-def register(config: SearchConfig, retrained: pd.DataFrame, scores: pd.DataFrame | None) -> str:
-    """Register the winner's model with the highest val score; return a sentence about it.
-
-    It is not registered if the winner is not better than always predicting the majority class.
-    """
-    best = retrained[retrained.recipe == retrained.recipe.iloc[-1]].nlargest(1, "val").iloc[0]
-    data = prepare_data(TrainConfig.model_validate_json(best.config))
-    metrics, majority = {"val/balanced_accuracy": best.val}, 1 / len(data.classes)
-    score = f"val balanced accuracy {best.val:.3f} (test was not evaluated)"
-    if scores is not None:
-        test = scores.loc[(best.recipe, "balanced_accuracy")]
-        metrics |= {"test/balanced_accuracy": test.value, "test/balanced_accuracy_low": test.low}
-        majority = scores.value[MAJORITY, "balanced_accuracy"]
-        score = (
-            f"test balanced accuracy {format_score(test.value, (test.low, test.high))}, mean of "
-            f"{config.seeds} seed{'s' * (config.seeds > 1)}, 95 % interval by bootstrap over lesions"
-        )
-    score = f"{score}; always {data.baseline_class}: {majority:.3f}"
-    command = write_command(TrainConfig.model_validate_json(best.config))
-
-    def add() -> str:
-        descriptions = (
-            describe_version(score, command, best.run_id),
-            describe_champion(config.model_name, score, Path(config.data).stem, data),
-        )
-        return register_model(
-            best.model_uri,
-            config.model_name,
-            metrics=metrics,
-            baseline=majority,
-            split_hash=data.split.hash,
-            descriptions=descriptions,
-        )
-
-    return wait_for_server(add)
+def _register(config: SearchConfig, study: Study, run_id: str) -> str:
+    """Register the winner's run, unless this study has; return a sentence about it."""
+    key = f"{run_id} as {config.register_as}"
+    text: str = study.user_attrs.get(key, "")
+    if not text and config.register_as != "none":
+        text = wait_for_server(lambda: register_run(run_id, config.register_as))
+        study.set_user_attr(key, text)
+    return text

@@ -35,7 +35,7 @@ _LOCKED_S = 60.0  # how long to wait for a SQLite file that another process has 
 # Options that a resumed study may change: where and how much is trained, not what.
 _MAY_CHANGE = {
     "n_trials", "workers", "seeds", "retrain", "study_name", "storage", "sampler", "pruner", "heartbeat_s",
-    "model_name", "test", "device", "precision", "checkpoint_dir", "checkpoint_minutes", "cache_dir",
+    "register_as", "test", "device", "precision", "checkpoint_dir", "checkpoint_minutes", "cache_dir",
 }  # fmt: skip
 
 

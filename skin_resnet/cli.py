@@ -31,6 +31,7 @@ COMMANDS = {
     "search": ("search.config:SearchConfig", "search.run:search"),
     "evaluate": ("skin_resnet.config:EvaluateConfig", "skin_resnet.commands.evaluate:evaluate"),
     "compare": ("skin_resnet.config:CompareConfig", "skin_resnet.commands.compare:compare"),
+    "promote": ("skin_resnet.config:PromoteConfig", "skin_resnet.commands.promote:promote"),
     "audit": ("skin_resnet.config:AuditConfig", "skin_resnet.commands.audit:audit"),
     "reproduce": ("skin_resnet.config:ReproduceConfig", "skin_resnet.commands.reproduce:reproduce"),
     "doctor": ("skin_resnet.config:DoctorConfig", "skin_resnet.commands.doctor:doctor"),

@@ -3,13 +3,15 @@
 The command line, `MLproject`, MLflow params and the search space are derived from these classes.
 """
 
+import re
+import shlex
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
 from pydantic import BeforeValidator, Field, model_validator
 
 from skin_resnet.errors import UserError
-from skin_resnet.options import FolderPath, FrozenConfig, MustExist, Text
+from skin_resnet.options import FolderPath, FrozenConfig, MustExist, Text, format_value
 
 Arch = Literal["resnet50", "resnet101", "resnet152"]
 AugmentRecipe = Literal["none", "flips", "crops", "light", "standard", "strong"]
@@ -120,7 +122,7 @@ class EvaluationOptions(FrozenConfig):
 
 
 class RuntimeOptions(FrozenConfig):
-    """Hardware, precision and checkpoints."""
+    """Hardware, precision, checkpoints, and what is done with the result."""
 
     device: Device = Field("auto", description="Device type; auto: a GPU if there is one.")
     devices: int = Field(1, ge=1, le=64, description="Number of devices (DDP, one process each).")
@@ -143,6 +145,10 @@ class RuntimeOptions(FrozenConfig):
         "none",
         description="Continue an interrupted run: its run id, or auto (the latest with the same options, "
         "else a new run).",
+    )
+    register_as: Text = Field(
+        "none",
+        description="Registered model to add the model, or a search's winner, to; none: not registered.",
     )
     print_report: Literal["false", "true"] = Field(
         "false", description="Print the whole report at the end; it is logged in any case."
@@ -172,9 +178,25 @@ class TrainConfig(RuntimeOptions, EvaluationOptions, TrainingOptions, ModelOptio
             )
         if self.warmup_epochs > self.epochs:
             raise UserError(f"warmup_epochs={self.warmup_epochs} exceeds epochs={self.epochs}")
+        # MLflow would refuse the name only after everything has been trained and tested.
+        if re.search("[/:]", self.register_as):
+            raise UserError(f"register_as: {self.register_as[:60]!r} is no model's name; leave out / and :")
         if self.batch_size < 2 * self.devices:
             raise UserError(f"batch_size={self.batch_size} is less than 2 for each of devices={self.devices}")
         return self
+
+
+def write_command(config: TrainConfig, width: int = 76) -> str:
+    """Return the command that trains with a config, over several lines: what differs from the defaults."""
+    lines, defaults = ["skin-resnet train"], TrainConfig.model_validate({})
+    for name, value in config.model_dump().items():
+        if value != getattr(defaults, name) and name not in {"resume", "register_as"}:
+            word = shlex.quote(f"--{name}={format_value(value)}")
+            if len(f"{lines[-1]} {word} \\") <= width:
+                lines[-1] += f" {word}"
+            else:
+                lines.append(f"  {word}")
+    return " \\\n".join(lines)
 
 
 def _like_train(name: str) -> Any:
@@ -215,6 +237,13 @@ class CompareConfig(FrozenConfig):
     split: Literal["val", "test"] = Field(
         "test", description="Split whose stored predictions are compared; no network is run."
     )
+
+
+class PromoteConfig(FrozenConfig):
+    """Make the challenger of a registered model its champion if it is better on val; exit code 1 if not."""
+
+    name: Text = Field(description="Registered model, as given to register_as.")
+    challenger: Text = Field("challenger", description="Version to promote: its number, or an alias.")
 
 
 class AuditConfig(FrozenConfig):

@@ -1,6 +1,5 @@
-"""Reading earlier runs, choosing the best of them, and the registry's champion."""
+"""Reading earlier runs, and choosing the best of them."""
 
-import os
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -17,7 +16,6 @@ from skin_resnet.tracking.history import (
     read_run,
     read_training,
 )
-from skin_resnet.tracking.registry import register_model
 from skin_resnet.tracking.store import prepare_store
 from skin_resnet.training.engine import EpochResult, to_frame
 from tests.test_outage import build_epoch
@@ -157,58 +155,3 @@ def test_runs_of_a_study_that_nobody_works_on_are_closed(client: mlflow.MlflowCl
     assert close_killed("a", lambda run_id, tags: run_id == alive) == [dead]
     statuses = [client.get_run(run_id).info.status for run_id in (alive, dead, other)]
     assert statuses == ["RUNNING", "KILLED", "RUNNING"]
-
-
-def register(val: float, test: float | None = 0.5, split_hash: str = "a", low: float = 0.4) -> str:
-    """Register a model under the test's name."""
-    run_id = create_run()
-    mlflow.MlflowClient().log_text(run_id, "flavors: {}", "model/MLmodel")
-    tested = {"test/balanced_accuracy": test, "test/balanced_accuracy_low": low}
-    metrics = {"val/balanced_accuracy": val} | ({} if test is None else tested)
-    return register_model(
-        f"runs:/{run_id}/model", get_name(), metrics=metrics, baseline=0.143, split_hash=split_hash,
-        descriptions=(f"version of val {val}", f"champion of val {val}"),
-    )  # fmt: skip
-
-
-def get_name() -> str:
-    return f"model {os.environ['MLFLOW_EXPERIMENT_ID']}"
-
-
-def find_champion() -> str:
-    return str(mlflow.MlflowClient().get_model_version_by_alias(get_name(), "champion").version)
-
-
-def test_registering_prints_nothing_and_raises_what_goes_wrong(capfd: pytest.CaptureFixture[str]) -> None:
-    register(0.5)
-    assert capfd.readouterr() == ("", "")
-    with pytest.raises(mlflow.MlflowException):
-        register_model(
-            "runs:/nowhere/model", get_name(), metrics={"val/balanced_accuracy": 1}, baseline=0.1,
-            split_hash="a", descriptions=("", ""),
-        )  # fmt: skip
-
-
-def test_only_a_better_model_on_the_same_split_becomes_champion() -> None:
-    client, champions = mlflow.MlflowClient(), []
-    for version, (val, split_hash) in enumerate(((0.5, "a"), (0.4, "a"), (0.9, "b"), (0.6, "a")), start=1):
-        register(val, split_hash=split_hash)
-        champions.append(find_champion())
-        # Each version is described by its own run, the registered model by its champion's.
-        assert client.get_model_version(get_name(), str(version)).description == f"version of val {val}"
-        expected = "champion of val 0.6" if version == 4 else "champion of val 0.5"
-        assert client.get_registered_model(get_name()).description == expected
-    assert champions == ["1", "1", "1", "4"]
-
-
-@pytest.mark.parametrize(
-    ("val", "test", "low"),
-    [(0.9, 0.2, 0.137), (0.9, 0.143, 0.143), (0.143, None, 0.4), (0.9, 0.2, float("nan"))],
-)
-def test_a_model_that_does_not_beat_the_majority_class_is_not_registered(
-    val: float, test: float | None, low: float
-) -> None:
-    register(0.2)
-    assert "Not registered" in register(val, test, low=low)
-    assert find_champion() == "1"
-    assert len(mlflow.MlflowClient().search_model_versions(f"name = '{get_name()}'")) == 1

@@ -1,14 +1,10 @@
 """What a search reports: winner and baseline recipe on test, edges of ranges, what pruning saved, figures."""
 
 import math
-import shlex
 import subprocess
 import warnings
 from datetime import datetime, timedelta
-from types import SimpleNamespace
-from unittest.mock import MagicMock
 
-import mlflow
 import numpy as np
 import optuna
 import pandas as pd
@@ -16,13 +12,12 @@ import pytest
 from optuna.trial import FrozenTrial, TrialState, create_trial
 
 from search import plots, report
-from search import run as story
 from search.config import SearchConfig
 from search.report import DIFFERENCE, MAJORITY, WINNER, compare_recipes
-from search.run import choose_recipes, register, wrap_command, write_command
+from search.run import choose_recipes
 from search.space import BASELINE, build_space, suggest
 from skin_resnet.cli import parse_options
-from skin_resnet.config import TrainConfig
+from skin_resnet.config import TrainConfig, write_command
 from skin_resnet.evaluation.metrics import (
     HEADLINES,
     Predictions,
@@ -83,29 +78,7 @@ def test_the_majority_class_is_a_column_of_the_table() -> None:
 def retrain(**vals: float) -> pd.DataFrame:
     config = TrainConfig().model_dump_json()
     rows = {"recipe": [name.replace("_", " ") for name in vals], "val": [*vals.values()], "gap": 0.1}
-    return pd.DataFrame({**rows, "config": config, "run_id": "r", "model_uri": "m"})
-
-
-@pytest.mark.parametrize(("low", "is_registered"), [(0.25, False), (0.2, False), (0.26, True), (None, True)])
-def test_a_winner_no_better_than_the_majority_class_is_not_registered(
-    monkeypatch: pytest.MonkeyPatch, low: float | None, is_registered: bool
-) -> None:
-    registered: list[str] = []
-    monkeypatch.setattr(
-        mlflow, "register_model", lambda *_, **__: registered.append("m") or SimpleNamespace(version="1")
-    )
-    monkeypatch.setattr(mlflow, "MlflowClient", MagicMock())
-    monkeypatch.setattr(story, "describe_version", MagicMock())
-    monkeypatch.setattr(story, "describe_champion", MagicMock())
-    data = SimpleNamespace(classes=("a", "b", "c", "d"), baseline_class="a", split=SimpleNamespace(hash="h"))
-    monkeypatch.setattr(story, "prepare_data", lambda config: data)
-    scores = None
-    if low is not None:
-        scores = compare_recipes({BASELINE: [predict(0.2, 1)], WINNER: [predict(0.3, 1)]}, LESIONS)
-        scores.loc[(WINNER, "balanced_accuracy"), ["value", "low"]] = 0.3, low
-    text = register(CONFIG, retrain(baseline_recipe=0.5, winner=0.6), scores)
-    assert bool(registered) == is_registered
-    assert ("0.250" in text) != is_registered
+    return pd.DataFrame({**rows, "config": config, "run_id": "r"})
 
 
 def make_trial(number: int, state: TrialState = TrialState.COMPLETE, **attrs: object) -> FrozenTrial:
@@ -189,12 +162,12 @@ def test_a_winner_on_the_edge_of_a_range_is_warned_of_unless_nothing_lies_beyond
 
 def test_the_command_trains_with_the_very_same_config() -> None:
     config = TrainConfig(lr=1e-5, data="a folder/x", epochs=3, mixup=0.2, image_size=64)
-    command = shlex.split(write_command(config))
-    assert parse_options("train", command[command.index("train") + 1 :]) == config
-    wrapped = wrap_command(shlex.join(command), 30)
-    assert max(map(len, wrapped.splitlines())) <= 30
-    pasted = subprocess.run(["sh", "-c", f"printf '%s\\n' {wrapped}"], capture_output=True, text=True)
-    assert pasted.stdout.splitlines() == command
+    command = write_command(config, width=30)
+    assert max(map(len, command.splitlines())) <= 30
+    pasted = subprocess.run(["sh", "-c", f"printf '%s\\n' {command}"], capture_output=True, text=True)
+    program, name, *options = pasted.stdout.splitlines()
+    assert (program, name) == ("skin-resnet", "train")
+    assert parse_options("train", options) == config
 
 
 def test_the_time_left_includes_retraining_that_is_larger_than_the_trials() -> None:

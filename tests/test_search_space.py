@@ -120,8 +120,8 @@ def test_a_run_shows_no_password(storage: str, shown: str) -> None:
         ({"retrain": "epochs=20,size=128"}, "retrain: 'size=128'"),
         ({"retrain": "epochs"}, "retrain: 'epochs'"),
         ({"retrain": "epochs=0"}, "retrain: epochs"),
-        ({"model_name": "a/b"}, "model_name: 'a/b'"),
-        ({"model_name": "a:b"}, "model_name: 'a:b'"),
+        ({"register_as": "a/b"}, "register_as: 'a/b'"),
+        ({"register_as": "a:b"}, "register_as: 'a:b'"),
     ],
 )
 def test_a_search_that_cannot_be_is_refused(options: dict[str, object], told: str) -> None:

@@ -22,6 +22,7 @@ from search.study import get_study_id, open_study
 from search.workers import work
 from skin_resnet.config import TrainConfig
 from skin_resnet.data.prepare import prepare_data
+from skin_resnet.tracking.history import read_card
 from skin_resnet.training.engine import EpochResult
 
 pytestmark = pytest.mark.slow
@@ -48,7 +49,7 @@ def config(folder: Path, class_folders: Path) -> SearchConfig:
         data=str(class_folders), weights="none", image_size=32, epochs=2, batch_size=8, device="cpu",
         augment="light", ema_decay=0, objectives="val_balanced_accuracy", n_trials=3, seeds=2,
         cache_dir=folder / "cache", checkpoint_dir=folder / "checkpoints", fix="augment=none|standard",
-        retrain="epochs=2,coverage=0.8",
+        retrain="epochs=2,coverage=0.8", register_as="skin-resnet",
     )  # fmt: skip
     with mlflow.start_run() as parent:
         run(config, parent.info.run_id, let_the_defaults_win)
@@ -127,25 +128,43 @@ def test_pruned_and_losing_trials_leave_no_weights(
 def test_the_winners_best_model_on_val_is_the_champion(parent: Run) -> None:
     champion = mlflow.MlflowClient().get_model_version_by_alias("skin-resnet", "champion")
     winners = [r for r in find_children(parent) if r.data.tags["search.recipe"] == "winner"]
-    best = max(run.data.metrics["best_val_balanced_accuracy"] for run in winners)
-    assert float(champion.tags["val/balanced_accuracy"]) == best
+    best = max(winners, key=lambda run: run.data.metrics["best_val_balanced_accuracy"])
+    assert champion.run_id == best.info.run_id
+    assert float(champion.tags["test/balanced_accuracy"]) == best.data.metrics["test_balanced_accuracy"]
+    assert f"models:/skin-resnet/{champion.version}" in champion.description
 
 
-def test_the_registrys_pages_have_score_limits_and_a_snippet_that_works(parent: Run, folder: Path) -> None:
-    client = mlflow.MlflowClient()
-    page = client.get_registered_model("skin-resnet").description
-    champion = client.get_model_version_by_alias("skin-resnet", "champion")
-    score = re.search(r"Test balanced accuracy [\d.]+.*always blue: [\d.]+", page)
-    assert score, page
-    assert score[0] in champion.description
-    assert f"runs/{champion.run_id}?workflowType" in champion.description
-    assert "skin-resnet train --data=" in champion.description
+def test_the_registrys_page_is_a_card_with_a_snippet_that_works(parent: Run, folder: Path) -> None:
+    page = mlflow.MlflowClient().get_registered_model("skin-resnet").description
+    assert re.search(r"Test balanced accuracy [\d.]+.*always blue: [\d.]+", page), page
     assert "not a medical device" in page
     (snippet,) = re.findall("```python\n(.*?)```", page, re.DOTALL)
+    assert "models:/skin-resnet@champion" in snippet
     Image.new("RGB", (40, 40), (60, 80, 200)).save(folder / "lesion.jpg")
     done = subprocess.run([sys.executable, "-c", snippet], cwd=folder, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    assert done.stdout.split()[:4] == ["prediction", "blue", "green", "red"]
+    assert done.stdout.split()[:4] == ["prediction", "name", "blue", "green"]
+
+
+def test_every_retrained_model_has_a_card_of_its_test(parent: Run) -> None:
+    for child in find_children(parent):
+        card = read_card(child.info.run_id)
+        assert f"{child.data.metrics['test_balanced_accuracy']:.3f}" in card.split("\n\n")[1]
+        assert "was not evaluated" not in card
+
+
+def test_a_finished_search_registers_its_winner_under_another_name_once(
+    parent: Run, config: SearchConfig
+) -> None:
+    client, winner = mlflow.MlflowClient(), "skin-resnet"
+    for _ in range(2):
+        search(config.with_changes(register_as="other"))
+        assert find_children(find_searches()[0]) == []
+        assert "test.accessed" not in find_searches()[0].data.tags
+    (version,) = client.search_model_versions("name = 'other'")
+    assert version.run_id == client.get_model_version_by_alias(winner, "champion").run_id
+    search(config.with_changes(register_as="none"))
+    assert "Registered" not in find_searches()[0].data.tags["mlflow.note.content"]
 
 
 def test_the_searchs_run_shows_its_progress_its_winner_and_its_children(parent: Run) -> None:

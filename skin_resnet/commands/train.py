@@ -4,6 +4,7 @@ import os
 import shlex
 import textwrap
 from contextlib import ExitStack
+from typing import Any
 
 import pandas as pd
 
@@ -11,12 +12,14 @@ from skin_resnet.commands.evaluate import assess_and_log
 from skin_resnet.config import TrainConfig
 from skin_resnet.data.prepare import PreparedData, open_test
 from skin_resnet.evaluation.assess import Assessment
+from skin_resnet.evaluation.card import CARD, write_card
 from skin_resnet.evaluation.page import LEAK_BANNER, format_score, format_summary, print_markdown
 from skin_resnet.evaluation.report import describe_training
 from skin_resnet.tracking.history import close_abandoned, log_test_access, read_tags
 from skin_resnet.tracking.links import describe_location, show_figure
+from skin_resnet.tracking.registry import register_run
 from skin_resnet.tracking.run import TrackedRun, is_project_run, open_run
-from skin_resnet.tracking.store import prepare_store
+from skin_resnet.tracking.store import describe_uri, prepare_store
 from skin_resnet.training.checkpoint import RunFolder, clean_up_killed, read_checkpoint
 from skin_resnet.training.device import explain_out_of_memory, is_out_of_memory
 from skin_resnet.training.engine import NonFiniteLossError, to_frame
@@ -63,6 +66,8 @@ def train(config: TrainConfig) -> None:
         f"           -m runs:/{run.run_id}/model\n"
         f"compare  {_write_command(run, 'compare', {'runs': f'{run.run_id},RUN_ID'}, by_project=by_project)}"
     )
+    if point.config.register_as != "none":  # the run has ended: it stays finished if the registry fails
+        print(_fill("registry", register_run(run.run_id, point.config.register_as)))
 
 
 def _write_command(run: TrackedRun, command: str, options: dict[str, str], *, by_project: bool) -> str:
@@ -89,10 +94,10 @@ def _train_and_test(run: TrackedRun, point: ResumePoint) -> str:
             raise
         raise explain_out_of_memory(config) from None
     text = report(run, result)
-    lines, summary, page = {"test": "not evaluated"}, "Test was not evaluated.", ""
-    if config.test == "at_end":
-        assessment, page = _test(run, result)
-        lines, summary = {"test": format_result(assessment)}, format_summary(assessment, "test")
+    assessment, page = _test(run, result) if config.test == "at_end" else (None, "")
+    lines = {"test": format_result(assessment) if assessment else "not evaluated"}
+    summary = format_summary(assessment, "test") if assessment else "Test was not evaluated."
+    log_card(run, read_checkpoint(result.checkpoint_path), result.data, assessment)
     # The page of a run shows the first lines only.
     curves = show_figure(run.run_id, "figures/curves.png") if len(result.history) > 1 else ""
     run.describe("\n\n".join(filter(None, [summary, text, curves, page])))
@@ -101,10 +106,12 @@ def _train_and_test(run: TrackedRun, point: ResumePoint) -> str:
         print_markdown(f"{text}\n\n{page}")
     lines["verdict"] = text.partition("\n")[0].replace("*", "")
     lines["report"] = f"{'test' if page else 'val'}/evaluation.md, among the artifacts on the run's page"
-    return "\n".join(
-        textwrap.fill(line, 80, initial_indent=f"{name:9}", subsequent_indent=" " * 9)
-        for name, line in lines.items()
-    )
+    return "\n".join(_fill(name, line) for name, line in lines.items())
+
+
+def _fill(name: str, line: str) -> str:
+    indents = {"initial_indent": f"{name:9}", "subsequent_indent": " " * 9}
+    return textwrap.fill(line, 80, **indents, break_on_hyphens=False)
 
 
 def format_result(assessment: Assessment) -> str:
@@ -128,6 +135,14 @@ def report(run: TrackedRun, result: TrainResult) -> str:
         text = f"{LEAK_BANNER}\n\n{text}"
     run.log_artifacts({"report.md": text})
     return text
+
+
+def log_card(
+    run: TrackedRun, checkpoint: dict[str, Any], data: PreparedData, assessment: Assessment | None = None
+) -> None:
+    """Log a training's model card, with its evaluation on test; on val if there is none."""
+    shown, split = (assessment, "test") if assessment else (run.val_assessment, "val")
+    run.log_artifacts({CARD: write_card(checkpoint, data, shown, split, describe_uri())})
 
 
 def open_test_split(run: TrackedRun, config: TrainConfig, data: PreparedData) -> tuple[pd.DataFrame, str]:

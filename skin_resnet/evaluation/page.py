@@ -72,17 +72,16 @@ def _format_cell(value: object) -> str:
 
 def format_assessment(assessment: Assessment, split: str, notes: Sequence[str] = ()) -> str:
     """Write the evaluation of a split as Markdown; notes are paragraphs to begin with."""
-    parts = [
-        *filter(None, notes),
-        *_format_headlines(assessment, split),
-        format_frame(assessment.per_class.rename(columns=_SHORT)),
-        *_format_calibration(assessment),
-        *_format_thresholds(assessment),
-        *_format_referral(assessment),
-        *_format_retest(assessment.retest),
-        *_format_subgroups(assessment.subgroups),
-    ]
-    return "\n\n".join(parts)
+    more = [*_format_referral(assessment), *_format_retest(assessment.retest)]
+    return "\n\n".join([*filter(None, notes), format_results(assessment, split), *more])
+
+
+def format_results(assessment: Assessment, split: str) -> str:
+    """Write scores, classes, calibration, thresholds and subgroups of a split, as a model card has them."""
+    classes = format_frame(assessment.per_class.rename(columns=_SHORT))
+    more = [*_format_calibration(assessment), *_format_thresholds(assessment)]
+    subgroups = _format_subgroups(assessment.subgroups)
+    return "\n\n".join([*_format_headlines(assessment, split), classes, *more, *subgroups])
 
 
 def _format_metric(assessment: Assessment, name: str) -> str:
@@ -140,12 +139,11 @@ def _format_calibration(assessment: Assessment) -> Iterator[str]:
     before, after, brier, size = (
         assessment.get(name).value for name in ("ece_before_temperature", "ece", "brier", "set_size")
     )
-    yield "### Calibration"
     yield (
-        f"Expected calibration error (ECE) {before:.3f} before and {after:.3f} after temperature scaling "
-        f"(T = {fitted['temperature']:.2f}, fitted on val); Brier score {brier:.3f}; conformal sets for "
-        f"{fitted['coverage']:.0%} coverage: empirical coverage {_format_metric(assessment, 'coverage')}, "
-        f"{size:.1f} classes on average."
+        f"### Calibration\n\nExpected calibration error (ECE) {before:.3f} before and {after:.3f} after "
+        f"temperature scaling (T = {fitted['temperature']:.2f}, fitted on val); Brier score {brier:.3f}; "
+        f"conformal sets for {fitted['coverage']:.0%} coverage: empirical coverage "
+        f"{_format_metric(assessment, 'coverage')}, {size:.1f} classes on average."
     )
 
 
@@ -168,8 +166,7 @@ def _format_thresholds(assessment: Assessment) -> Iterator[str]:
 def _format_referral(assessment: Assessment) -> Iterator[str]:
     accuracy = assessment.referral.accuracy
     kept = ", ".join(f"{accuracy[int(f * len(accuracy))]:.3f} at {f:.0%}" for f in (0, 0.1, 0.2, 0.5))
-    yield "### Referral"
-    yield f"Selective accuracy when the least confident images are referred: {kept}."
+    yield f"### Referral\n\nSelective accuracy when the least confident images are referred: {kept}."
     if "unfamiliar" in set(assessment.table.name):
         yield f"Images unlike the training images: {_format_metric(assessment, 'unfamiliar')} of all."
 
@@ -222,19 +219,19 @@ def format_leakage(report: LeakageReport) -> str:
     verdict = "the split leaks" if report.leaks else "clean" if report.knows_lesions else "no leak found"
     sizes = report.class_counts.sum()
     counts = ", ".join(f"{sizes[name]:,} {name}" for name in SPLITS)
-    return "\n\n".join(
-        [
-            f"# Leakage report: {verdict}",
-            f"{sizes.sum():,} images of {report.lesions:,} lesions: {counts}.",
-            "\n".join(f"- {remark}" for remark in _list_remarks(report)),
-            f"## Images shared between splits\n\n{_format_shared(report)}",
-            f"## Classes\n\n{_format_classes(report)}",
-            *_list_pairs(report),
-        ]
-    )
+    parts = [
+        f"# Leakage report: {verdict}",
+        f"{sizes.sum():,} images of {report.lesions:,} lesions: {counts}.",
+        format_remarks(report),
+        f"## Images shared between splits\n\n{_format_shared(report)}",
+        f"## Classes\n\n{_format_classes(report)}",
+        *_list_pairs(report),
+    ]
+    return "\n\n".join(parts)
 
 
-def _list_remarks(report: LeakageReport) -> list[str]:
+def format_remarks(report: LeakageReport) -> str:
+    """Write what a leakage report found as a list, a sentence each."""
     size = report.class_counts.test
     touched = report.count_touched(LEAKING_KINDS, seen=("train", "val"))
     melanoma = f" ({_share(touched['mel'], size['mel'])} of melanoma's)" if size.get("mel", 0) else ""
@@ -252,7 +249,7 @@ def _list_remarks(report: LeakageReport) -> list[str]:
         f"The classes of the splits {differ} (chi-square over lesions, p = {report.class_p:.2g}); total "
         f"variation distance from train: {distances}.": True,
     }
-    return [remark for remark, applies in remarks.items() if applies]
+    return "\n".join(f"- {remark}" for remark, applies in remarks.items() if applies)
 
 
 def _format_shared(report: LeakageReport) -> str:
@@ -288,8 +285,8 @@ def _list_pairs(report: LeakageReport) -> Iterator[str]:
     for kind, pairs in report.pairs.groupby("kind", observed=True):
         shown = pairs.head(_LISTED)[columns].round(3).astype(object).fillna("").astype(str)
         rest = f", the first {_LISTED} (the JSON file has all)" if len(pairs) > _LISTED else ""
-        yield f"## {_count(len(pairs), 'pair')}: {KINDS[kind]}{rest}"
-        yield format_table(header, shown.to_numpy().tolist())
+        table = format_table(header, shown.to_numpy().tolist())
+        yield f"## {_count(len(pairs), 'pair')}: {KINDS[kind]}{rest}\n\n{table}"
 
 
 def _count(number: int, noun: str) -> str:

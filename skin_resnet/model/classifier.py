@@ -25,7 +25,7 @@ Pixels = NDArray[np.uint8]
 Score = Callable[[Pixels], tuple[NDArray[np.float64], NDArray[np.float64]]]
 
 _RIDGE = 0.1  # added to the diagonal of a correlation matrix: fewer images than features must do
-_FAMILIAR = 0.99  # share of val images that count as familiar
+FAMILIAR = 0.99  # share of val images that count as familiar
 _TINY = float(np.finfo(np.float32).tiny)
 
 
@@ -70,7 +70,7 @@ def build_network(checkpoint: Mapping[str, Any]) -> ResNet:
 def fit_familiarity(train: Tensor, val: Tensor) -> dict[str, Tensor]:
     """Fit what an image of the training's kind looks like, from features of the first stage, (N, C).
 
-    Unfamiliarity is the Mahalanobis distance from the training images, scaled so that `_FAMILIAR` of the val
+    Unfamiliarity is the Mahalanobis distance from the training images, scaled so that `FAMILIAR` of the val
     images are below 1. The first stage's features separate images that show no skin; those of the last
     stage, and the energy of the logits, do not (benchmarks/familiarity.py).
     Source: Lee, Lee, Lee, Shin, "A Simple Unified Framework for Detecting Out-of-Distribution Samples",
@@ -83,7 +83,7 @@ def fit_familiarity(train: Tensor, val: Tensor) -> dict[str, Tensor]:
     center, scale = train.mean(dim=0), train.std(dim=0).clamp_min(1e-6)
     correlation = torch.cov(((train - center) / scale).T) + _RIDGE * torch.eye(len(center))
     whitening = torch.linalg.inv(torch.linalg.cholesky(correlation)).T / scale[:, None]
-    limit = torch.quantile(measure_unfamiliarity(val, center, whitening), _FAMILIAR)
+    limit = torch.quantile(measure_unfamiliarity(val, center, whitening), FAMILIAR)
     return {"center": center.float(), "whitening": (whitening / limit).float()}
 
 

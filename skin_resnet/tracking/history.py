@@ -14,6 +14,7 @@ import yaml
 from mlflow.entities import LoggedModelStatus, Run
 
 from skin_resnet.errors import UserError, hide_password
+from skin_resnet.evaluation.card import CARD
 from skin_resnet.evaluation.metrics import Metrics
 from skin_resnet.tracking.store import OUTAGES, describe_uri, find_experiment
 
@@ -57,7 +58,7 @@ def read_run(run_id: str, split: str) -> FinishedRun:
     Raises:
         UserError: There is no such run, or it has no predictions on that split.
     """
-    with _explain(f"run {run_id} is not a training with predictions on {split}"):
+    with explain(f"run {run_id} is not a training with predictions on {split}"):
         run = _get_training(run_id)
         path = _download(run_id, f"{split}/predictions.csv")
         texts = {"image_id": str, "lesion_id": str, "dx": str, "prediction": str}
@@ -81,7 +82,7 @@ def read_training(run_id: str, folder: Path) -> tuple[dict[str, Any], Path]:
     Raises:
         UserError: There is no such run, or it is not a finished training.
     """
-    with _explain(f"run {run_id} is not a finished training"):
+    with explain(f"run {run_id} is not a finished training"):
         _get_training(run_id)
         options = yaml.safe_load(_download(run_id, "config.yaml", folder).read_text(encoding="utf-8"))
         return options, _download(run_id, "data/split.csv", folder)
@@ -96,6 +97,18 @@ def read_history(run_id: str) -> pd.DataFrame:
     return history.sort_index().rename_axis("epoch")
 
 
+def read_scores(run_id: str, split: str) -> pd.DataFrame:
+    """Return a run's metrics on a split by name, as `Assessment.table` has them: value, low, high."""
+    return pd.read_csv(_download(run_id, f"{split}/metrics.csv"), index_col="name")[["value", "low", "high"]]
+
+
+def read_card(run_id: str) -> str:
+    """Return a run's model card; empty if it has none, or the store does not have the run."""
+    with suppress(*OUTAGES, OSError):
+        return _download(run_id, CARD).read_text(encoding="utf-8")
+    return ""
+
+
 def read_tags(run_id: str) -> dict[str, str]:
     """Return a run's tags."""
     return dict(mlflow.MlflowClient().get_run(run_id).data.tags)
@@ -107,8 +120,8 @@ def download_checkpoint(model: str) -> Path:
     Raises:
         UserError: There is no such run or model, or it has no checkpoint.
     """
-    with _explain(f"{model} is not a checkpoint file, a run with a model, or a model (models:/NAME@ALIAS)"):
-        uri = model if model.startswith("models:/") else _find_model(model.removeprefix("runs:/").rstrip("/"))
+    with explain(f"{model} is not a checkpoint file, a run with a model, or a model (models:/NAME@ALIAS)"):
+        uri = model if model.startswith("models:/") else find_model(model.removeprefix("runs:/").rstrip("/"))
         return next(Path(mlflow.artifacts.download_artifacts(uri)).rglob("*.pt"))
 
 
@@ -235,7 +248,7 @@ def _get_training(run_id: str) -> Run:
     return run
 
 
-def _find_model(run_id: str) -> str:
+def find_model(run_id: str) -> str:
     """Return the URI of the last model that a run has logged."""
     run = mlflow.MlflowClient().get_run(run_id)
     models = mlflow.search_logged_models(
@@ -253,7 +266,8 @@ def _download(run_id: str, path: str, folder: Path | None = None) -> Path:
 
 
 @contextmanager
-def _explain(problem: str) -> Iterator[None]:
+def explain(problem: str) -> Iterator[None]:
+    """Raise a `UserError` with a problem, where the store is and the reason, if MLflow raises anything."""
     try:
         yield
     except (*OUTAGES, OSError, LookupError, StopIteration) as error:

@@ -58,6 +58,13 @@ def show_figure(run_id: str, path: str) -> str:
     return f"![{Path(path).stem}](get-artifact?path={path}&run_uuid={run_id})"
 
 
+def cut(markdown: str, longest: int) -> str:
+    """Return Markdown of a run, cut after a paragraph if it has more characters than can be shown."""
+    if len(markdown) <= longest:
+        return markdown
+    return markdown[:longest].rpartition("\n\n")[0] + "\n\nThe rest is in the run's artifacts."
+
+
 def save_view(run_id: str, name: str = _RESULTS, where: str = "") -> None:
     """Save a view of the runs in a run's experiment with their data and scores, unless it is there.
 

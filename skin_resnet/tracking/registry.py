@@ -1,110 +1,83 @@
-"""The registry: which model is the champion, and what its pages say."""
+"""The registry: registered models, which version is the champion, and what their pages say."""
 
 import io
-from collections.abc import Mapping
-from contextlib import redirect_stderr, suppress
+import shlex
+from contextlib import redirect_stderr
 
 import mlflow
 
-from skin_resnet.data.prepare import PreparedData
-from skin_resnet.evaluation.metrics import is_better
-from skin_resnet.evaluation.page import LEAK_BANNER
-from skin_resnet.tracking.links import link_run
-from skin_resnet.tracking.store import describe_uri
+from skin_resnet.errors import UserError
+from skin_resnet.evaluation.card import CARD
+from skin_resnet.evaluation.metrics import HEADLINES, is_better
+from skin_resnet.evaluation.page import format_score
+from skin_resnet.tracking.history import explain, find_model, read_card, read_scores
+from skin_resnet.tracking.links import cut, link_run
 
-CHAMPION = "champion"  # the alias of a registered model's best version
+# Aliases of a registered model: its best version, and the latest one that may be better.
+CHAMPION, CHALLENGER = "champion", "challenger"
 _SCORE = "balanced_accuracy"
-_PAGE = """\
-Classifies dermoscopy images of skin lesions into {classes}.
-
-**{score}.** This is the score of the present {alias}, trained on {train} images of {data}, with \
-{val} more in val and {test} in test. {leakage}
-
-```python
-import mlflow
-import pandas as pd
-
-mlflow.set_tracking_uri("{uri}")
-model = mlflow.pyfunc.load_model("models:/{name}@{alias}")
-image = open("lesion.jpg", "rb").read()
-print(model.predict(pd.DataFrame({{"image": [image]}})))
-```
-
-It returns the predicted class and the calibrated probability of each class.
-
-Limits:
-
-- Research software, not a medical device. Do not use it for diagnosis or treatment.
-- It knows only these {count} classes, and puts every image into one of them, whatever it shows.
-- Its test images come from the same source as its training images. On images of other clinics, cameras or \
-skin types, expect lower scores. Measure them before you use it: \
-`skin-resnet evaluate --model models:/{name}@{alias} --data FOLDER`.
-"""
+_LONGEST = 4_900  # characters of a description: MLflow's databases keep 5,000
 
 
-def register_model(
-    model_uri: str,
-    name: str,
-    *,
-    metrics: Mapping[str, float],
-    baseline: float,
-    split_hash: str,
-    descriptions: tuple[str, str],
-) -> str:
-    """Register a model; it becomes the champion if it beats the present one on val. Return what was done.
+def register_run(run_id: str, name: str) -> str:
+    """Register a finished training's model, and return what was done in a sentence.
 
-    A model that is not better than the majority class is not registered.
+    It becomes the champion if there is none and its split does not leak, else the challenger. A model that is
+    not better than the majority class is not registered.
 
-    Args:
-        model_uri: From `log_model`.
-        name: Of the registered model.
-        metrics: Its `val/balanced_accuracy`, and `test/balanced_accuracy` if it was tested, with the low end
-            of that one's interval as `test/balanced_accuracy_low`; tags of the version.
-        baseline: The balanced accuracy of always predicting the majority class.
-        split_hash: The split they were measured on: those of different splits cannot be compared.
-        descriptions: Of the version, and of the registered model if this version becomes its champion.
+    Raises:
+        UserError: The run has no model, or the registry does not take it.
     """
-    split = "test" if f"test/{_SCORE}" in metrics else "val"
-    score, val = metrics[f"{split}/{_SCORE}"], metrics[f"val/{_SCORE}"]
-    low = metrics.get(f"{split}/{_SCORE}_low", score)
-    if not is_better(low, baseline):
-        interval = f" (95 % interval from {low:.3f} on)" if low < score else ""
-        return (
-            f"**Not registered: its balanced accuracy on {split}, {score:.3f}{interval}, is not better than "
-            f"the majority class's, {baseline:.3f}.**"
-        )
-    tags = {**{key: repr(float(value)) for key, value in metrics.items()}, "split.hash": split_hash}
-    with redirect_stderr(io.StringIO()):  # on which MLflow says what is returned below
-        version = mlflow.register_model(model_uri, name, tags=tags).version
+    with explain(f"run {run_id} cannot be registered as {name!r}"):
+        client = mlflow.MlflowClient()
+        run = client.get_run(run_id).data
+        splits = ["val", "test"] if f"test_{_SCORE}" in run.metrics else ["val"]
+        scores = {split: read_scores(run_id, split) for split in splits}
+        value, low, high = scores[splits[-1]].loc[_SCORE]
+        baseline = scores[splits[-1]].value[f"baseline_{_SCORE}"]
+        if not is_better(low, baseline):
+            score = f"{splits[-1]} balanced accuracy {format_score(value, (low, high))}"
+            return f"Not registered: {score} is not better than the majority class, {format_score(baseline)}."
+        tags = {f"{split}/{key}": str(each.value[key]) for split, each in scores.items() for key in HEADLINES}
+        tags["split.hash"] = run.tags["split.hash"]
+        with redirect_stderr(io.StringIO()):  # on which MLflow says what is returned below
+            version = str(mlflow.register_model(find_model(run_id), name, tags=tags).version)
+        client.update_model_version(name, version, _write_page(run_id, f"models:/{name}/{version}"))
+        done = f"Registered: version {version}, models:/{name}@"
+        if CHAMPION not in client.get_registered_model(name).aliases and run.tags["split.leaks"] == "false":
+            make_champion(name, version, run_id)
+            return f"{done}{CHAMPION}."
+        client.set_registered_model_alias(name, CHALLENGER, version)
+        return f"{done}{CHALLENGER}. Is it better? {shlex.join(['skin-resnet', 'promote', name])}"
+
+
+def make_champion(name: str, version: str, run_id: str) -> None:
+    """Make a version the champion, which the registered model's page then describes."""
     client = mlflow.MlflowClient()
-    client.update_model_version(name, version, descriptions[0])
-    done = f"Registered as {name}, version {version}"
-    with suppress(mlflow.MlflowException):  # the first of its name
-        champion = client.get_model_version_by_alias(name, CHAMPION)
-        kept = f"{done}; version {champion.version} remains the {CHAMPION}"
-        if champion.tags.get("split.hash") != split_hash:
-            return f"{kept}: it was measured on another split."
-        if val <= (present := float(champion.tags[f"val/{_SCORE}"])):
-            return f"{kept}, with a val balanced accuracy of {present:.3f} to {val:.3f}."
     client.set_registered_model_alias(name, CHAMPION, version)
-    client.update_registered_model(name, descriptions[1])
-    return f"{done}, the {CHAMPION}: models:/{name}@{CHAMPION}."
+    if str(client.get_registered_model(name).aliases.get(CHALLENGER)) == version:
+        client.delete_registered_model_alias(name, CHALLENGER)
+    client.update_registered_model(name, _write_page(run_id, f"models:/{name}@{CHAMPION}"))
 
 
-def describe_version(score: str, command: str, run_id: str) -> str:
-    """Return a version's description: score, the command with its recipe, and a link to its run."""
-    return f"{score[0].upper()}{score[1:]}.\n\nTrained by `{command}` in run {link_run(run_id)}."
+def _write_page(run_id: str, uri: str) -> str:
+    """Return the model card of a run, which loads the model by its URI in the registry."""
+    card = read_card(run_id).replace(f"runs:/{run_id}/model", uri)
+    return cut(f"`{CARD}` of run {link_run(run_id)}:\n\n{card}", _LONGEST)
 
 
-def describe_champion(name: str, score: str, data_name: str, data: PreparedData) -> str:
-    """Return a registered model's description: score, data, how it is used, and its limits."""
-    leakage = "No lesion is in two of these splits."
-    if not data.leakage.knows_lesions:
-        leakage = "The data has no lesion ids: the splits may share lesions, and the score may be too high."
-    if data.leakage.leaks:
-        leakage = LEAK_BANNER
-    return _PAGE.format(
-        name=name, alias=CHAMPION, uri=describe_uri(), score=f"{score[0].upper()}{score[1:]}", data=data_name,
-        classes=", ".join(data.classes), count=len(data.classes), train=len(data.split.train),
-        val=len(data.split.val), test=len(data.split.test), leakage=leakage,
-    )  # fmt: skip
+def find_contenders(name: str, challenger: str) -> dict[str, str]:
+    """Return run ids by version: of the challenger (an alias or version), then of any champion.
+
+    Raises:
+        UserError: There is no such version, or it is the champion.
+    """
+    with explain(f"there is no version {challenger!r} of {name!r}"):
+        client = mlflow.MlflowClient()
+        get = client.get_model_version if challenger.isdecimal() else client.get_model_version_by_alias
+        found = [get(name, challenger)]
+        if champion := client.get_registered_model(name).aliases.get(CHAMPION):
+            found.append(client.get_model_version(name, str(champion)))
+    if len({each.version for each in found}) < len(found):
+        raise UserError(f"version {champion} of {name!r} is its champion; name another one with challenger=")
+    return {str(each.version): str(each.run_id) for each in found}

@@ -17,13 +17,13 @@ from mlflow.entities import LoggedModelStatus, Metric, Param, RunTag
 
 from skin_resnet.errors import UserError, hide_password
 from skin_resnet.evaluation.artifacts import list_artifacts
-from skin_resnet.evaluation.assess import assess
+from skin_resnet.evaluation.assess import Assessment, assess
 from skin_resnet.evaluation.metrics import HEADLINES
 from skin_resnet.evaluation.page import LEAK_BANNER
 from skin_resnet.evaluation.plots.curves import plot_curves
 from skin_resnet.options import FrozenConfig
 from skin_resnet.tracking import records, serving
-from skin_resnet.tracking.links import save_view
+from skin_resnet.tracking.links import cut, save_view
 from skin_resnet.tracking.store import OUTAGES, describe_uri, find_experiment, prepare_store
 from skin_resnet.training import interrupts
 from skin_resnet.training.engine import EpochResult, to_frame
@@ -169,6 +169,8 @@ def _end_early(run: "TrackedRun", status: str, error: BaseException) -> None:
 class TrackedRun:
     """An open MLflow run, and the tracker of the training in it."""
 
+    val_assessment: Assessment  # when the training has ended
+
     def __init__(self, run_id: str) -> None:
         self.run_id = run_id
         self._client = mlflow.MlflowClient()
@@ -206,9 +208,7 @@ class TrackedRun:
 
     def describe(self, markdown: str) -> None:
         """Set the description, which the run's page shows first; a long one ends after a paragraph."""
-        if len(markdown) > _LONGEST:
-            markdown = markdown[:_LONGEST].rpartition("\n\n")[0] + "\n\nThe rest is in the run's artifacts."
-        self.set_tags({"mlflow.note.content": markdown})
+        self.set_tags({"mlflow.note.content": cut(markdown, _LONGEST)})
 
     def log_artifacts(self, files: Mapping[str, Any]) -> None:
         """Log artifacts by path: a data frame as CSV, a dict or list as JSON or YAML, a figure, or a text.
@@ -254,7 +254,7 @@ class TrackedRun:
         records.log_best(self.run_id, result.best, result.final_gap)
         self.set_tags({"best.sha256": result.weights_sha256})
         best, val = result.best.epoch, result.data.select(result.data.split.val)
-        assessment = assess(
+        self.val_assessment = assessment = assess(
             result.val_predictions, val, result.data.classes, result.data.baseline_class, result.calibration
         )
         notes = [LEAK_BANNER] if result.data.leakage.leaks else []

@@ -14,7 +14,7 @@ from skin_resnet.training.engine import EpochResult, build_non_finite_error
 from skin_resnet.training.state import TrainingState
 
 # Options about where a run works, not about what it computes: they may change when it is resumed.
-_MAY_CHANGE = ("data", "cache_dir", "checkpoint_dir", "checkpoint_minutes", "device")
+_MAY_CHANGE = ("data", "cache_dir", "checkpoint_dir", "checkpoint_minutes", "device", "register_as")
 
 
 @dataclass(frozen=True, kw_only=True)
