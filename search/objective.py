@@ -109,12 +109,16 @@ def read_objective(name: str, result: EpochResult) -> float:
 
 
 @contextmanager
-def open_child(name: str, parent_run_id: str, tags: Mapping[str, str]) -> Iterator[TrackedRun]:
-    """Open a child run as `open_run` does, as soon as the tracking server is there."""
+def open_child(
+    name: str, parent_run_id: str, tags: Mapping[str, str], run_id: str | None = None
+) -> Iterator[TrackedRun]:
+    """Open a child run, or resume one, as `open_run` does, as soon as the tracking server is there."""
     with ExitStack() as stack:
 
         def enter() -> TrackedRun:
-            child = open_run(name, parent_run_id=parent_run_id, tags=tags, pruned=(TrialPruned,))
+            child = open_run(
+                name, run_id=run_id, parent_run_id=parent_run_id, tags=tags, pruned=(TrialPruned,)
+            )
             return stack.enter_context(child)
 
         yield wait_for_server(enter)

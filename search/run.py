@@ -1,5 +1,6 @@
 """The command `search`: trials, then the winner retrained with new seeds, tested and registered."""
 
+from contextlib import ExitStack, suppress
 from functools import partial
 from typing import Any
 
@@ -37,7 +38,8 @@ from skin_resnet.tracking import history as finished_runs
 from skin_resnet.tracking.links import describe_location, link_view, save_view
 from skin_resnet.tracking.registry import register_run
 from skin_resnet.tracking.run import TrackedRun, open_run
-from skin_resnet.training.checkpoint import read_checkpoint
+from skin_resnet.training.checkpoint import RunFolder, read_checkpoint
+from skin_resnet.training.resume import ResumePoint, find_resume_point
 from skin_resnet.training.run import run_training
 
 
@@ -154,24 +156,36 @@ def _retrain_and_test(
 
 
 def _retrain(study: Study, recipe: str, config: TrainConfig, parent_run_id: str) -> dict[str, Any]:
-    """Train a recipe in a child run, unless a killed search has; return what the rest needs of it."""
-    name = f"{recipe} · seed {config.seed}"
-    kept: dict[str, Any] = study.user_attrs.get(f"retrained {name}", {})
-    if kept.get("config") == config.model_dump_json():
+    """Train a recipe in a child run, from where a killed search left it; return what the rest needs of it."""
+    name, key = f"{recipe} · seed {config.seed}", f"retrained {recipe} · seed {config.seed}"
+    kept: dict[str, Any] = study.user_attrs.get(key, {})
+    known = {"recipe": recipe, "config": config.model_dump_json()}
+    if "val" in kept and kept["config"] == known["config"]:
         return kept
     print(f"\n{name}")
     tags = {finished_runs.STUDY: get_study_id(study), "search.recipe": recipe}
-    with open_child(name, parent_run_id, tags) as run:
-        result = run_training(config, tracker=PatientTracker(run))
+    point: ResumePoint | None = None
+    with ExitStack() as stack:
+        stack.callback(lambda: point.folder.release() if point else None)
+        if kept.get("config") == known["config"]:
+            with suppress(UserError):  # it was killed before it began to train, or elsewhere
+                point = find_resume_point(config.with_changes(resume=kept["run_id"]))
+        run_id = point.folder.path.name if point else None
+        run = stack.enter_context(open_child(name, parent_run_id, tags, run_id=run_id))
+        if point is None:
+            folder = RunFolder(config.checkpoint_dir.expanduser() / run.run_id)
+            point = ResumePoint(folder=folder, config=config)
+            folder.acquire()
+        study.set_user_attr(key, {**known, "run_id": run.run_id})
+        result = run_training(point.config, tracker=PatientTracker(run), resume=point)
         wait_for_server(lambda: run.describe(report_training(run, result)))
         checkpoint = read_checkpoint(result.checkpoint_path)
         wait_for_server(lambda: log_card(run, checkpoint, result.data))
         wait_for_server(lambda: run.log_model(result.checkpoint_path))
     retrained = {
-        "recipe": recipe, "config": config.model_dump_json(), "run_id": run.run_id,
-        "val": result.best.val.balanced_accuracy, "gap": result.final_gap,
+        **known, "run_id": run.run_id, "val": result.best.val.balanced_accuracy, "gap": result.final_gap,
     }  # fmt: skip
-    study.set_user_attr(f"retrained {name}", retrained)
+    study.set_user_attr(key, retrained)
     return retrained
 
 

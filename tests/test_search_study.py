@@ -438,7 +438,8 @@ def test_every_pruner_is_built_and_lets_a_first_epoch_be(tmp_path: Path, pruner:
 
 
 @pytest.mark.parametrize(
-    ("losses", "pruned_at"), [((-1, -2, -2, -4.5, -4.5, -6), []), ((-1, -2, -2, -2, -2), [5]), ((-9,) * 8, [])]
+    ("losses", "pruned_at"),
+    [((-1, -2, -2, -4.5, -4.5, -6), []), ((-1, -2, -2, -2, -2), [5]), ((-9,) * 8, [])],
 )
 def test_two_epochs_in_a_row_on_the_wrong_side_of_the_median_prune_from_half_of_the_epochs_on(
     tmp_path: Path, losses: tuple[float, ...], pruned_at: list[int]

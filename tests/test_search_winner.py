@@ -16,7 +16,7 @@ from test_search_study import make_epoch, run
 
 from search.config import SearchConfig
 from search.objective import Objective
-from search.run import search
+from search.run import _retrain, search
 from search.space import BASELINE_RECIPE
 from search.study import get_study_id, open_study
 from search.workers import work
@@ -89,6 +89,34 @@ def test_winner_and_baseline_recipe_are_retrained_with_every_seed_and_tested(
         assert child.data.params == wanted.to_params()
         assert child.info.status == "FINISHED"
         assert 0 <= child.data.metrics["test_balanced_accuracy"] <= 1
+
+
+def test_an_interrupted_retraining_is_resumed_in_its_run(
+    config: SearchConfig, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    study = optuna.create_study(storage=f"sqlite:///{folder}/resumed.db", study_name="resumed")
+    study.set_user_attr("skin-resnet search", {"id": "resumed"})
+    recipe = config.training.with_changes(epochs=3, test="never")
+    with mlflow.start_run() as parent:
+        pass
+    with monkeypatch.context() as patch:
+
+        def stop_after_two(run: object, result: EpochResult) -> None:
+            if result.epoch == 2:
+                raise KeyboardInterrupt
+
+        patch.setattr("search.objective.PatientTracker.on_epoch", stop_after_two)
+        with pytest.raises(KeyboardInterrupt):
+            _retrain(study, "winner", recipe, parent.info.run_id)
+    (child,) = find_children(parent)
+    assert child.info.status == "KILLED"
+    again = _retrain(study, "winner", recipe, parent.info.run_id)
+    assert again["run_id"] == child.info.run_id
+    assert mlflow.get_run(child.info.run_id).info.status == "FINISHED"
+    epochs = mlflow.MlflowClient().get_metric_history(child.info.run_id, "val/loss")
+    assert [each.step for each in epochs] == [1, 2, 3]
+    assert _retrain(study, "winner", recipe, parent.info.run_id) == again
+    assert not list(Path(config.checkpoint_dir).rglob("*.pt"))
 
 
 def test_test_is_evaluated_once_by_the_search(parent: Run, config: SearchConfig) -> None:
