@@ -32,6 +32,7 @@ COMMANDS = {
     "evaluate": ("skin_resnet.config:EvaluateConfig", "skin_resnet.commands.evaluate:evaluate"),
     "compare": ("skin_resnet.config:CompareConfig", "skin_resnet.commands.compare:compare"),
     "audit": ("skin_resnet.config:AuditConfig", "skin_resnet.commands.audit:audit"),
+    "export": ("skin_resnet.config:ExportConfig", "skin_resnet.commands.export:export"),
     "reproduce": ("skin_resnet.config:ReproduceConfig", "skin_resnet.commands.reproduce:reproduce"),
     "doctor": ("skin_resnet.config:DoctorConfig", "skin_resnet.commands.doctor:doctor"),
 }
