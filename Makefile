@@ -49,7 +49,7 @@ ui: .venv/ready ## start the MLflow UI on http://127.0.0.1:5000, after links to 
 	mlflow server --backend-store-uri sqlite:///mlflow.db --port 5000
 
 lock: ## pin the newest versions that pyproject.toml allows (needs uv)
-	uv pip compile --quiet --universal --python-version 3.11 --extra dev --no-annotate --no-header \
+	uv pip compile --quiet --universal --python-version 3.11 --extra dev --extra export --no-annotate --no-header \
 	  --no-emit-index-url pyproject.toml --output-file requirements.lock
 
 MLproject: skin_resnet/config.py skin_resnet/mlproject.py search/config.py .venv/ready ## write MLproject from the configs

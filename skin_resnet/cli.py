@@ -33,6 +33,7 @@ COMMANDS = {
     "compare": ("skin_resnet.config:CompareConfig", "skin_resnet.commands.compare:compare"),
     "promote": ("skin_resnet.config:PromoteConfig", "skin_resnet.commands.promote:promote"),
     "audit": ("skin_resnet.config:AuditConfig", "skin_resnet.commands.audit:audit"),
+    "export": ("skin_resnet.config:ExportConfig", "skin_resnet.commands.export:export"),
     "reproduce": ("skin_resnet.config:ReproduceConfig", "skin_resnet.commands.reproduce:reproduce"),
     "doctor": ("skin_resnet.config:DoctorConfig", "skin_resnet.commands.doctor:doctor"),
 }

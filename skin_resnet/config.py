@@ -226,6 +226,14 @@ class EvaluateConfig(FrozenConfig):
     precision: Precision = _like_train("precision")
 
 
+class ExportConfig(FrozenConfig):
+    """Export a model to one file that runs without this package."""
+
+    model: Text = Field(description="As for evaluate; several, comma-separated, become one file.")
+    format: Literal["onnx", "pt2"] = Field("onnx", description="ONNX, or a program for PyTorch.")
+    output: Text = Field("auto", description="File to write; auto: named after the model.")
+
+
 class CompareConfig(FrozenConfig):
     """Compare finished runs on the same images."""
 

@@ -1,34 +1,42 @@
 """The logged model: image bytes in, probabilities out, with no package installed."""
 
-import base64
-import contextlib
 import io
 import json
-import os
-import signal
-import socket
-import subprocess
-import sys
-import time
-import urllib.request
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 
 import mlflow
 import numpy as np
 import pandas as pd
+import psutil
 import pytest
 import torch
 from PIL import Image
 
+from benchmarks.serving import (
+    MOST,
+    Request,
+    make_requests,
+    measure_memory,
+    send,
+    serve,
+    split,
+    to_text,
+)
 from skin_resnet.data.decode import decode_image
 from skin_resnet.model.preprocess import normalize
 from skin_resnet.model.resnet import build_resnet
 from skin_resnet.tracking.run import TrackedRun
+from skin_resnet.tracking.serving import MOST_SERVED
 from skin_resnet.training.checkpoint import save_checkpoint
 
 CLASSES = ("blue", "green", "red")
 TEMPERATURE = 1.7
+REASON = {  # kinds of requests whose last row has a reason
+    "truncated image", "noise", "text", "bomb", "data URL", "unicode", "empty", "NUL", "mixed", "256 rows",
+    "huge body", "CSV path",
+}  # fmt: skip
 WEIGHTS = [0.05, 0.15, 0.8]  # of a decision rule that often overrules the most probable class
 
 
@@ -93,43 +101,17 @@ def test_a_broken_image_is_a_row_with_its_reason(model_uri) -> None:
     assert table.loc[1].drop(["error"]).isna().all()
 
 
-@pytest.fixture
-def server(model_uri: str, tmp_path: Path) -> Iterator[str]:
-    """`mlflow models serve`, from a folder where the package cannot be imported."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
-    command = ["mlflow", "models", "serve", "-m", model_uri, "-p", str(port), "--env-manager", "local"]
-    with (tmp_path / "log").open("w") as log:
-        process = subprocess.Popen(
-            [sys.executable, "-m", *command],
-            cwd=tmp_path,
-            env={**environment, "PATH": f"{Path(sys.executable).parent}:{environment['PATH']}"},
-            stdout=log,
-            stderr=log,
-            start_new_session=True,
-        )
-    url = f"http://127.0.0.1:{port}"
-    try:
-        for _ in range(240):
-            with contextlib.suppress(OSError), urllib.request.urlopen(f"{url}/ping"):
-                break
-            assert process.poll() is None, (tmp_path / "log").read_text()
-            time.sleep(0.5)
-        yield url
-    finally:
-        os.killpg(process.pid, signal.SIGKILL)
-        process.wait()
+@pytest.fixture(scope="module")
+def server(model_uri: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[str, psutil.Process]]:
+    """URL and process of `mlflow models serve`, in a folder where the package cannot be imported."""
+    with serve(model_uri, tmp_path_factory.mktemp("server")) as served:
+        yield served
 
 
-def test_a_server_answers_base64_where_the_package_is_not_installed(model_uri: str, server: str) -> None:
+def test_a_server_answers_base64_where_the_package_is_not_installed(model_uri: str, server) -> None:
     images = [encode(), encode(200, 150, "PNG", 1)]
-    rows = [[base64.b64encode(image).decode()] for image in images]
-    body = json.dumps({"dataframe_split": {"columns": ["image"], "data": rows}}).encode()
-    request = urllib.request.Request(f"{server}/invocations", body, {"Content-Type": "application/json"})
-    with urllib.request.urlopen(request) as response:
-        answer = pd.DataFrame(json.load(response)["predictions"])
+    request = Request(kind="good", body=split([to_text(image) for image in images]))
+    answer = pd.DataFrame(send(server[0], request).read_rows())
     expected = mlflow.pyfunc.load_model(model_uri).predict(pd.DataFrame({"image": images}))
     assert answer.prediction.tolist() == expected.prediction.tolist()
     assert answer[list(CLASSES)].to_numpy() == pytest.approx(expected[list(CLASSES)].to_numpy(), abs=1e-5)
@@ -142,3 +124,34 @@ def test_nothing_is_pickled_and_requirements_are_pinned(model_uri) -> None:
     requirements = (Path(model_uri) / "requirements.txt").read_text().split()
     assert all("==" in requirement for requirement in requirements)
     assert {requirement.split("==")[0] for requirement in requirements} >= {"torch", "torchvision", "pillow"}
+
+
+@pytest.mark.slow
+def test_a_server_survives_hostile_requests(server) -> None:
+    assert MOST == MOST_SERVED
+    kinds, used = Counter[str](), []
+    url, process = server
+    for request in make_requests(seed=0, count=400):
+        answer = send(url, request)
+        assert answer.status == request.status, (request.kind, answer.body[:500])
+        kinds[request.kind] += 1
+        if answer.status == 200 and request.kind != "no rows":
+            *_, row = answer.read_rows()
+            assert row["error"] or request.kind not in REASON, request.kind
+            assert (row["prediction"] is None) == bool(row["error"])
+            assert all((row[name] is None) == bool(row["error"]) for name in CLASSES)
+        if request.kind in {"too many", "10,000 rows"}:
+            assert f"at most {MOST} images" in json.loads(answer.body)["message"]
+        used.append(measure_memory(process))
+    assert REASON < set(kinds)
+    # The first requests start threads and compile kernels.
+    assert max(used[300:]) < max(used[:200]) + 100
+
+
+def test_text_is_not_taken_for_a_file_on_the_server(server, tmp_path: Path) -> None:
+    secret = tmp_path / "secret.png"
+    secret.write_bytes(encode())
+    csv = Request(kind="path", body=f"image\n{secret}\n".encode(), content_type="text/csv")
+    for request in (csv, Request(kind="path", body=split([str(secret)]))):
+        answer = send(server[0], request)
+        assert answer.status == 400 or "not an image" in str(answer.read_rows()[0]["error"])

@@ -8,9 +8,10 @@ import numpy as np
 
 from skin_resnet.config import TrainConfig
 from skin_resnet.data.split import Split
-from skin_resnet.errors import UserError
+from skin_resnet.errors import UserError, expand
 from skin_resnet.evaluation.calibration import fit_calibration, get_val_predictions
 from skin_resnet.model.classifier import Classifier, Scorer, build_classifier
+from skin_resnet.model.export import read_exported
 from skin_resnet.tracking.history import download_checkpoint
 from skin_resnet.training.checkpoint import read_checkpoint
 from skin_resnet.training.device import build_fabric
@@ -20,13 +21,17 @@ def load_model(model: str, device: str = "auto", precision: str = "auto") -> Cla
     """Load a trained model to classify images with.
 
     Args:
-        model: A run id, `models:/NAME@ALIAS`, or a checkpoint; several, separated by commas, are averaged.
+        model: A run id, `models:/NAME@ALIAS`, or a checkpoint (the mean of a,b); or an exported file.
         device: `auto`, `cpu`, `cuda` or `mps`.
         precision: `auto`, `fp32` or `bf16`.
 
     Raises:
         UserError: There is no such model, or this machine has no such device.
     """
+    if model.endswith((".onnx", ".pt2")):
+        if device not in {"auto", "cpu"} or precision == "bf16":
+            raise UserError(f"{model} runs on the CPU in fp32; leave out device={device}, {precision=!s}")
+        return read_exported(expand(model))
     fabric = build_fabric(device, precision, devices=1)
     return build_classifier(combine(read_models(model)), fabric.device, fabric.autocast)
 

@@ -193,9 +193,8 @@ class TrackedRun:
         if finite.items() <= self._client.get_run(self.run_id).data.metrics.items():
             return
         now = int(1000 * time.time())
-        self._client.log_batch(
-            self.run_id, metrics=[Metric(name, value, now, step or 0) for name, value in finite.items()]
-        )
+        logged = [Metric(name, value, now, step or 0) for name, value in finite.items()]
+        self._client.log_batch(self.run_id, metrics=logged)
 
     def set_tags(self, tags: Mapping[str, Any]) -> None:
         """Set tags, their values as text."""
@@ -211,16 +210,17 @@ class TrackedRun:
         self.set_tags({"mlflow.note.content": cut(markdown, _LONGEST)})
 
     def log_artifacts(self, files: Mapping[str, Any]) -> None:
-        """Log artifacts by path: a data frame as CSV, a dict or list as JSON or YAML, a figure, or a text.
+        """Log artifacts by path: a file, a frame as CSV, a dict or list as JSON or YAML, a figure, or a text.
 
         Raises:
             UserError: They cannot be written.
         """
         with _explain_full_folder():
             for path, content in files.items():
-                if isinstance(content, pd.DataFrame):
-                    content = content.to_csv(index=False)
-                if isinstance(content, str):
+                content = content.to_csv(index=False) if isinstance(content, pd.DataFrame) else content
+                if isinstance(content, Path):
+                    self._client.log_artifact(self.run_id, content, os.path.dirname(path) or None)
+                elif isinstance(content, str):
                     self._client.log_text(self.run_id, content, path)
                 elif isinstance(content, dict | list):
                     self._client.log_dict(self.run_id, _to_plain(content), path)

@@ -28,11 +28,7 @@ from skin_resnet.training.checkpoint import read_checkpoint
 # What loading and predicting needs, besides the package itself.
 REQUIREMENTS = ("torch", "torchvision", "numpy", "pandas", "pillow")
 MOST_SERVED = 256  # images in a request to a server, which answers 504 after a minute
-_KINDS: dict[str, DataType | Array] = {
-    "string": DataType.string,
-    "double": DataType.double,
-    "strings": Array(DataType.string),
-}
+_KINDS: Any = {"string": DataType.string, "double": DataType.double, "strings": Array(DataType.string)}
 
 
 def log_model(checkpoint: Path) -> str:
@@ -86,12 +82,14 @@ class LesionClassifier(PythonModel):
         Raises:
             MlflowException: A request to a server has more than `MOST_SERVED` images.
         """
-        if len(model_input) > MOST_SERVED and "_MLFLOW_IS_IN_SERVING_ENVIRONMENT" in os.environ:
-            raise mlflow.MlflowException(
-                f"a request has at most {MOST_SERVED} images, not {len(model_input)}; send several",
-                error_code=INVALID_PARAMETER_VALUE,
-            )
-        return self._classifier.predict(model_input["image"]).set_axis(model_input.index)
+        is_served = "_MLFLOW_IS_IN_SERVING_ENVIRONMENT" in os.environ
+        if is_served and len(model_input) > MOST_SERVED:
+            message = f"a request has at most {MOST_SERVED} images, not {len(model_input)}; send several"
+            raise mlflow.MlflowException(message, INVALID_PARAMETER_VALUE)
+        # Of CSV, MLflow hands over text, which must not be taken for a path on the server.
+        files = [each if isinstance(each, bytes) else b"no bytes" for each in model_input["image"]]
+        table = self._classifier.predict(files).set_axis(model_input.index)
+        return table.astype(object).where(table.notna(), None) if is_served else table  # JSON has no NaN
 
 
 mlflow.models.set_model(LesionClassifier())

@@ -1,0 +1,86 @@
+"""How fast images are scored by ONNX Runtime and by PyTorch: `python -m benchmarks.inference [SECONDS]`.
+
+ResNet-50 on one CPU thread, decoding left out. The three take turns, so that what else the machine does slows
+them alike. Images per second are of the thread's own time, latencies are of the clock and include waiting.
+"""
+
+import platform
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import numpy as np
+import onnxruntime
+import torch
+
+from skin_resnet.evaluation.page import format_table
+from skin_resnet.labels import HAM10000_CLASSES
+from skin_resnet.model.classifier import Score, build_classifier
+from skin_resnet.model.export import read_exported, write_exported
+from skin_resnet.model.resnet import build_resnet
+from skin_resnet.training.device import build_fabric
+
+
+def build_scores(image_size: int, folder: Path) -> dict[str, Score]:
+    """Return what scores images in each of the three ways; the weights are random."""
+    checkpoint = {
+        "arch": "resnet50", "classes": HAM10000_CLASSES, "image_size": image_size, "license": "none",
+        "network": build_resnet("resnet50", 7).state_dict(), "run_id": "benchmark", "epoch": 1,
+        "calibration": {"temperature": 1.0, "decision_weights": [1.0] * 7, "least_probability": 0.5},
+        "familiarity": {"center": torch.zeros(256), "whitening": torch.eye(256)},
+    }  # fmt: skip
+    write_exported(checkpoint, folder / f"{image_size}.onnx")
+    bf16 = build_fabric("cpu", "bf16", devices=1).autocast
+    return {
+        "ONNX Runtime": read_exported(folder / f"{image_size}.onnx").score,
+        "PyTorch fp32": build_classifier(checkpoint, torch.device("cpu")).score,
+        "PyTorch bf16": build_classifier(checkpoint, torch.device("cpu"), bf16).score,
+    }
+
+
+def measure(scores: dict[str, Score], image_size: int, batch: int, seconds: float) -> list[list[str]]:
+    """Return a row of the table for each way."""
+    rng = np.random.default_rng(0)
+    pixels = rng.integers(0, 256, (batch, image_size, image_size, 3), np.uint8)
+    used: dict[str, list[float]] = {name: [] for name in scores}
+    waited: dict[str, list[float]] = {name: [] for name in scores}
+    start = time.perf_counter()
+    rounds = -1  # the first compiles kernels
+    while rounds < 2 or time.perf_counter() - start < seconds:
+        for name, score in scores.items():
+            thread, clock = time.thread_time(), time.perf_counter()
+            score(pixels)
+            if rounds >= 0:
+                used[name].append(time.thread_time() - thread)
+                waited[name].append(time.perf_counter() - clock)
+        rounds += 1
+    slowest = np.median(used["PyTorch fp32"])
+    return [
+        [
+            f"{image_size} px", str(batch), name, f"{batch / np.median(used[name]):.1f}",
+            f"{slowest / np.median(used[name]):.2f}",
+            *(f"{1000 * np.percentile(waited[name], share):.0f}" for share in (50, 99)), str(rounds),
+        ]
+        for name in scores
+    ]  # fmt: skip
+
+
+def main() -> None:
+    """Print a table in Markdown."""
+    seconds = float(sys.argv[1]) if len(sys.argv) > 1 else 20
+    torch.set_num_threads(1)
+    rows = []
+    with tempfile.TemporaryDirectory() as folder:
+        for image_size in (64, 224):
+            scores = build_scores(image_size, Path(folder))
+            for batch in (1, 8, 64):
+                rows += measure(scores, image_size, batch, seconds)
+    print(f"{platform.processor()} {torch.backends.cpu.get_cpu_capability()}, one thread")
+    print(f"torch {torch.__version__}, onnxruntime {onnxruntime.__version__}\n")
+    head = ["image", "batch", "", "img/s", "times fp32", "p50 ms", "p99 ms", "rounds"]
+    print(format_table(head, rows))
+
+
+if __name__ == "__main__":
+    main()
