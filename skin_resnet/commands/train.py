@@ -110,8 +110,9 @@ def _train_and_test(run: TrackedRun, point: ResumePoint) -> str:
 
 
 def _fill(name: str, line: str) -> str:
-    indents = {"initial_indent": f"{name:9}", "subsequent_indent": " " * 9}
-    return textwrap.fill(line, 80, **indents, break_on_hyphens=False)
+    return textwrap.fill(
+        line, 80, initial_indent=f"{name:9}", subsequent_indent=" " * 9, break_on_hyphens=False
+    )
 
 
 def format_result(assessment: Assessment) -> str:
