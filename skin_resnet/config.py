@@ -248,10 +248,10 @@ class CompareConfig(FrozenConfig):
 
 
 class PromoteConfig(FrozenConfig):
-    """Make the challenger of a registered model its champion if it is better on val; exit code 1 if not."""
+    """Promote a registered model's challenger if it is better on val; exit code 1 if not."""
 
     name: Text = Field(description="Registered model, as given to register_as.")
-    challenger: Text = Field("challenger", description="Version to promote: its number, or an alias.")
+    challenger: Text = Field("challenger", description="Version to judge: its number, or an alias.")
 
 
 class AuditConfig(FrozenConfig):

@@ -110,9 +110,8 @@ def _train_and_test(run: TrackedRun, point: ResumePoint) -> str:
 
 
 def _fill(name: str, line: str) -> str:
-    indent = " " * 9
     return textwrap.fill(
-        line, 80, initial_indent=f"{name:9}", subsequent_indent=indent, break_on_hyphens=False
+        line, 80, initial_indent=f"{name:9}", subsequent_indent=" " * 9, break_on_hyphens=False
     )
 
 

@@ -19,7 +19,7 @@ from skin_resnet.labels import DIAGNOSES, HAM10000_CLASSES
 from skin_resnet.model.classifier import FAMILIAR, describe
 
 CARD = "model_card.md"  # among a run's artifacts
-# A description in the registry holds its first 5,000 characters: what matters most comes first.
+# What precedes "Data" is also the description of the model in the registry.
 _TEMPLATE = """\
 # Model card: {title}
 
@@ -40,7 +40,7 @@ import pandas as pd
 mlflow.set_tracking_uri("{uri}")
 model = mlflow.pyfunc.load_model("runs:/{run_id}/model")
 image = open("lesion.jpg", "rb").read()
-print(model.predict(pd.DataFrame({{"image": [image]}})))
+print(model.predict(pd.DataFrame({{"image": [image]}})).iloc[0])
 ```
 
 A row per image has the predicted class, the calibrated probability of each class, `set` (the classes that \
@@ -86,10 +86,7 @@ The code is under the Apache License 2.0. License of the images: {license}.{cita
 def write_card(
     checkpoint: Mapping[str, Any], data: PreparedData, assessment: Assessment, split: str, uri: str
 ) -> str:
-    """Write the model card of a finished training, whose run is in the tracking store at a URI.
-
-    The evaluation is that of the split test, or of val if test was not evaluated.
-    """
+    """Write the model card of a training with its evaluation on test, or on val if test was not evaluated."""
     config, facts = TrainConfig.model_validate(checkpoint["config"]), describe(checkpoint)
     counts: dict[str, int] = dict(zip(facts["classes"], checkpoint["class_counts"], strict=True))
     names = {each.code: f"{each.code} ({each.name})" for each in DIAGNOSES}

@@ -61,9 +61,9 @@ def make_champion(name: str, version: str, run_id: str) -> None:
 
 
 def _write_page(run_id: str, uri: str) -> str:
-    """Return the model card of a run, which loads the model by its URI in the registry."""
-    card = read_card(run_id).replace(f"runs:/{run_id}/model", uri)
-    return cut(f"`{CARD}` of run {link_run(run_id)}:\n\n{card}", _LONGEST)
+    """Return the first screen of a run's model card, which loads the model by its URI in the registry."""
+    card = read_card(run_id).partition("\n## Data\n")[0].replace(f"runs:/{run_id}/model", uri)
+    return cut(f"From `{CARD}` of run {link_run(run_id)}:\n\n{card}", _LONGEST)
 
 
 def find_contenders(name: str, challenger: str) -> dict[str, str]:
