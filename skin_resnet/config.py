@@ -9,7 +9,7 @@ from typing import Annotated, Any, Literal, Self
 from pydantic import BeforeValidator, Field, model_validator
 
 from skin_resnet.errors import UserError
-from skin_resnet.options import FolderPath, FrozenConfig, MustExist, Text
+from skin_resnet.options import FolderPath, FrozenConfig, MustExist, Text, Words
 
 Arch = Literal["resnet50", "resnet101", "resnet152"]
 AugmentRecipe = Literal["none", "flips", "crops", "light", "standard", "strong"]
@@ -200,6 +200,25 @@ class EvaluateConfig(FrozenConfig):
     )
     cache_dir: FolderPath = _like_train("cache_dir")
     batch_size: int = Field(32, ge=2, le=65_536, description="Images per batch.")
+    device: Device = _like_train("device")
+    precision: Precision = _like_train("precision")
+
+
+class PredictConfig(FrozenConfig):
+    """Classify images of skin lesions with a trained network."""
+
+    model: Text = EvaluateConfig.model_fields["model"]  # type: ignore[assignment]
+    images: Words = Field(
+        description="Images, folders with all below them, patterns ('*.jpg'), CSV files with a column path; "
+        "several as words or comma-separated."
+    )
+    output: Text = Field(
+        "none", description="FILE.csv or FILE.jsonl for the predictions; none: a table on the terminal."
+    )
+    explain: Text = Field(
+        "none", description="Folder for each image beside its Grad-CAM: what supports the prediction."
+    )
+    batch_size: int = Field(64, ge=1, le=65_536, description="Images per batch.")
     device: Device = _like_train("device")
     precision: Precision = _like_train("precision")
 

@@ -15,7 +15,7 @@ from mlflow.entities import LoggedModelStatus, Run
 
 from skin_resnet.errors import UserError, hide_password
 from skin_resnet.evaluation.metrics import Metrics
-from skin_resnet.tracking.store import OUTAGES, describe_uri, find_experiment
+from skin_resnet.tracking.store import OUTAGES, describe_uri, find_experiment, has_store
 
 # Tags of a search's runs: the study, and of a trial's run the trial's number and how it ended.
 STUDY, TRIAL, STATE = "search.study_id", "search.trial", "search.state"
@@ -108,6 +108,8 @@ def download_checkpoint(model: str) -> Path:
         UserError: There is no such run or model, or it has no checkpoint.
     """
     with _explain(f"{model} is not a checkpoint file, a run with a model, or a model (models:/NAME@ALIAS)"):
+        if not has_store():
+            raise LookupError("there is no such store")
         uri = model if model.startswith("models:/") else _find_model(model.removeprefix("runs:/").rstrip("/"))
         return next(Path(mlflow.artifacts.download_artifacts(uri)).rglob("*.pt"))
 
