@@ -35,6 +35,7 @@ COMMANDS = {
     "audit": ("skin_resnet.config:AuditConfig", "skin_resnet.commands.audit:audit"),
     "reproduce": ("skin_resnet.config:ReproduceConfig", "skin_resnet.commands.reproduce:reproduce"),
     "doctor": ("skin_resnet.config:DoctorConfig", "skin_resnet.commands.doctor:doctor"),
+    "clean": ("skin_resnet.config:CleanConfig", "skin_resnet.commands.clean:clean"),
 }
 
 # Completes in bash and zsh at once, for it starts no Python.

@@ -262,3 +262,12 @@ class DoctorConfig(FrozenConfig):
 
     cache_dir: FolderPath = _like_train("cache_dir")
     checkpoint_dir: FolderPath = _like_train("checkpoint_dir")
+
+
+class CleanConfig(FrozenConfig):
+    """List the decoded images and checkpoints that no run needs; remove them if told to."""
+
+    remove: Literal["false", "true"] = Field("false", description="Remove what is listed as not needed.")
+    days: float = Field(30.0, ge=0, le=3_650, description="Days without use after which images may go.")
+    cache_dir: FolderPath = _like_train("cache_dir")
+    checkpoint_dir: FolderPath = _like_train("checkpoint_dir")

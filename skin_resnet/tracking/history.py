@@ -204,6 +204,15 @@ def close_abandoned(run_id: str) -> str:
     return status
 
 
+def read_state(run_id: str) -> tuple[str, float]:
+    """Return a run's status (`DELETED` if it was, empty if unknown), and its start in seconds since 1970."""
+    with suppress(*OUTAGES):
+        if has_store():
+            run = mlflow.MlflowClient().get_run(run_id).info
+            return "DELETED" if run.lifecycle_stage == "deleted" else str(run.status), run.start_time / 1000
+    return "", 0.0
+
+
 def log_test_access(run_id: str, split_hash: str, model_run_id: str = "") -> str:
     """Log that a run evaluates the test split of a model's run (by default its own): when, and how often.
 
