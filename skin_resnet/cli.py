@@ -18,8 +18,8 @@ from typing import Any, Literal, NoReturn, TextIO, Union, get_args, get_origin
 
 import skin_resnet
 from skin_resnet.config import GROUPS
-from skin_resnet.errors import UserError
-from skin_resnet.options import FrozenConfig, format_value
+from skin_resnet.errors import UserError, expand
+from skin_resnet.options import SEVERAL, FrozenConfig, format_value
 from skin_resnet.training import ignore_foreign_ranks, interrupts
 
 _PR_SET_PDEATHSIG = 1  # linux/prctl.h
@@ -30,13 +30,28 @@ COMMANDS = {
     "train": ("skin_resnet.config:TrainConfig", "skin_resnet.commands.train:train"),
     "search": ("search.config:SearchConfig", "search.run:search"),
     "evaluate": ("skin_resnet.config:EvaluateConfig", "skin_resnet.commands.evaluate:evaluate"),
+    "predict": ("skin_resnet.config:PredictConfig", "skin_resnet.commands.predict:predict"),
     "compare": ("skin_resnet.config:CompareConfig", "skin_resnet.commands.compare:compare"),
     "promote": ("skin_resnet.config:PromoteConfig", "skin_resnet.commands.promote:promote"),
     "audit": ("skin_resnet.config:AuditConfig", "skin_resnet.commands.audit:audit"),
     "export": ("skin_resnet.config:ExportConfig", "skin_resnet.commands.export:export"),
     "reproduce": ("skin_resnet.config:ReproduceConfig", "skin_resnet.commands.reproduce:reproduce"),
     "doctor": ("skin_resnet.config:DoctorConfig", "skin_resnet.commands.doctor:doctor"),
+    "clean": ("skin_resnet.config:CleanConfig", "skin_resnet.commands.clean:clean"),
 }
+
+# Completes in bash and zsh at once, for it starts no Python.
+_COMPLETION = """\
+[ -z "${ZSH_VERSION-}" ] || { autoload -U compinit bashcompinit; compinit; bashcompinit; }
+_skin_resnet() {
+  case "$COMP_CWORD ${COMP_WORDS[1]} ${COMP_WORDS[COMP_CWORD-1]}" in
+%s
+    *) set -- ;;
+  esac
+  COMPREPLY=($(compgen -W "$*" -- "${COMP_WORDS[COMP_CWORD]}"))
+}
+complete -o default -F _skin_resnet skin-resnet
+"""
 
 
 def main(arguments: Sequence[str] | None = None) -> NoReturn:
@@ -64,6 +79,8 @@ def _run_command(arguments: list[str]) -> int:
         print(_describe_commands())
     elif command == "--version":
         print(f"skin-resnet {skin_resnet.__version__}")
+    elif command == "--completion":
+        print(_write_completion(), end="")
     elif {"-h", "--help"} & set(options):
         print(_build_parser(load_config_type(command), command).format_help(), end="")
     else:
@@ -91,25 +108,45 @@ def load_config_type(command: str) -> type[FrozenConfig]:
 def parse_options(command: str, arguments: Sequence[str]) -> Any:
     """Return the config of a command from what was typed after it.
 
-    The first option may be given without its name where it is required: `evaluate RUN_ID`.
+    Required options may be given without their names: `evaluate RUN_ID`. What is typed overrides the file
+    of `--config`.
 
     Raises:
         UserError: An option is unknown, missing, given twice or without a value, or its value is refused.
     """
     config_type = load_config_type(command)
-    name, field = next(iter(config_type.model_fields.items()))
-    if arguments and not arguments[0].startswith("-") and field.is_required():
-        arguments = [f"--{name}", *arguments]
-    typed, unknown = _build_parser(config_type, command).parse_known_args(arguments)
-    for word in unknown:
-        option = word.partition("=")[0]
-        if not option.startswith("--"):
-            raise UserError(f"unexpected argument {word!r}; options are given as --NAME VALUE")
-        raise UserError(f"unknown option {option}; {_suggest(option[2:], config_type.model_fields, '--')}")
+    fields = config_type.model_fields
+    typed, words = _build_parser(config_type, command).parse_known_args(arguments)
     for name, values in vars(typed).items():
         if len(values) > 1:
             raise UserError(f"option --{name} is given {len(values)} times")
-    return config_type.model_validate({name: values[0] for name, values in vars(typed).items()})
+    options = {name: values[0] for name, values in vars(typed).items()}
+    file = options.pop("config", "")
+    from_file, where = (_read_options(file), f" (with --config {file})") if file else ({}, "")
+    for name in (*(word.partition("=")[0].lstrip("-") for word in words if word.startswith("-")), *from_file):
+        if name not in fields:
+            raise UserError(f"unknown option --{name}; {_suggest(name, fields, '--')}{where}")
+    for name, field in fields.items():
+        if words and field.is_required() and name not in options:
+            takes_all = SEVERAL in field.metadata
+            options[name] = "\n".join(words) if takes_all else words[0]
+            words = [] if takes_all else words[1:]
+    if words:
+        raise UserError(f"unexpected argument {words[0]!r}; options are given as --NAME VALUE")
+    try:
+        return config_type.model_validate(from_file | options)
+    except UserError as error:
+        raise UserError(f"{error}{where}") from None
+
+
+def _read_options(file: str) -> dict[str, str]:
+    """Read a YAML file of options, their values as text, as if they had been typed."""
+    import yaml  # as slow as all else that `--help` imports
+
+    try:
+        return dict(yaml.load(expand(file).read_text(encoding="utf-8"), yaml.BaseLoader) or {})
+    except (OSError, ValueError, TypeError, yaml.YAMLError) as error:
+        raise UserError(f"--config {file} is no YAML file of NAME: VALUE, a line each: {error}") from None
 
 
 def _suggest(word: str, known: Any, prefix: str) -> str:
@@ -123,9 +160,10 @@ class _Parser(argparse.ArgumentParser):
 
 
 def _build_parser(config_type: type[FrozenConfig], command: str) -> argparse.ArgumentParser:
+    required = [name for name, field in config_type.model_fields.items() if field.is_required()]
     parser = _Parser(
         prog=f"skin-resnet {command}",
-        usage="%(prog)s [--option VALUE ...]",
+        usage=f"%(prog)s {''.join(f'{name.upper()} ' for name in required)}[--option VALUE ...]",
         description=config_type.__doc__,
         formatter_class=lambda prog: argparse.HelpFormatter(prog, max_help_position=26),
         argument_default=argparse.SUPPRESS,
@@ -144,6 +182,9 @@ def _build_parser(config_type: type[FrozenConfig], command: str) -> argparse.Arg
             metavar=_describe_kind(field.annotation),
             help=text.replace("%", "%%"),
         )
+    text = "YAML file of options, as each run logs one; what is typed overrides it"
+    group = parser.add_argument_group("all commands")
+    group.add_argument("--config", action="append", metavar="FILE", help=text)
     return parser
 
 
@@ -157,6 +198,19 @@ def _describe_kind(annotation: Any) -> str:
     if get_origin(annotation) is not None:  # Annotated
         return _describe_kind(get_args(annotation)[0])
     return {int: "N", float: "X", Path: "PATH"}.get(annotation, "TEXT")
+
+
+def _write_completion() -> str:
+    cases = [f'"1 "*) set -- "{" ".join(COMMANDS)}" ;;']
+    for command in COMMANDS:
+        fields = load_config_type(command).model_fields
+        kinds = {name: _describe_kind(field.annotation) for name, field in fields.items()} | {
+            "config": "FILE"
+        }
+        for name, kind in kinds.items():  # choices are in lower case, placeholders are not
+            cases.append(f'*" {command} --{name}") set -- "{" ".join(re.findall("[a-z0-9_]+", kind))}" ;;')
+        cases.append(f'*" {command} "*) set -- "--{" --".join(kinds)}" ;;')
+    return _COMPLETION % "\n".join(f"    {case}" for case in cases)
 
 
 def _describe_commands() -> str:

@@ -11,7 +11,7 @@ from typing import Annotated, Any, Literal, Self
 from pydantic import BeforeValidator, Field, model_validator
 
 from skin_resnet.errors import UserError
-from skin_resnet.options import FolderPath, FrozenConfig, MustExist, Text, format_value
+from skin_resnet.options import FolderPath, FrozenConfig, MustExist, Text, Words, format_value
 
 Arch = Literal["resnet50", "resnet101", "resnet152"]
 AugmentRecipe = Literal["none", "flips", "crops", "light", "standard", "strong"]
@@ -226,6 +226,25 @@ class EvaluateConfig(FrozenConfig):
     precision: Precision = _like_train("precision")
 
 
+class PredictConfig(FrozenConfig):
+    """Classify images of skin lesions with a trained network."""
+
+    model: Text = EvaluateConfig.model_fields["model"]  # type: ignore[assignment]
+    images: Words = Field(
+        description="Images, folders with all below them, patterns ('*.jpg'), CSV files with a column path; "
+        "several as words or comma-separated."
+    )
+    output: Text = Field(
+        "none", description="FILE.csv or FILE.jsonl for the predictions; none: a table on the terminal."
+    )
+    explain: Text = Field(
+        "none", description="Folder for each image beside its Grad-CAM: what supports the prediction."
+    )
+    batch_size: int = Field(64, ge=1, le=65_536, description="Images per batch.")
+    device: Device = _like_train("device")
+    precision: Precision = _like_train("precision")
+
+
 class ExportConfig(FrozenConfig):
     """Export a model to one file that runs without this package."""
 
@@ -278,5 +297,14 @@ class ReproduceConfig(FrozenConfig):
 class DoctorConfig(FrozenConfig):
     """Check that everything a training needs works here; exit code 1 if not."""
 
+    cache_dir: FolderPath = _like_train("cache_dir")
+    checkpoint_dir: FolderPath = _like_train("checkpoint_dir")
+
+
+class CleanConfig(FrozenConfig):
+    """List the decoded images and checkpoints that no run needs; remove them if told to."""
+
+    remove: Literal["false", "true"] = Field("false", description="Remove what is listed as not needed.")
+    days: float = Field(30.0, ge=0, le=3_650, description="Days without use after which images may go.")
     cache_dir: FolderPath = _like_train("cache_dir")
     checkpoint_dir: FolderPath = _like_train("checkpoint_dir")

@@ -7,11 +7,10 @@ import yaml
 from skin_resnet.cli import COMMANDS, load_config_type
 from skin_resnet.options import format_value
 
-# Entry points and their commands; `mlflow run .` without -e runs main. `doctor` is none of them: `mlflow run`
-# opens a run in the store that it is meant to check.
-ENTRY_POINTS = {
-    "main" if command == "train" else command: command for command in COMMANDS if command != "doctor"
-}
+# Entry points and their commands; `mlflow run .` without -e runs main. `mlflow run` opens a run in the store,
+# which `doctor` is meant to check, and `clean` to read.
+_OTHERS = ("doctor", "clean")
+ENTRY_POINTS = {"main" if name == "train" else name: name for name in COMMANDS if name not in _OTHERS}
 
 
 def render_mlproject() -> str:

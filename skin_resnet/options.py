@@ -11,6 +11,7 @@ from pydantic import (
     BaseModel,
     BeforeValidator,
     ConfigDict,
+    Field,
     ModelWrapValidatorHandler,
     ValidationError,
     model_validator,
@@ -34,6 +35,8 @@ def _check_text(value: Any) -> Any:
 
 Text = Annotated[str, AfterValidator(_check_text)]
 FolderPath = Annotated[Path, BeforeValidator(_check_text)]
+SEVERAL = "several words"  # marks an option that takes all words without a name, a line each
+Words = Annotated[str, Field(min_length=1), SEVERAL]
 
 
 @dataclass(frozen=True)

@@ -24,11 +24,9 @@ ROOT = Path(__file__).parent.parent
 BAD_INPUTS = [*METADATA, *SPLITS, *BAD_IMAGES, *STOPPING, *WEIGHTS, *MODELS, *RUNS]
 BAD_OPTIONS = list_bad_options()
 REQUIRED = {
-    "evaluate": ["--model=x"],
-    "export": ["--model=x"],
-    "compare": ["--runs=x,y"],
-    "reproduce": ["--run=x"],
-}
+    "evaluate": ["--model=x"], "predict": ["--model=x", "--images=x"], "export": ["--model=x"],
+    "compare": ["--runs=x,y"], "reproduce": ["--run=x"],
+}  # fmt: skip
 
 Run = Callable[[list[str]], tuple[int, str, str]]
 

@@ -3,6 +3,7 @@
 import itertools
 import logging
 import os
+import shlex
 import shutil
 import signal
 import subprocess
@@ -12,10 +13,12 @@ from pathlib import Path
 from pkgutil import resolve_name
 
 import pytest
+import yaml
 
 import skin_resnet
-from skin_resnet.cli import COMMANDS, load_config_type, main
+from skin_resnet.cli import COMMANDS, load_config_type, main, parse_options
 from skin_resnet.config import GROUPS, TrainConfig
+from skin_resnet.errors import UserError
 
 ROOT = Path(__file__).parent.parent
 
@@ -61,6 +64,11 @@ def start(command: str, cwd: Path = ROOT) -> subprocess.CompletedProcess[str]:
         ("evaluate --modle x", ["--modle", "did you mean --model?"]),
         ("search --trials x", ["--trials", "did you mean --n_trials?"]),
         ("train 7", ["'7'"]),
+        ("train -o 7", ["-o"]),
+        ("evaluate RUN RUN", ["'RUN'"]),
+        ("predict MODEL", ["--images", "missing"]),
+        ("train --config nosuch.yaml", ["--config nosuch.yaml", "No such file"]),
+        ("train --config a --config b", ["--config", "2 times"]),
         ("evaluate", ["--model", "missing"]),
         ("train --device mps --data demo", ["mps"]),
         ("train --coverage 1e-300", ["coverage", "0.5"]),
@@ -85,7 +93,7 @@ PATH_OPTIONS = [
     f"{command} --{name}"
     for command in COMMANDS
     for name, field in load_config_type(command).model_fields.items()
-    if field.annotation in {str, Path} and name not in {"runs", "objectives", "fix"}
+    if field.annotation in {str, Path} and name not in {"runs", "objectives", "fix", "images"}
 ]
 BAD_PATHS = [
     *itertools.product(PATH_OPTIONS, ["~nosuchuser/x", "x" * 300, "x/" * 2500]),
@@ -106,7 +114,9 @@ def test_an_impossible_path_is_one_line_and_opens_no_run(
     assert not list(tmp_path.iterdir())
 
 
-@pytest.mark.parametrize("arguments", ["train --help", "train --lrr 1", "search -h", "train --data nosuch"])
+@pytest.mark.parametrize(
+    "arguments", ["train --help", "train --lrr 1", "search -h", "train --data nosuch", "--completion"]
+)
 def test_help_and_mistakes_do_not_wait_for_torch_or_mlflow(arguments: str) -> None:
     script = (
         "import sys\nfrom skin_resnet.cli import main\n"
@@ -127,6 +137,98 @@ def test_help_lists_every_option_with_its_default_in_80_columns(command: str, ca
     for name, field in load_config_type(command).model_fields.items():
         assert f"--{name} " in words
         assert field.is_required() or f"(default: {field.default})" in words
+
+
+@pytest.fixture
+def options(tmp_path: Path) -> Path:
+    """A file of options as a run logs it."""
+    config = TrainConfig(lr=1e-05, epochs=3, allow_leaks="true", checkpoint_dir=Path("made"))
+    file = tmp_path / "config.yaml"
+    file.write_text(yaml.safe_dump(config.model_dump(mode="json"), default_flow_style=False))
+    return file
+
+
+def test_the_options_of_a_run_are_read_from_its_file_and_what_is_typed_overrides_them(options: Path) -> None:
+    expected = TrainConfig(lr=1e-05, epochs=3, allow_leaks="true", checkpoint_dir=Path("made"))
+    assert parse_options("train", ["--config", str(options)]) == expected
+    typed = parse_options("search", ["--lr", "0.5", f"--config={options}", "--n_trials=2"])
+    assert (typed.lr, typed.epochs, typed.n_trials) == (0.5, 3, 2)
+
+
+def test_options_of_a_file_are_written_as_they_are_typed(tmp_path: Path) -> None:
+    file = tmp_path / "a.yaml"
+    file.write_text("# mine\nlr: 1e-4\nallow_leaks: false\nweights: none\nsplit_seed: 007\n")
+    config = parse_options("train", ["--config", str(file)])
+    assert (config.lr, config.allow_leaks, config.weights, config.split_seed) == (1e-4, "false", "none", 7)
+    file.write_text("")
+    assert parse_options("train", ["--config", str(file)]) == TrainConfig()
+    file.write_text("model: a\n")
+    assert parse_options("evaluate", ["--config", str(file)]).model == "a"
+    assert parse_options("evaluate", ["b", "--config", str(file)]).model == "b"
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("lrr: 1", ["--lrr", "did you mean --lr?"]),
+        ("lr: much", ["lr should", "'much'"]),
+        ("epochs: [1, 2]", ["epochs", "['1', '2']"]),
+        ("epochs: 2\nwarmup_epochs: 3", ["warmup_epochs=3", "epochs=2"]),
+        ("just text", ["NAME: VALUE"]),
+        ("- a list", ["NAME: VALUE"]),
+        ("lr: 'open", ["NAME: VALUE"]),
+        ("\0", ["NAME: VALUE"]),
+    ],
+)
+def test_what_is_wrong_in_a_file_of_options_is_said_with_its_name(
+    text: str, words: list[str], tmp_path: Path
+) -> None:
+    file = tmp_path / "mine.yaml"
+    file.write_text(text)
+    with pytest.raises(UserError) as error:
+        parse_options("train", ["--config", str(file)])
+    assert not [word for word in (*words, str(file)) if word not in str(error.value)], str(error.value)
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("typed", "expected"),
+    [
+        ("", list(COMMANDS)),
+        ("tr", ["train"]),
+        ("train ", [f"--{name}" for name in (*TrainConfig.model_fields, "config")]),
+        ("train --lr 1 --lab", ["--label_smoothing"]),
+        ("train --arch ", ["resnet50", "resnet101", "resnet152"]),
+        ("train --lr 0.1 --epochs 3 --seed 1 --augment cr", ["crops"]),
+        ("train --image_size ", ["auto"]),
+        ("compare RUN --split ", ["val", "test"]),
+        ("train --split ", []),
+        ("train --config ", []),
+        ("predict MODEL im", []),
+        ("nosuch ", []),
+    ],
+)
+def test_bash_completes_commands_options_and_choices(typed: str, expected: list[str], capsys) -> None:
+    _, script, _ = run("--completion", capsys)
+    words = f"skin-resnet {typed}".split(" ")
+    call = f"COMP_WORDS=({shlex.join(words)}) COMP_CWORD={len(words) - 1}\n_skin_resnet skin-resnet"
+    command = f'{script}\ncomplete -p skin-resnet >&2\n{call}\nprintf "%s\\n" "${{COMPREPLY[@]}}"'
+    done = subprocess.run(["bash", "-euc", command], capture_output=True, text=True, check=False)
+    assert done.stdout.split() == expected
+    assert done.stderr == "complete -o default -F _skin_resnet skin-resnet\n", "else files are completed"
+
+
+def test_the_package_offers_its_main_names_without_waiting_for_them() -> None:
+    script = (
+        "import sys, skin_resnet\n"
+        "assert not {'torch', 'pydantic', 'mlflow'} & set(sys.modules)\n"
+        "from skin_resnet import TrainConfig\n"
+        "assert not {'torch', 'mlflow'} & set(sys.modules)\n"
+        "assert TrainConfig is sys.modules['skin_resnet.config'].TrainConfig\n"
+        "assert not hasattr(skin_resnet, 'nosuch')\n"
+    )
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stderr) == (0, "")
 
 
 def test_help_groups_the_options_and_each_is_in_one_group(capsys) -> None:

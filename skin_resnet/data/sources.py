@@ -209,6 +209,11 @@ def _find_images(image_ids: "pd.Series[str]", folder: Path, metadata: Path) -> "
     return image_ids.map(found)
 
 
+def list_images(folder: Path) -> list[Path]:
+    """Return the image files in a folder and below it, sorted."""
+    return sorted(Path(place.path, name) for place in _walk(folder) for name in place.images)
+
+
 def _walk(folder: Path) -> Iterator[_Folder]:
     """Yield each folder from this one down, without hidden names and macOS's archive leftovers.
 

@@ -1,5 +1,6 @@
 """The image store: images are decoded once into a uint8 array on disk, which all later runs share."""
 
+import contextlib
 import functools
 import hashlib
 import json
@@ -102,7 +103,11 @@ def open_store(
         build_s = time.perf_counter() - started
         _logger.info("decoded %d images in %.1f s", len(table), build_s)
 
-    return replace(build_folder(folder, _read_store, build), build_s=build_s)
+    store = replace(build_folder(folder, _read_store, build), build_s=build_s)
+    with contextlib.suppress(OSError):  # the cache may be read-only
+        # By this, `clean` knows when it was last used, also on a disk that notes no times of access.
+        os.utime(folder / "store.json", ns=(time.time_ns(), os.stat(folder / "store.json").st_mtime_ns))
+    return store
 
 
 def build_folder(

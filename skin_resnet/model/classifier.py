@@ -174,9 +174,8 @@ class Classifier:
             scores = self.score(np.stack([decoded[row] for row in good]))
             for row, probabilities, unfamiliarity in zip(good, *scores, strict=True):
                 records[row] |= self._judge(probabilities, float(unfamiliarity))
-        table = pd.DataFrame(records, columns=list(self.columns))
-        numbers = [name for name, kind in self.columns.items() if kind == "double"]
-        return table.astype(dict.fromkeys(numbers, float))
+        kinds = {name: float if kind == "double" else object for name, kind in self.columns.items()}
+        return pd.DataFrame(records, columns=list(kinds)).astype(kinds)
 
     def _judge(self, probabilities: NDArray[np.float64], unfamiliarity: float) -> dict[str, Any]:
         """Return the row of an image."""

@@ -16,7 +16,7 @@ from mlflow.entities import LoggedModelStatus, Run
 from skin_resnet.errors import UserError, hide_password
 from skin_resnet.evaluation.card import CARD
 from skin_resnet.evaluation.metrics import Metrics
-from skin_resnet.tracking.store import OUTAGES, describe_uri, find_experiment
+from skin_resnet.tracking.store import OUTAGES, describe_uri, find_experiment, has_store
 
 # Tags of a search's runs: the study, and of a trial's run the trial's number and how it ended.
 STUDY, TRIAL, STATE = "search.study_id", "search.trial", "search.state"
@@ -121,6 +121,8 @@ def download_checkpoint(model: str) -> Path:
         UserError: There is no such run or model, or it has no checkpoint.
     """
     with explain(f"{model} is not a checkpoint file, a run with a model, or a model (models:/NAME@ALIAS)"):
+        if not has_store():
+            raise LookupError("there is no such store")
         uri = model if model.startswith("models:/") else find_model(model.removeprefix("runs:/").rstrip("/"))
         return next(Path(mlflow.artifacts.download_artifacts(uri)).rglob("*.pt"))
 
@@ -213,6 +215,15 @@ def close_abandoned(run_id: str) -> str:
     except OUTAGES:
         return ""  # it is in another store, or this one is away
     return status
+
+
+def read_state(run_id: str) -> tuple[str, float]:
+    """Return a run's status (`DELETED` if it was, empty if unknown), and its start in seconds since 1970."""
+    with suppress(*OUTAGES):
+        if has_store():
+            run = mlflow.MlflowClient().get_run(run_id).info
+            return "DELETED" if run.lifecycle_stage == "deleted" else str(run.status), run.start_time / 1000
+    return "", 0.0
 
 
 def log_test_access(run_id: str, split_hash: str, model_run_id: str = "") -> str:

@@ -17,7 +17,7 @@ from skin_resnet.training.checkpoint import read_checkpoint
 from skin_resnet.training.device import build_fabric
 
 
-def load_model(model: str, device: str = "auto", precision: str = "auto") -> Classifier:
+def load_model(model: str | Path, device: str = "auto", precision: str = "auto") -> Classifier:
     """Load a trained model to classify images with.
 
     Args:
@@ -33,7 +33,7 @@ def load_model(model: str, device: str = "auto", precision: str = "auto") -> Cla
             raise UserError(f"{model} runs on the CPU in fp32; leave out device={device}, {precision=!s}")
         return read_exported(expand(model))
     fabric = build_fabric(device, precision, devices=1)
-    return build_classifier(combine(read_models(model)), fabric.device, fabric.autocast)
+    return build_classifier(combine(read_models(str(model))), fabric.device, fabric.autocast)
 
 
 def read_models(models: str) -> list[dict[str, Any]]:

@@ -25,6 +25,7 @@ from skin_resnet.errors import UserError, hide_password
 OUTAGES = (mlflow.MlflowException, requests.RequestException, SQLAlchemyError)
 
 EXPERIMENT = "skin-resnet"  # of runs for which the user has not chosen one
+_LATER = ", created by the first run"
 _TIMEOUT_S = 4
 _DATABASES = {"sqlite", "postgresql", "mysql", "mssql"}
 _TABLES = {"experiments", "runs", "metrics", "params", "tags"}
@@ -82,7 +83,7 @@ def check_store(*, create: bool = False) -> str:
         file = find_sqlite_file(uri)
         if file and not has_all_tables(file):
             if not create:
-                return f"{shown}, created by the first run"
+                return f"{shown}{_LATER}"
             _create_database(make_url(uri), file)
         _connect(uri)
     except UserError:
@@ -96,6 +97,11 @@ def check_store(*, create: bool = False) -> str:
             "unset it to use ./mlflow.db"
         ) from None
     return shown
+
+
+def has_store() -> bool:
+    """Check the tracking store as `check_store` does, and return whether there is one."""
+    return not check_store().endswith(_LATER)
 
 
 def _quiet_mlflow() -> None:

@@ -71,7 +71,7 @@ def _hold_and_read(folder: RunFolder, config: TrainConfig, *, takes_defaults: bo
         if saved["history"]:
             read_checkpoint(folder.best)  # damaged, the best epoch so far would be lost
         own, default = TrainConfig.model_validate(saved["config"]), TrainConfig.model_validate({})
-        changes = {"resume": config.resume}
+        changes: dict[str, Any] = {}
         for name in TrainConfig.model_fields:
             value, before = getattr(config, name), getattr(own, name)
             is_own = value == before or (takes_defaults and value == getattr(default, name))

@@ -185,12 +185,12 @@ def plot_gradcam(
             for example in examples[:1]:
                 predicted = predictions.predicted[rows[example]]
                 p = predictions.probabilities[rows[example], predicted]
-                axes.imshow(_overlay(images[example], heats[example]), aspect="auto")
+                axes.imshow(overlay(images[example], heats[example]), aspect="auto")
                 axes.set_title(f"{word}: {names[predicted]}, p {p:.2f}", fontsize=FONT)
     return figure
 
 
-def _overlay(image: NDArray[np.uint8], heat: NDArray[np.float32]) -> NDArray[np.uint8]:
+def overlay(image: NDArray[np.uint8], heat: NDArray[np.float32]) -> NDArray[np.uint8]:
     """Put an image beside itself under its heat: the hotter, the less of the image shines through."""
     opacity = 0.6 * heat[..., None]
     colors = 255 * colormaps["viridis"](heat)[..., :3]
