@@ -33,6 +33,7 @@ COMMANDS = {
     "compare": ("skin_resnet.config:CompareConfig", "skin_resnet.commands.compare:compare"),
     "audit": ("skin_resnet.config:AuditConfig", "skin_resnet.commands.audit:audit"),
     "reproduce": ("skin_resnet.config:ReproduceConfig", "skin_resnet.commands.reproduce:reproduce"),
+    "app": ("skin_resnet.config:AppConfig", "skin_resnet.commands.app:app"),
     "doctor": ("skin_resnet.config:DoctorConfig", "skin_resnet.commands.doctor:doctor"),
 }
 

@@ -7,10 +7,10 @@ import yaml
 from skin_resnet.cli import COMMANDS, load_config_type
 from skin_resnet.options import format_value
 
-# Entry points and their commands; `mlflow run .` without -e runs main. `doctor` is none of them: `mlflow run`
-# opens a run in the store that it is meant to check.
+# Entry points and their commands; `mlflow run .` without -e runs main. `app` and `doctor` are none of them:
+# `mlflow run` opens a run, in the store that doctor is meant to check.
 ENTRY_POINTS = {
-    "main" if command == "train" else command: command for command in COMMANDS if command != "doctor"
+    "main" if name == "train" else name: name for name in COMMANDS if name not in {"app", "doctor"}
 }
 
 

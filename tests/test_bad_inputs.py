@@ -23,7 +23,9 @@ from tests.bad_inputs.tables import METADATA, SPELLINGS, SPLITS, with_split, wri
 ROOT = Path(__file__).parent.parent
 BAD_INPUTS = [*METADATA, *SPLITS, *BAD_IMAGES, *STOPPING, *WEIGHTS, *MODELS, *RUNS]
 BAD_OPTIONS = list_bad_options()
-REQUIRED = {"evaluate": ["--model=x"], "compare": ["--runs=x,y"], "reproduce": ["--run=x"]}
+REQUIRED = {
+    "evaluate": ["--model=x"], "compare": ["--runs=x,y"], "reproduce": ["--run=x"], "app": ["--model=x"],
+}  # fmt: skip
 
 Run = Callable[[list[str]], tuple[int, str, str]]
 
