@@ -6,7 +6,7 @@ export PATH := $(CURDIR)/$(BIN):$(PATH)
 export MLFLOW_DISABLE_TELEMETRY ?= true
 
 .DEFAULT_GOAL := help
-.PHONY: help setup doctor demo test test-slow lint bench ui lock
+.PHONY: help setup doctor demo app test test-slow lint bench ui lock
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-zA-Z-]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -27,6 +27,12 @@ doctor: .venv/ready ## check device, package versions, disk and tracking store
 demo: .venv/ready ## train and test a ResNet-50 on synthetic images (minutes on two CPU cores)
 	@MLFLOW_LOGGING_LEVEL=WARNING mlflow run . --env-manager=local --experiment-name demo \
 	  -P epochs=16 -P batch_size=32  # for its few images: more steps than by default
+
+app: .venv/ready ## classify images in the browser, with the demo's latest model or MODEL=RUN_ID
+	@model="$(MODEL)"; test -n "$$model" || model=$$($(BIN)/python -c 'import mlflow; print(*mlflow.search_runs( \
+	  experiment_names=["demo"], filter_string="metrics.best_epoch > 0", max_results=1).get("run_id", []))'); \
+	test -n "$$model" || { echo "the demo has not been trained; run make demo, or pass MODEL=RUN_ID" >&2; exit 2; }; \
+	exec $(BIN)/python -m skin_resnet app "$$model"
 
 test: .venv/ready ## run the tests (under six minutes on two CPU cores)
 	$(BIN)/python -m pytest -q --numprocesses=logical --dist=loadfile

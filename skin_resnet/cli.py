@@ -36,6 +36,7 @@ COMMANDS = {
     "audit": ("skin_resnet.config:AuditConfig", "skin_resnet.commands.audit:audit"),
     "export": ("skin_resnet.config:ExportConfig", "skin_resnet.commands.export:export"),
     "reproduce": ("skin_resnet.config:ReproduceConfig", "skin_resnet.commands.reproduce:reproduce"),
+    "app": ("skin_resnet.config:AppConfig", "skin_resnet.commands.app:app"),
     "doctor": ("skin_resnet.config:DoctorConfig", "skin_resnet.commands.doctor:doctor"),
     "clean": ("skin_resnet.config:CleanConfig", "skin_resnet.commands.clean:clean"),
 }

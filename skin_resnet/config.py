@@ -294,6 +294,16 @@ class ReproduceConfig(FrozenConfig):
     checkpoint_dir: FolderPath = _like_train("checkpoint_dir")
 
 
+class AppConfig(FrozenConfig):
+    """Open a page that classifies images with a trained model; others can call it by HTTP."""
+
+    model: Text = EvaluateConfig.model_fields["model"]  # type: ignore[assignment]
+    host: Text = Field("127.0.0.1", description="Address to listen on; 0.0.0.0: for other machines, too.")
+    port: int = Field(8000, ge=0, le=65_535, description="Port to listen on; 0: any free one.")
+    device: Device = _like_train("device")
+    precision: Precision = _like_train("precision")
+
+
 class DoctorConfig(FrozenConfig):
     """Check that everything a training needs works here; exit code 1 if not."""
 

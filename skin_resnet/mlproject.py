@@ -8,8 +8,8 @@ from skin_resnet.cli import COMMANDS, load_config_type
 from skin_resnet.options import format_value
 
 # Entry points and their commands; `mlflow run .` without -e runs main. `mlflow run` opens a run in the store,
-# which `doctor` is meant to check, and `clean` to read.
-_OTHERS = ("doctor", "clean")
+# which `doctor` is meant to check, and `clean` to read; `app` runs until it is stopped.
+_OTHERS = ("doctor", "clean", "app")
 ENTRY_POINTS = {"main" if name == "train" else name: name for name in COMMANDS if name not in _OTHERS}
 
 

@@ -25,7 +25,7 @@ BAD_INPUTS = [*METADATA, *SPLITS, *BAD_IMAGES, *STOPPING, *WEIGHTS, *MODELS, *RU
 BAD_OPTIONS = list_bad_options()
 REQUIRED = {
     "evaluate": ["--model=x"], "predict": ["--model=x", "--images=x"], "export": ["--model=x"],
-    "compare": ["--runs=x,y"], "reproduce": ["--run=x"],
+    "compare": ["--runs=x,y"], "reproduce": ["--run=x"], "app": ["--model=x"],
 }  # fmt: skip
 
 Run = Callable[[list[str]], tuple[int, str, str]]

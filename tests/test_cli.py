@@ -302,6 +302,7 @@ def test_a_wheel_has_the_command_and_works_from_any_folder(tmp_path) -> None:
     pip = [sys.executable, "-m", "pip", "--quiet", "--disable-pip-version-check", "install", "--no-deps"]
     subprocess.run([*pip, "--no-build-isolation", "--target", site, source], check=True)
     assert list(site.glob("skin_resnet/data/*.csv"))
+    assert list(site.glob("skin_resnet/commands/*.html"))
     (tmp_path / "search.py").write_text("raise SystemExit('theirs')")
     for arguments in (["--version"], ["search", "--help"]):
         command = [sys.executable, site / "bin/skin-resnet", *arguments]

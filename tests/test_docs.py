@@ -175,7 +175,7 @@ class Project:
         while not (found := re.search(r"running on (http://[\w.:]+)", log.read_text())):
             assert process.poll() is None, log.read_text()
             time.sleep(0.5)
-        urllib.request.urlopen(f"{found[1]}/version", timeout=60)
+        urllib.request.urlopen(f"{found[1]}/health", timeout=60)
 
 
 def copy_project(folder: Path) -> None:
@@ -213,7 +213,7 @@ def project(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Project]:
         torch.save(build_resnet(arch, num_classes=1000).state_dict(), downloaded / Path(url).name)
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
-        port = str(free.getsockname()[1])
+        port = free.getsockname()[1]
     environment = {
         **os.environ,
         "HOME": str(folder),
@@ -226,7 +226,13 @@ def project(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Project]:
         project = Project(
             folder=folder,
             environment=environment,
-            placeholders={"FOLDER": "images", "FILE.csv": "split.csv", "5001": port},
+            placeholders={
+                "FOLDER": "images",
+                "FILE.csv": "split.csv",
+                "5001": str(port),
+                "app RUN_ID": f"app RUN_ID --port {port + 1}",
+                "8000": str(port + 1),
+            },
             servers=servers,
         )
         project.run("skin-resnet train --data FOLDER")

@@ -28,7 +28,7 @@ def load_model(model: str | Path, device: str = "auto", precision: str = "auto")
     Raises:
         UserError: There is no such model, or this machine has no such device.
     """
-    if model.endswith((".onnx", ".pt2")):
+    if str(model).endswith((".onnx", ".pt2")):
         if device not in {"auto", "cpu"} or precision == "bf16":
             raise UserError(f"{model} runs on the CPU in fp32; leave out device={device}, {precision=!s}")
         return read_exported(expand(model))

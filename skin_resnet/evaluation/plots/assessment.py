@@ -191,12 +191,17 @@ def plot_gradcam(
 
 
 def overlay(image: NDArray[np.uint8], heat: NDArray[np.float32]) -> NDArray[np.uint8]:
-    """Put an image beside itself under its heat: the hotter, the less of the image shines through."""
-    opacity = 0.6 * heat[..., None]
-    colors = 255 * colormaps["viridis"](heat)[..., :3]
-    blend = np.round(image * (1 - opacity) + colors * opacity).astype(np.uint8)
+    """Put an image beside itself under its heat."""
+    layer = color_heat(heat)
+    opacity = layer[..., 3:] / 255
+    blend = np.round(image * (1 - opacity) + layer[..., :3] * opacity).astype(np.uint8)
     gap = np.full((len(image), max(1, len(image) // 50), 3), 255, dtype=np.uint8)
     return np.hstack([image, gap, blend])
+
+
+def color_heat(heat: NDArray[np.float32]) -> NDArray[np.uint8]:
+    """Return a heat map (S, S) as RGBA (S, S, 4) to lay over its image: the hotter, the more opaque."""
+    return np.round(255 * np.dstack([colormaps["viridis"](heat)[..., :3], 0.6 * heat])).astype(np.uint8)
 
 
 def plot_gallery(images: NDArray[np.uint8], captions: Sequence[str], title: str) -> Figure:
