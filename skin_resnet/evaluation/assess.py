@@ -138,9 +138,6 @@ def assess(
         ("singleton_fraction", (sets.sum(axis=1) == 1).mean(), _NAN, _NAN, len(sets)),
         *_measure_thresholds(calibrated, calibration, lesions, classes),
     ]
-    if raw.unfamiliarity is not None:
-        unlike = raw.unfamiliarity > 1
-        rows.append(("unfamiliar", unlike.mean(), *compute_share_interval(unlike, lesions), len(unlike)))
     before = compute_reliability(raw).assign(temperature=1.0)
     after = compute_reliability(calibrated).assign(temperature=calibration["temperature"])
     return Assessment(
@@ -182,6 +179,9 @@ def _measure(
     }
     for name, value in single.items():
         yield name, value, _NAN, _NAN, images
+    if raw.unfamiliarity is not None:
+        unlike = raw.unfamiliarity > 1
+        yield "unfamiliar", unlike.mean(), *compute_share_interval(unlike, lesions), images
 
 
 def _measure_thresholds(

@@ -61,6 +61,8 @@ def build_checkpoint() -> dict[str, Any]:
         "config": TrainConfig(image_size=32).model_dump(mode="json"),
         "split": {"train": ids[:6], "val": ids[6:9], "test": ids[9:]}, "split_fingerprints": {},
         "baseline_class": "mole", "leaks": False, "run_id": "",
+        "familiarity": {"center": torch.zeros(256), "whitening": torch.eye(256)},
+        "license": "unknown",
         "calibration": fit_calibration(guesses, CLASSES, 0.9, np.ones(len(CLASSES), np.int64)),
     }  # fmt: skip
 
