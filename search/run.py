@@ -27,13 +27,14 @@ from skin_resnet.commands.compare import read_predictions
 from skin_resnet.commands.evaluate import assess_and_log
 from skin_resnet.commands.train import log_card, open_test_split
 from skin_resnet.commands.train import report as report_training
-from skin_resnet.config import TrainConfig, write_command
+from skin_resnet.config import TrainConfig
 from skin_resnet.data.prepare import prepare_data
 from skin_resnet.data.split import join_lesions
 from skin_resnet.errors import UserError
 from skin_resnet.evaluation.metrics import Predictions
 from skin_resnet.evaluation.page import format_summary, print_markdown
 from skin_resnet.evaluation.plots.curves import FEWEST_EPOCHS
+from skin_resnet.options import write_command
 from skin_resnet.tracking import history as finished_runs
 from skin_resnet.tracking.links import describe_location, link_view, save_view
 from skin_resnet.tracking.registry import register_run

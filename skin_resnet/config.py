@@ -4,14 +4,13 @@ The command line, `MLproject`, MLflow params and the search space are derived fr
 """
 
 import re
-import shlex
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
 from pydantic import BeforeValidator, Field, model_validator
 
 from skin_resnet.errors import UserError
-from skin_resnet.options import FolderPath, FrozenConfig, MustExist, Text, Words, format_value
+from skin_resnet.options import FolderPath, FrozenConfig, MustExist, Text, Words
 
 Arch = Literal["resnet50", "resnet101", "resnet152"]
 AugmentRecipe = Literal["none", "flips", "crops", "light", "standard", "strong"]
@@ -87,10 +86,7 @@ class TrainingOptions(FrozenConfig):
         0.05, ge=0, le=10, description="Weight decay; biases and BatchNorm are exempt."
     )
     label_smoothing: float = Field(
-        0.0,
-        ge=0,
-        lt=1,
-        description="Label smoothing: fraction of the target spread evenly over all classes.",
+        0.0, ge=0, lt=1, description="Label smoothing: fraction of the target spread over all classes."
     )
     class_weighting: Literal["none", "sqrt", "balanced"] = Field(
         "none", description="Loss weight of a class of n images: equal, 1/sqrt(n) or 1/n, normalized."
@@ -186,19 +182,6 @@ class TrainConfig(RuntimeOptions, EvaluationOptions, TrainingOptions, ModelOptio
         return self
 
 
-def write_command(config: TrainConfig, width: int = 76) -> str:
-    """Return the command that trains with a config, over several lines: what differs from the defaults."""
-    lines, defaults = ["skin-resnet train"], TrainConfig.model_validate({})
-    for name, value in config.model_dump().items():
-        if value != getattr(defaults, name) and name not in {"resume", "register_as"}:
-            word = shlex.quote(f"--{name}={format_value(value)}")
-            if len(f"{lines[-1]} {word} \\") <= width:
-                lines[-1] += f" {word}"
-            else:
-                lines.append(f"  {word}")
-    return " \\\n".join(lines)
-
-
 def _like_train(name: str) -> Any:
     """Return the training option of the same name, for its default, bounds and description."""
     return TrainConfig.model_fields[name]
@@ -234,12 +217,8 @@ class PredictConfig(FrozenConfig):
         description="Images, folders with all below them, patterns ('*.jpg'), CSV files with a column path; "
         "several as words or comma-separated."
     )
-    output: Text = Field(
-        "none", description="FILE.csv or FILE.jsonl for the predictions; none: a table on the terminal."
-    )
-    explain: Text = Field(
-        "none", description="Folder for each image beside its Grad-CAM: what supports the prediction."
-    )
+    output: Text = Field("none", description="FILE.csv or FILE.jsonl to write; none: print a table.")
+    explain: Text = Field("none", description="Folder for each image beside its Grad-CAM.")
     batch_size: int = Field(64, ge=1, le=65_536, description="Images per batch.")
     device: Device = _like_train("device")
     precision: Precision = _like_train("precision")
@@ -261,9 +240,7 @@ class CompareConfig(FrozenConfig):
         description="Run ids separated by commas, or best (the best run of each architecture in the "
         "experiment, by val).",
     )
-    split: Literal["val", "test"] = Field(
-        "test", description="Split whose stored predictions are compared; no network is run."
-    )
+    split: Literal["val", "test"] = Field("test", description="Split whose stored predictions are compared.")
 
 
 class PromoteConfig(FrozenConfig):

@@ -2,6 +2,7 @@
 
 import os
 import re
+import shlex
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Self
@@ -112,3 +113,16 @@ def format_value(value: object) -> str:
     Floats are short (`0.0003`, `1e-05`), so that MLflow shows the same param however a run was started.
     """
     return repr(value) if isinstance(value, float) else str(value)
+
+
+def write_command(config: FrozenConfig, width: int = 76) -> str:
+    """Return the command that trains with a config, over several lines: what differs from the defaults."""
+    lines, defaults = ["skin-resnet train"], type(config).model_validate({})
+    for name, value in config.model_dump().items():
+        if value != getattr(defaults, name) and name not in {"resume", "register_as"}:
+            word = shlex.quote(f"--{name}={format_value(value)}")
+            if len(f"{lines[-1]} {word} \\") <= width:
+                lines[-1] += f" {word}"
+            else:
+                lines.append(f"  {word}")
+    return " \\\n".join(lines)

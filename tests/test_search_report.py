@@ -17,13 +17,14 @@ from search.report import DIFFERENCE, MAJORITY, WINNER, compare_recipes
 from search.run import choose_recipes
 from search.space import BASELINE, build_space, suggest
 from skin_resnet.cli import parse_options
-from skin_resnet.config import TrainConfig, write_command
+from skin_resnet.config import TrainConfig
 from skin_resnet.evaluation.metrics import (
     HEADLINES,
     Predictions,
     compute_intervals,
     compute_metrics,
 )
+from skin_resnet.options import write_command
 from tests.test_plots import assert_texts_are_apart
 
 CONFIG = SearchConfig(n_trials=12, epochs=8)

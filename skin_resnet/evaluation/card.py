@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from skin_resnet.config import TrainConfig, write_command
+from skin_resnet.config import TrainConfig
 from skin_resnet.data.prepare import PreparedData
 from skin_resnet.data.split import SPLITS, join_lesions
 from skin_resnet.evaluation.assess import Assessment
@@ -17,6 +17,7 @@ from skin_resnet.evaluation.page import (
 )
 from skin_resnet.labels import DIAGNOSES, HAM10000_CLASSES
 from skin_resnet.model.classifier import FAMILIAR, describe
+from skin_resnet.options import write_command
 
 CARD = "model_card.md"  # among a run's artifacts
 # What precedes "Data" is also the description of the model in the registry.
