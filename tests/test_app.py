@@ -192,7 +192,7 @@ def send_for_ever() -> Iterator[bytes]:
     yield from itertools.repeat(b"10000\r\n" + bytes(65_536) + b"\r\n", MAX_BODY // 65_536 + 5_000)
 
 
-CHARSETS = ["undefined", "idna", "punycode", "hex", "utf-16", "unicode_escape", "y" * 99]
+CHARSETS = ["unicode_escape", "undefined", "idna", "punycode", "hex", "utf-16", "y" * 99]
 JPEG = encode()
 HOSTILE: dict[str, Callable[[random.Random], Iterable[bytes]]] = {
     "random bytes": lambda rng: upload(rng.randbytes(rng.randrange(3_000))),
@@ -212,6 +212,10 @@ HOSTILE: dict[str, Callable[[random.Random], Iterable[bytes]]] = {
     "an odd charset": lambda rng: upload(
         b"", 'name="files"; filename="\\ud800\xff"',
         Content_Type=f"multipart/form-data; boundary=x; charset={rng.choice(CHARSETS)}",
+    ),
+    "a name of surrogates": lambda rng: upload(
+        b"", 'name="files"; filename="\\ud800"',
+        Content_Type="multipart/form-data; boundary=x; charset=unicode_escape",
     ),
     "a form without an end": lambda rng: write(part(JPEG)[:-2]),
     "no form": lambda rng: write(rng.randbytes(500)),

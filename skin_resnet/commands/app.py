@@ -35,7 +35,7 @@ _USAGE = (
     f"{MAX_FILE // 10**6} MB each and {MAX_BODY // 10**6} MB in all; explain is true or false"
 )
 _ERRORS = {
-    403: "this server answers its own page, and programs that call it localhost",
+    403: "this server answers its own page, and calls to localhost; let a proxy pass on Host: localhost",
     **dict.fromkeys((404, 405), "there is no such page; ask for GET /, GET /health or POST /predict"),
     500: "the server failed, and has printed why",
     503: "too many requests are waiting; try again in a few seconds",
