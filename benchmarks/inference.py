@@ -76,7 +76,9 @@ def main() -> None:
             scores = build_scores(image_size, Path(folder))
             for batch in (1, 8, 64):
                 rows += measure(scores, image_size, batch, seconds)
-    print(f"{platform.processor()} {torch.backends.cpu.get_cpu_capability()}, one thread")
+    print(
+        f"{platform.processor() or platform.machine()} {torch.backends.cpu.get_cpu_capability()}, one thread"
+    )
     print(f"torch {torch.__version__}, onnxruntime {onnxruntime.__version__}\n")
     head = ["image", "batch", "", "img/s", "times fp32", "p50 ms", "p99 ms", "rounds"]
     print(format_table(head, rows))

@@ -227,7 +227,7 @@ class PredictConfig(FrozenConfig):
 class ExportConfig(FrozenConfig):
     """Export a model to one file that runs without this package."""
 
-    model: Text = Field(description="As for evaluate; several, comma-separated, become one file.")
+    model: Text = Field(description="A run id, models:/NAME@ALIAS or a checkpoint; or several, with commas.")
     format: Literal["onnx", "pt2"] = Field("onnx", description="ONNX, or a program for PyTorch.")
     output: Text = Field("auto", description="File to write; auto: named after the model.")
 
