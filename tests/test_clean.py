@@ -164,10 +164,11 @@ def test_opening_decoded_images_counts_as_use_and_does_not_change_them(class_fol
     table = pd.DataFrame({"image_id": paths, "path": paths})
     key = open_store(table, 32, config.cache_dir, "stop").key
     file = config.cache_dir / "stores" / key / "store.json"
-    os.utime(file, (1e9, 1e9))
-    open_store(table, 32, config.cache_dir, "stop")
-    assert time.time() - file.stat().st_atime < DAY_S
-    assert file.stat().st_mtime == 1e9
+    for _ in range(2):  # the second time, this process has checked it already
+        os.utime(file, (1e9, 1e9))
+        open_store(table, 32, config.cache_dir, "stop")
+        assert time.time() - file.stat().st_atime < DAY_S
+        assert file.stat().st_mtime == 1e9
 
 
 def test_without_a_tracking_store_none_is_created_and_checkpoints_are_kept(
