@@ -10,7 +10,6 @@ import socket
 from pathlib import Path
 from typing import Any
 
-import torch
 import uvicorn
 from fastapi import FastAPI, HTTPException, Request, UploadFile
 from fastapi.exceptions import RequestValidationError
@@ -20,11 +19,10 @@ from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from skin_resnet.config import AppConfig
 from skin_resnet.errors import UserError
-from skin_resnet.evaluation.artifacts import choose_stage, compute_gradcam
+from skin_resnet.evaluation.artifacts import explain_prediction
 from skin_resnet.evaluation.plots.assessment import color_heat
 from skin_resnet.labels import DIAGNOSES
 from skin_resnet.model.classifier import Classifier
-from skin_resnet.model.preprocess import normalize, to_float
 from skin_resnet.tracking.models import load_model
 
 MAX_BODY, MAX_FILE = 64_000_000, 32_000_000  # bytes of a request, of a file
@@ -117,16 +115,15 @@ async def _answer_error(request: Request, error: Exception) -> JSONResponse:
 
 def _classify(classifier: Classifier, files: list[UploadFile], explain: bool) -> list[dict[str, Any]]:
     """Return the rows of uploaded images, if wanted with a PNG to lay over them: what supports the class."""
-    rows, stage = [], choose_stage(classifier.facts["image_size"]) if classifier.networks else None
+    rows = []
     for file in files:  # one at a time, for the largest takes 2 GB while it is decoded
         [(table, [pixels])] = classifier.predict_batches([file.file.read()])
         [row] = json.loads(table.to_json(orient="records"))
-        if explain and stage and not isinstance(pixels, str):
-            device = classifier.networks[0].fc.weight.device
-            image = normalize(to_float(torch.from_numpy(pixels[None]).to(device)))
-            asked = torch.tensor([classifier.classes.index(row["prediction"])], device=device)
-            heats = [compute_gradcam(each, image, asked, stage)[0] for each in classifier.networks]
-            Image.fromarray(color_heat(sum(heats) / len(heats))).save(png := io.BytesIO(), "PNG")
+        heat = None
+        if explain and not isinstance(pixels, str):
+            heat = explain_prediction(classifier, pixels, row["prediction"])
+        if heat is not None:
+            Image.fromarray(color_heat(heat)).save(png := io.BytesIO(), "PNG")
             row["overlay"] = f"data:image/png;base64,{base64.b64encode(png.getvalue()).decode()}"
         name = re.split(r"[\\/]", file.filename or "")[-1][-200:].encode(errors="replace").decode()
         rows.append({"file": name, **row})

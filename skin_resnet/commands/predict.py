@@ -7,9 +7,7 @@ from contextlib import nullcontext
 from glob import glob
 from pathlib import Path
 
-import numpy as np
 import pandas as pd
-import torch
 from PIL import Image
 from rich.console import Console
 from rich.table import Table
@@ -19,10 +17,9 @@ from skin_resnet.config import PredictConfig
 from skin_resnet.data.sources import list_images
 from skin_resnet.data.tables import read_table
 from skin_resnet.errors import UserError, expand
-from skin_resnet.evaluation.artifacts import choose_stage, compute_gradcam
+from skin_resnet.evaluation.artifacts import explain_prediction
 from skin_resnet.evaluation.plots.assessment import overlay
 from skin_resnet.model.classifier import Classifier, Pixels
-from skin_resnet.model.preprocess import normalize, to_float
 from skin_resnet.tracking.models import load_model
 from skin_resnet.tracking.run import is_project_run, open_run
 
@@ -92,15 +89,11 @@ def _classify(classifier: Classifier, paths: list[Path], config: PredictConfig) 
 
 
 def _explain(classifier: Classifier, image: Pixels, code: str) -> Image.Image:
-    """Return an image beside its Grad-CAM, the mean of the networks'."""
-    stage = choose_stage(len(image))
-    if not classifier.networks or not stage:
+    """Return an image beside its Grad-CAM."""
+    heat = explain_prediction(classifier, image, code)
+    if heat is None:
         raise UserError("explain: Grad-CAM needs a run or checkpoint, no exported model, of image_size > 48")
-    device = next(classifier.networks[0].parameters()).device
-    target = torch.tensor([classifier.classes.index(code)], device=device)
-    inputs = normalize(to_float(torch.from_numpy(image[None]).to(device)))
-    heats = [compute_gradcam(network, inputs, target, stage)[0] for network in classifier.networks]
-    return Image.fromarray(overlay(image, np.mean(heats, axis=0)))
+    return Image.fromarray(overlay(image, heat))
 
 
 def _print(table: pd.DataFrame) -> None:

@@ -17,6 +17,7 @@ from skin_resnet.evaluation.operating import find_positives, is_positive, tabula
 from skin_resnet.evaluation.page import format_assessment
 from skin_resnet.evaluation.plots import COLORS, shorten
 from skin_resnet.evaluation.plots import assessment as plots
+from skin_resnet.model.classifier import Classifier
 from skin_resnet.model.preprocess import normalize, to_float
 from skin_resnet.model.resnet import ResNet
 
@@ -152,3 +153,21 @@ def compute_gradcam(network: ResNet, images: Tensor, classes: Tensor, stage: int
     highest = heat.amax(dim=(1, 2), keepdim=True)
     scaled: NDArray[np.float32] = torch.where(highest > 0, heat / highest, 0).cpu().numpy()
     return scaled
+
+
+def explain_prediction(
+    classifier: Classifier, pixels: NDArray[np.uint8], code: str
+) -> NDArray[np.float32] | None:
+    """Return the mean Grad-CAM of a classifier's networks, (S, S), for an image (S, S, 3) and a class.
+
+    None of an exported model, and of images of 48 pixels or fewer.
+    """
+    stage = choose_stage(len(pixels))
+    if not classifier.networks or not stage:
+        return None
+    device = classifier.networks[0].fc.weight.device
+    image = normalize(to_float(torch.from_numpy(pixels[None]).to(device)))
+    target = torch.tensor([classifier.classes.index(code)], device=device)
+    heats = [compute_gradcam(network, image, target, stage)[0] for network in classifier.networks]
+    mean: NDArray[np.float32] = np.stack(heats).mean(axis=0)
+    return mean

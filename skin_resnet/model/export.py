@@ -16,6 +16,7 @@ from skin_resnet.errors import UserError
 from skin_resnet.model.classifier import Classifier, Pixels, Scorer, build_classifier
 
 _FACTS = "skin_resnet.json"  # the name of the metadata in both
+_MOST_ONNX = 2_000_000_000  # bytes of weights; protobuf, its format, ends at 2 GiB
 _NAMES: Any = {"output_names": ["probabilities", "unfamiliarity"], "dynamic_shapes": ({0: "N"},)}
 
 
@@ -28,6 +29,9 @@ def write_exported(checkpoint: Mapping[str, Any], file: Path) -> None:
     if file.suffix == ".onnx" and not all(map(importlib.util.find_spec, ("onnxruntime", "onnxscript"))):
         raise UserError("ONNX needs more packages; run pip install onnx onnxruntime onnxscript")
     classifier = build_classifier(checkpoint, torch.device("cpu"))
+    numbers = sum(each.numel() for network in classifier.networks for each in network.parameters())
+    if file.suffix == ".onnx" and 4 * numbers > _MOST_ONNX:
+        raise UserError(f"ONNX holds 2 GB, and these networks are {4 * numbers / 1e9:.1f} GB; use format=pt2")
     facts = json.dumps({**classifier.facts, "scores_of_noise": _score_noise(classifier).tolist()})
     scorer = Scorer(checkpoint).to(memory_format=torch.contiguous_format)  # or torch.export warns
     example = torch.zeros(2, *[classifier.facts["image_size"]] * 2, 3, dtype=torch.uint8)

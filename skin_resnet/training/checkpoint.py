@@ -57,7 +57,7 @@ def read_checkpoint(path: Path) -> dict[str, Any]:
         content = dict(read_torch_file(path))
         found = content["format"]
     except Exception:  # a broken file can raise any
-        raise UserError(f"{path} is not a checkpoint, or it is damaged") from None
+        raise UserError(f"{path} is not a checkpoint (.pt), or it is damaged") from None
     if found != FORMAT:
         raise UserError(
             f"{path} was written by an incompatible version (its format is {found}, not {FORMAT}); train "
