@@ -212,7 +212,7 @@ class EvaluateConfig(FrozenConfig):
 class PredictConfig(FrozenConfig):
     """Classify images of skin lesions with a trained network."""
 
-    model: Text = EvaluateConfig.model_fields["model"]  # type: ignore[assignment]
+    model: Text = Field(description="Run id, models:/NAME@ALIAS, checkpoint (several: a,b) or exported file.")
     images: Words = Field(
         description="Images, folders with all below them, patterns ('*.jpg'), CSV files with a column path; "
         "several as words or comma-separated."
@@ -228,8 +228,8 @@ class ExportConfig(FrozenConfig):
     """Export a model to one file that runs without this package."""
 
     model: Text = Field(description="A run id, models:/NAME@ALIAS or a checkpoint; or several, with commas.")
-    format: Literal["onnx", "pt2"] = Field("onnx", description="ONNX, or a program for PyTorch.")
-    output: Text = Field("auto", description="File to write; auto: named after the model.")
+    format: Literal["auto", "onnx", "pt2"] = Field("auto", description="auto: as output ends, else onnx.")
+    output: Text = Field("auto", description="FILE.onnx or FILE.pt2; auto: named after the model.")
 
 
 class CompareConfig(FrozenConfig):
@@ -274,7 +274,7 @@ class ReproduceConfig(FrozenConfig):
 class AppConfig(FrozenConfig):
     """Open a page that classifies images with a trained model; others can call it by HTTP."""
 
-    model: Text = EvaluateConfig.model_fields["model"]  # type: ignore[assignment]
+    model: Text = Field(description="Run id, models:/NAME@ALIAS, checkpoint (several: a,b) or exported file.")
     host: Text = Field("127.0.0.1", description="Address to listen on; 0.0.0.0: for other machines, too.")
     port: int = Field(8000, ge=0, le=65_535, description="Port to listen on; 0: any free one.")
     device: Device = _like_train("device")

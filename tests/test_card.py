@@ -140,7 +140,7 @@ def test_nothing_is_wrong_with_a_clean_tested_training(card: str) -> None:
     assert "leaks" not in card
     assert "was not evaluated" not in card
     assert "synthetic" not in card
-    assert "There are no thresholds" not in card
+    assert "there are no thresholds" not in card
     assert "p_malignant" not in card
     assert "- No test image shares its lesion or pixels" in card
 

@@ -1,6 +1,8 @@
 """Run with `python -m pytest tests/test_decode.py`."""
 
+import time
 import warnings
+from concurrent.futures import ThreadPoolExecutor
 from io import BytesIO
 from pathlib import Path
 from typing import Any
@@ -11,6 +13,7 @@ import pytest
 from PIL import Image, ImageFile
 from torchvision.transforms import InterpolationMode, v2
 
+from skin_resnet.data import decode as decode_module
 from skin_resnet.data.decode import BadImageError, decode_image
 
 
@@ -157,3 +160,28 @@ def test_over_64_megapixels_are_refused_from_the_header(side: int, action: Any) 
 def test_an_image_that_resizing_would_blow_up_is_refused() -> None:
     with pytest.raises(BadImageError, match="16x100000 is too elongated for a shorter side of 224 px"):
         decode(Image.new("1", (16, 100_000)), 224)
+
+
+def test_few_large_images_are_decoded_at_a_time_however_many_threads_there_are(monkeypatch) -> None:
+    running, most = [], []
+
+    def convert(image: Image.Image) -> Image.Image:
+        running.append(image)
+        most.append(len(running))
+        time.sleep(0.02)
+        running.remove(image)
+        return image
+
+    monkeypatch.setattr(decode_module, "_convert_to_rgb", convert)
+    with ThreadPoolExecutor(12) as pool:
+        for limit, expected in ((399, 4), (400, 12)):
+            monkeypatch.setattr(decode_module, "_LARGE_PIXELS", limit)
+            most.clear()
+            list(pool.map(lambda _: decode_image(encode(Image.new("RGB", (20, 20))), 16), range(24)))
+            assert max(most) <= expected
+    assert max(most) > 4, "small images do not wait"
+
+
+def test_a_file_that_is_not_there_is_said_to_be_missing(tmp_path: Path) -> None:
+    with pytest.raises(BadImageError, match="no such file"):
+        decode_image(tmp_path / "none.jpg", 16)

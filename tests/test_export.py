@@ -28,6 +28,7 @@ from skin_resnet.training.checkpoint import save_checkpoint
 PAGE = Path(__file__).parents[1] / "docs/export.md"
 SUFFIXES = (".onnx", ".pt2")
 SIZE = 32
+RUN = "0123456789abcdef"
 
 
 def make_checkpoint(seed: int) -> dict[str, Any]:
@@ -54,7 +55,7 @@ def make_checkpoint(seed: int) -> dict[str, Any]:
         "familiarity": {"center": torch.rand(256), "whitening": torch.randn(256, 256) / 20},
         "split": {"train": ["a"], "val": ["b"], "test": ["c"]},
         "license": "none",
-        "run_id": f"{seed}123456789abcdef",
+        "run_id": f"{seed}{RUN[1:]}",
         "epoch": 3,
     }
 
@@ -177,7 +178,7 @@ def test_missing_packages_are_named(folder, checkpoint, tmp_path, monkeypatch) -
 
 def test_more_networks_than_an_onnx_file_holds_are_refused_at_once(tmp_path, monkeypatch) -> None:
     monkeypatch.setattr(exporting, "_MOST_ONNX", 1_000_000)
-    with pytest.raises(UserError, match="2 GB.*format=pt2"):
+    with pytest.raises(UserError, match=r"2 GB.*format=pt2"):
         write_exported(make_checkpoint(0), tmp_path / "model.onnx")
     assert not list(tmp_path.iterdir())
 
@@ -208,16 +209,19 @@ def test_the_command_logs_the_file_only_where_mlflow_run_has_opened_a_run(
     export(config)
     assert "01234567-epoch3.pt2" in capsys.readouterr().out
     assert load_model("01234567-epoch3.pt2").facts["version"] == "01234567-epoch3"
-    assert not mlflow.search_runs(search_all_experiments=True, output_format="list")
-    with pytest.raises(UserError, match=r"other\.onnx"):
-        export(config.with_changes(output="other.onnx"))
+    assert not Path("mlflow.db").exists()
+    for wrong in ("other.onnx", "other"):
+        with pytest.raises(UserError, match=wrong):
+            export(config.with_changes(output=wrong, model="nosuch"))
+    monkeypatch.setattr("skin_resnet.commands.export.read_card", lambda run_id: f"# Card of {run_id}")
     experiment = mlflow.create_experiment("exports", artifact_location=(tmp_path / "artifacts").as_uri())
     opened = mlflow.MlflowClient().create_run(experiment).info.run_id
     monkeypatch.setenv("MLFLOW_RUN_ID", opened)
-    export(config.with_changes(output="mine.pt2"))
+    export(config.with_changes(output="mine.pt2", format="auto"))
     assert mlflow.get_run(opened).info.status == "FINISHED"
     (logged,) = tmp_path.glob("artifacts/*/artifacts/mine.pt2")
     assert logged.read_bytes() == Path("mine.pt2").read_bytes()
+    assert logged.with_name("model_card.md").read_text() == Path("mine.md").read_text() == f"# Card of {RUN}"
 
 
 def test_the_pages_program_prints_what_the_classifier_says(folder, tmp_path, monkeypatch, capsys) -> None:

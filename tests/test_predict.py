@@ -23,9 +23,11 @@ from skin_resnet.data.decode import decode_image
 from skin_resnet.errors import UserError
 from skin_resnet.evaluation.artifacts import compute_gradcam
 from skin_resnet.labels import DIAGNOSES, HAM10000_CLASSES
+from skin_resnet.model.classifier import measure_unfamiliarity, to_records
 from skin_resnet.model.preprocess import normalize, to_float
 from skin_resnet.model.resnet import build_resnet
 from skin_resnet.tracking.models import load_model
+from skin_resnet.tracking.store import prepare_store
 from skin_resnet.training.checkpoint import save_checkpoint
 
 
@@ -105,7 +107,7 @@ def test_words_on_the_command_line_are_paths_whatever_is_in_them(images: Path) -
         assert name_all(config.images) == words
 
 
-@pytest.mark.parametrize("text", ["images/none.jpg", "images/*.gif", "images/b.jpg,nosuch", "empty"])
+@pytest.mark.parametrize("text", ["images/none.jpg", "images/*.gif", "images/b.jpg,elsewhere", "empty"])
 def test_where_there_is_no_image_nothing_is_predicted(images: Path, text: str) -> None:
     Path("empty").mkdir()
     with pytest.raises(UserError, match=text.rpartition(",")[2].replace("*", r"\*")):
@@ -140,6 +142,8 @@ def test_a_file_has_what_the_classifier_says_of_each_image(model: str, images: P
         assert float(row.p_malignant) == pytest.approx(record["p_malignant"], abs=1e-12)
         malignant = sum(getattr(truth, each.code) for each in DIAGNOSES if each.malignant)
         assert record["p_malignant"] == pytest.approx(malignant, abs=1e-5)
+        small = min(record[name] for name in HAM10000_CLASSES)
+        assert small == pytest.approx(min(getattr(row, name) for name in HAM10000_CLASSES), rel=1e-6)
     assert sorted(os.listdir()) == ["images", "out.csv", "out.jsonl"], (
         "no tracking store, nothing half-written"
     )
@@ -278,3 +282,29 @@ def test_a_run_id_where_there_is_no_tracking_store_creates_none(images: Path) ->
     finally:
         mlflow.set_tracking_uri(None)
     assert os.listdir() == ["images"]
+
+
+def test_a_small_probability_is_no_zero_in_json() -> None:
+    table = pd.DataFrame({"mel": [8e-14, np.nan], "error": ["", "no image"]})
+    assert json.loads(json.dumps(to_records(table), allow_nan=False)) == [
+        {"mel": 8e-14, "error": ""},
+        {"mel": None, "error": "no image"},
+    ]
+
+
+def test_bf16_does_not_round_how_unfamiliar_an_image_is() -> None:
+    features, whitening = torch.rand(9, 256), torch.randn(256, 256)
+    expected = measure_unfamiliarity(features, torch.zeros(256), whitening)
+    with torch.autocast("cpu", torch.bfloat16):
+        found = measure_unfamiliarity(features, torch.zeros(256), whitening)
+    torch.testing.assert_close(found, expected)
+
+
+def test_a_model_may_be_named_as_mlflow_names_that_of_a_run(images: Path) -> None:
+    mlflow.set_tracking_uri(f"sqlite:///{images.parent}/mlflow.db")
+    prepare_store()
+    try:
+        with pytest.raises(UserError, match="0123456789abcdef not found"):
+            predict(PredictConfig(model="runs:/0123456789abcdef/model", images="images"))
+    finally:
+        mlflow.set_tracking_uri(None)

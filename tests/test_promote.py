@@ -14,6 +14,7 @@ from sklearn.metrics import balanced_accuracy_score
 from skin_resnet.cli import main
 from skin_resnet.commands.promote import promote
 from skin_resnet.config import PromoteConfig
+from skin_resnet.errors import UserError
 from skin_resnet.evaluation.metrics import Predictions
 from skin_resnet.labels import HAM10000_CLASSES
 from skin_resnet.tracking.store import prepare_store
@@ -195,3 +196,10 @@ def test_in_mlflow_run_the_run_tells_the_outcome(
     assert run.data.params == {"name": NAME, "challenger": "challenger"}
     assert ("failure" in run.data.tags) == (skill < 0.5)
     assert "version 2 minus version 1" in run.data.tags["mlflow.note.content"]
+
+
+def test_where_there_is_no_tracking_store_none_is_created(tmp_path, monkeypatch) -> None:
+    monkeypatch.setattr(mlflow, "get_tracking_uri", lambda: f"sqlite:///{tmp_path}/mlflow.db")
+    with pytest.raises(UserError, match="no such store"):
+        promote(PromoteConfig(name=NAME))
+    assert not list(tmp_path.iterdir())

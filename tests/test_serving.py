@@ -34,7 +34,7 @@ from skin_resnet.training.checkpoint import save_checkpoint
 CLASSES = ("blue", "green", "red")
 TEMPERATURE = 1.7
 REASON = {  # kinds of requests whose last row has a reason
-    "truncated image", "noise", "text", "bomb", "data URL", "unicode", "empty", "NUL", "mixed", "256 rows",
+    "truncated image", "noise", "text", "bomb", "data URL", "unicode", "empty", "NUL", "mixed", "most rows",
     "huge body", "CSV path",
 }  # fmt: skip
 WEIGHTS = [0.05, 0.15, 0.8]  # of a decision rule that often overrules the most probable class

@@ -2,6 +2,7 @@
 
 import asyncio
 import base64
+import contextlib
 import io
 import json
 import logging
@@ -22,7 +23,7 @@ from skin_resnet.errors import UserError
 from skin_resnet.evaluation.artifacts import explain_prediction
 from skin_resnet.evaluation.plots.assessment import color_heat
 from skin_resnet.labels import DIAGNOSES
-from skin_resnet.model.classifier import Classifier
+from skin_resnet.model.classifier import Classifier, to_records
 from skin_resnet.tracking.models import load_model
 
 MAX_BODY, MAX_FILE = 64_000_000, 32_000_000  # bytes of a request, of a file
@@ -35,6 +36,7 @@ _USAGE = (
 _ERRORS = {
     403: "this server answers its own page, and calls to localhost; let a proxy pass on Host: localhost",
     **dict.fromkeys((404, 405), "there is no such page; ask for GET /, GET /health or POST /predict"),
+    413: f"a file has at most {MAX_FILE // 10**6} MB, a request {MAX_BODY // 10**6} MB; send less at a time",
     500: "the server failed, and has printed why",
     503: "too many requests are waiting; try again in a few seconds",
 }
@@ -46,7 +48,9 @@ def app(config: AppConfig) -> None:
         listener = socket.create_server((config.host, config.port))
     except (OSError, UnicodeError) as error:
         reason = str(getattr(error, "strerror", error)).partition(" (while")[0]
-        raise UserError(f"cannot use {config.host}:{config.port} ({reason}); choose another port") from None
+        raise UserError(
+            f"cannot use {config.host}:{config.port} ({reason}); choose another host or port"
+        ) from None
     with listener:
         classifier = load_model(config.model, config.device, config.precision)
         address, port = listener.getsockname()
@@ -64,7 +68,8 @@ class _Protocol(H11Protocol):
         """Answer what is not HTTP, or has too long a header; to close before it has arrived would cut off."""
         head = "HTTP/1.1 400 Bad Request\r\nContent-Type: application/json\r\nConnection: close\r\n\r\n"
         self.transport.write((head + json.dumps({"error": _USAGE})).encode())
-        self.transport.write_eof()
+        with contextlib.suppress(OSError):  # the client may be gone
+            self.transport.write_eof()
         self.data_received = lambda data: None  # type: ignore[method-assign]
         self.loop.call_later(1, self.transport.close)
 
@@ -116,9 +121,9 @@ async def _answer_error(request: Request, error: Exception) -> JSONResponse:
 def _classify(classifier: Classifier, files: list[UploadFile], explain: bool) -> list[dict[str, Any]]:
     """Return the rows of uploaded images, if wanted with a PNG to lay over them: what supports the class."""
     rows = []
-    for file in files:  # one at a time, for the largest takes 2 GB while it is decoded
+    for file in files:  # one at a time, for the largest takes 1 GB while it is decoded
         [(table, [pixels])] = classifier.predict_batches([file.file.read()])
-        [row] = json.loads(table.to_json(orient="records"))
+        [row] = to_records(table)
         heat = None
         if explain and not isinstance(pixels, str):
             heat = explain_prediction(classifier, pixels, row["prediction"])

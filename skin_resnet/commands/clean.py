@@ -47,8 +47,8 @@ def _clean_run(path: Path, removes: bool) -> tuple[str, float]:
     status, start_s = read_state(path.name)
     try:
         folder.acquire()
-    except UserError:
-        return "a process is working on it", start_s
+    except UserError as error:
+        return str(error), start_s
     can_resume = folder.last.exists() and status not in {"FINISHED", "DELETED"}
     is_kept = can_resume or status in {"", "RUNNING"}
     if removes and not is_kept:

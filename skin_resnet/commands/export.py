@@ -1,14 +1,17 @@
 """The command `export`: a trained model as one file that runs without this package."""
 
 from contextlib import nullcontext
+from pathlib import Path
+from typing import Any
 
 from skin_resnet.config import ExportConfig
 from skin_resnet.errors import UserError, expand
+from skin_resnet.evaluation.card import CARD
 from skin_resnet.model.classifier import describe
 from skin_resnet.model.export import write_exported
+from skin_resnet.tracking.history import read_card
 from skin_resnet.tracking.models import combine, read_models
 from skin_resnet.tracking.run import is_project_run, open_run
-from skin_resnet.tracking.store import prepare_store
 
 
 def export(config: ExportConfig) -> None:
@@ -18,13 +21,20 @@ def export(config: ExportConfig) -> None:
         UserError: The model cannot be used, or the file cannot be written.
     """
     with open_run(f"export · {config.model}") if is_project_run() else nullcontext() as run:
-        prepare_store()
-        checkpoint = combine(read_models(config.model))
-        name = f"{describe(checkpoint)['version']}.{config.format}"
-        file = expand(name if config.output == "auto" else config.output)
-        if file.suffix != f".{config.format}":
-            raise UserError(f"output should end in .{config.format}, not {config.output!r}")
+        is_named = config.output != "auto"
+        named = Path(config.output).suffix if is_named else ""
+        suffix = f".{config.format}" if config.format != "auto" else named or ".onnx"
+        if suffix not in {".onnx", ".pt2"} or (is_named and named != suffix):
+            raise UserError(f"output={config.output} should end in .onnx or .pt2, and agree with format=")
+        members = read_models(config.model)
+        checkpoint = combine(members)
+        file = expand(config.output if is_named else f"{describe(checkpoint)['version']}{suffix}")
         write_exported(checkpoint, file)
         print(f"exported {config.model} to {file} ({file.stat().st_size / 1e6:.0f} MB)")
+        files: dict[str, Any] = {file.name: file}
+        if card := "\n".join(filter(None, (read_card(each["run_id"]) for each in members))):
+            files[CARD] = card
+            file.with_suffix(".md").write_text(card, encoding="utf-8")
+            print(f"its model card is {file.with_suffix('.md')}")
         if run:
-            run.log_artifacts({file.name: file})
+            run.log_artifacts(files)

@@ -1,5 +1,6 @@
 """The command `predict`: classify images, and show, write or log the predictions."""
 
+import json
 import os
 import re
 import sys
@@ -19,7 +20,7 @@ from skin_resnet.data.tables import read_table
 from skin_resnet.errors import UserError, expand
 from skin_resnet.evaluation.artifacts import explain_prediction
 from skin_resnet.evaluation.plots.assessment import overlay
-from skin_resnet.model.classifier import Classifier, Pixels
+from skin_resnet.model.classifier import Classifier, Pixels, to_records
 from skin_resnet.tracking.models import load_model
 from skin_resnet.tracking.run import is_project_run, open_run
 
@@ -36,7 +37,7 @@ def predict(config: PredictConfig) -> int:
         try:
             paths, file = find_images(config.images), expand(config.output)
             is_table = file.suffix in {".csv", ".jsonl"} and os.access(file.parent, os.W_OK)
-            if config.output != "none" and not is_table:  # refused now, not at the end
+            if config.output != "none" and (not is_table or file.is_dir()):  # refused now, not at the end
                 raise UserError(f"output={file} should be FILE.csv or FILE.jsonl, in a writable folder")
             table = _classify(load_model(config.model, config.device, config.precision), paths, config)
             _print(table) if config.output == "none" else _write(table, file)
@@ -124,8 +125,8 @@ def _write(table: pd.DataFrame, file: Path) -> None:
         if file.suffix == ".csv":
             _flatten(table).to_csv(temporary, index=False)
         else:
-            text = table.to_json(orient="records", lines=True, force_ascii=False, double_precision=15)
-            temporary.write_text(text.replace("\\/", "/"), encoding="utf-8")  # pandas escapes slashes
+            lines = [json.dumps(row, ensure_ascii=False) for row in to_records(table)]
+            temporary.write_text("\n".join([*lines, ""]), encoding="utf-8")
         temporary.replace(file)
     finally:
         temporary.unlink(missing_ok=True)

@@ -9,7 +9,6 @@ from skin_resnet.evaluation.metrics import compare_models, is_better
 from skin_resnet.tracking.history import FinishedRun, read_run
 from skin_resnet.tracking.registry import find_contenders, make_champion
 from skin_resnet.tracking.run import is_project_run, open_run
-from skin_resnet.tracking.store import prepare_store
 
 
 def promote(config: PromoteConfig) -> int:
@@ -21,7 +20,6 @@ def promote(config: PromoteConfig) -> int:
     with ExitStack() as stack:
         # Only `mlflow run` opens a run: what came of it is in the registry.
         run = stack.enter_context(open_run(f"promote · {config.name}")) if is_project_run() else None
-        prepare_store()
         versions = find_contenders(config.name, config.challenger)
         wins, why = judge({f"version {key}": read_run(run_id, "val") for key, run_id in versions.items()})
         challenger, *present = versions

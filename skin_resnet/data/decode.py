@@ -5,6 +5,7 @@ from contextlib import contextmanager, nullcontext
 from os import SEEK_END
 from pathlib import Path
 from stat import S_ISREG
+from threading import BoundedSemaphore
 from typing import BinaryIO
 
 import numpy as np
@@ -15,6 +16,8 @@ from skin_resnet.errors import UserError
 
 MIN_SIDE = 16
 MAX_PIXELS = 64_000_000
+# Decoding one of them may take 0.8 GB: at most four at a time, however many cores there are.
+_LARGE_PIXELS, _LARGE = 8_000_000, BoundedSemaphore(4)
 
 # What cameras and data sets use. Pillow has forty more, one of which starts Ghostscript: unsafe on a server.
 _FORMATS = ("BMP", "GIF", "JPEG", "PNG", "TIFF", "WEBP")
@@ -38,7 +41,9 @@ def decode_image(file: Path | BinaryIO, image_size: int) -> npt.NDArray[np.uint8
         # A harmless header can hide a bomb: 16 x 1,000,000 would be resized to 224 x 14,000,000.
         if image_size**2 * max(width, height) // min(width, height) > MAX_PIXELS:
             raise BadImageError(f"{width}x{height} is too elongated for a shorter side of {image_size} px")
-        return np.array(_crop_square(_convert_to_rgb(ImageOps.exif_transpose(image)), image_size))
+        with _LARGE if width * height > _LARGE_PIXELS else nullcontext():
+            ImageOps.exif_transpose(image, in_place=True)
+            return np.array(_crop_square(_convert_to_rgb(image), image_size))
 
 
 @contextmanager
@@ -65,6 +70,8 @@ def open_image(file: Path | BinaryIO) -> Iterator[Image.Image]:
                 yield image
     except (BadImageError, MemoryError):
         raise
+    except FileNotFoundError:
+        raise BadImageError("there is no such file") from None
     except (Image.DecompressionBombError, Image.DecompressionBombWarning):
         raise BadImageError(too_large) from None
     except UnidentifiedImageError:
@@ -80,8 +87,12 @@ def _convert_to_rgb(image: Image.Image) -> Image.Image:
     if image.mode.startswith("I;16"):  # Pillow's own conversion clips all above 255 to white
         image = Image.fromarray(np.rint(np.asarray(image) / 257).astype(np.uint8))
     if image.has_transparency_data:
-        image = Image.alpha_composite(Image.new("RGBA", image.size, "black"), image.convert("RGBA"))
-    return image.convert("RGB")
+        image = Image.alpha_composite(Image.new("RGBA", image.size, "black"), _convert(image, "RGBA"))
+    return _convert(image, "RGB")
+
+
+def _convert(image: Image.Image, mode: str) -> Image.Image:
+    return image if image.mode == mode else image.convert(mode)  # which would copy it
 
 
 def _crop_square(image: Image.Image, size: int) -> Image.Image:

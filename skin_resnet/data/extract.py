@@ -14,7 +14,7 @@ _OLDEST_AGE = 130  # tables write 999 for an unknown age
 # The other columns of tables of predictions.
 _COLUMN_NAMES = (
     *("image_id", "lesion_id", "dx", "prediction", "name", "set", "p_malignant", "refer", "unfamiliarity"),
-    *("model_version", "error", "image"),
+    *("model_version", "error", "image", "path", "file", "overlay"),
 )
 
 

@@ -55,8 +55,8 @@ together hold the true one for {calibration[coverage]:.0%} of such images), and 
 
 - Research software, not a medical device. It puts every image into one of its {count} classes.{other}
 - Classes with few training images are learned worst; {rarest} has the fewest, {fewest}.
-- All images come from one source. On those of other clinics, cameras or skin types, expect lower scores; \
-measure them before you use it: `skin-resnet evaluate --model {run_id} --data FOLDER`.
+- The scores are of images like those below. On those of other clinics, cameras or skin types, expect lower \
+ones; measure them before you use it: `skin-resnet evaluate --model {run_id} --data FOLDER`.
 
 ## Data
 
@@ -99,7 +99,9 @@ def write_card(
         format_summary(assessment, split): True,
     }
     other = " They are not HAM10000's: there are no thresholds for melanoma, and no `p_malignant`."
-    cite = "\n\nCite Tschandl, Rosendahl, Kittler: The HAM10000 dataset, Scientific Data 5:180161 (2018)."
+    cite = (
+        "\n\nCite Tschandl, Rosendahl, Kittler, Scientific Data 5:180161 (2018), doi 10.1038/sdata.2018.161."
+    )
     values = {
         "title": f"{config.arch} · {name} · {facts['image_size']} px · seed {config.seed}", "uri": uri,
         "summary": "\n\n".join(part for part, applies in parts.items() if applies), "count": len(counts),

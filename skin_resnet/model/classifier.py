@@ -89,7 +89,8 @@ def fit_familiarity(train: Tensor, val: Tensor) -> dict[str, Tensor]:
 
 def measure_unfamiliarity(features: Tensor, center: Tensor, whitening: Tensor) -> Tensor:
     """Return how unlike the training images some are, (N,), from features of the first stage, (N, C)."""
-    return ((features - center) @ whitening).square().sum(dim=1).sqrt()
+    whitened = (features - center).double() @ whitening.double()  # which autocast leaves alone
+    return whitened.square().sum(dim=1).sqrt().to(features.dtype)
 
 
 def describe(checkpoint: Mapping[str, Any]) -> dict[str, Any]:
@@ -102,6 +103,12 @@ def describe(checkpoint: Mapping[str, Any]) -> dict[str, Any]:
         "license": checkpoint["license"],
         "version": "+".join(f"{each['run_id'][:8]}-epoch{each['epoch']}" for each in members),
     }
+
+
+def to_records(table: pd.DataFrame) -> list[dict[str, Any]]:
+    """Return the rows of predictions as dictionaries for JSON, which has no NaN: None instead."""
+    records: list[dict[str, Any]] = table.astype(object).where(table.notna(), None).to_dict("records")
+    return records
 
 
 @dataclass(frozen=True, kw_only=True)

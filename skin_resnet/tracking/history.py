@@ -105,7 +105,7 @@ def read_scores(run_id: str, split: str) -> pd.DataFrame:
 def read_card(run_id: str) -> str:
     """Return a run's model card; empty if it has none, or the store does not have the run."""
     with suppress(*OUTAGES, OSError):
-        return _download(run_id, CARD).read_text(encoding="utf-8")
+        return _download(run_id, CARD).read_text(encoding="utf-8") if has_store() else ""
     return ""
 
 
@@ -123,7 +123,8 @@ def download_checkpoint(model: str) -> Path:
     with explain(f"{model} is not a checkpoint file, a run with a model, or a model (models:/NAME@ALIAS)"):
         if not has_store():
             raise LookupError("there is no such store")
-        uri = model if model.startswith("models:/") else find_model(model.removeprefix("runs:/").rstrip("/"))
+        run_id = model.removeprefix("runs:/").partition("/")[0]  # of runs:/ID/model, too
+        uri = model if model.startswith("models:/") else find_model(run_id)
         return next(Path(mlflow.artifacts.download_artifacts(uri)).rglob("*.pt"))
 
 

@@ -76,6 +76,8 @@ def read_finished(model: str) -> dict[str, Any]:
         UserError: There is none, it is not of a finished training, or an incompatible version wrote it.
     """
     path = Path(model).expanduser()
+    if path.suffix in {".onnx", ".pt2"}:
+        raise UserError(f"{model} is an exported file, for predict and app; pass the run it was made of")
     is_file = path.suffix in {".pt", ".pth", ".safetensors"} or path.is_file()
     checkpoint = read_checkpoint(path if is_file else download_checkpoint(model))
     if "calibration" not in checkpoint:

@@ -12,6 +12,7 @@ from skin_resnet.evaluation.metrics import HEADLINES, is_better
 from skin_resnet.evaluation.page import format_score
 from skin_resnet.tracking.history import explain, find_model, read_card, read_scores
 from skin_resnet.tracking.links import cut, link_run
+from skin_resnet.tracking.store import has_store
 
 # Aliases of a registered model: its best version, and the latest one that may be better.
 CHAMPION, CHALLENGER = "champion", "challenger"
@@ -31,13 +32,15 @@ def register_run(run_id: str, name: str) -> str:
     with explain(f"run {run_id} cannot be registered as {name!r}"):
         client = mlflow.MlflowClient()
         run = client.get_run(run_id).data
-        splits = ["val", "test"] if f"test_{_SCORE}" in run.metrics else ["val"]
+        splits = ["test", "val"] if f"test_{_SCORE}" in run.metrics else ["val"]
         scores = {split: read_scores(run_id, split) for split in splits}
-        value, low, high = scores[splits[-1]].loc[_SCORE]
-        baseline = scores[splits[-1]].value[f"baseline_{_SCORE}"]
-        if not is_better(low, baseline):
-            score = f"{splits[-1]} balanced accuracy {format_score(value, (low, high))}"
-            return f"Not registered: {score} is not better than the majority class, {format_score(baseline)}."
+        for split, each in scores.items():
+            value, low, high = each.loc[_SCORE]
+            baseline = each.value[f"baseline_{_SCORE}"]
+            if not is_better(low, baseline):
+                score = f"{split} balanced accuracy {format_score(value, (low, high))}"
+                always = f"the majority class, {format_score(baseline)}"
+                return f"Not registered: {score} is not better than {always}."
         tags = {f"{split}/{key}": str(each.value[key]) for split, each in scores.items() for key in HEADLINES}
         tags["split.hash"] = run.tags["split.hash"]
         with redirect_stderr(io.StringIO()):  # on which MLflow says what is returned below
@@ -63,7 +66,8 @@ def make_champion(name: str, version: str, run_id: str) -> None:
 def _write_page(run_id: str, uri: str) -> str:
     """Return the first screen of a run's model card, which loads the model by its URI in the registry."""
     card = read_card(run_id).partition("\n## Data\n")[0].replace(f"runs:/{run_id}/model", uri)
-    return cut(f"From `{CARD}` of run {link_run(run_id)}:\n\n{card}", _LONGEST)
+    text = f"From `{CARD}` of run {link_run(run_id)}:\n\n{card}" if card else f"Run {link_run(run_id)}."
+    return cut(text, _LONGEST)
 
 
 def find_contenders(name: str, challenger: str) -> dict[str, str]:
@@ -73,6 +77,8 @@ def find_contenders(name: str, challenger: str) -> dict[str, str]:
         UserError: There is no such version, or it is the champion.
     """
     with explain(f"there is no version {challenger!r} of {name!r}"):
+        if not has_store():
+            raise LookupError("there is no such store")
         client = mlflow.MlflowClient()
         get = client.get_model_version if challenger.isdecimal() else client.get_model_version_by_alias
         found = [get(name, challenger)]

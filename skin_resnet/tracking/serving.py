@@ -27,7 +27,7 @@ from skin_resnet.training.checkpoint import read_checkpoint
 
 # What loading and predicting needs, besides the package itself.
 REQUIREMENTS = ("torch", "torchvision", "numpy", "pandas", "pillow")
-MOST_SERVED = 256  # images in a request to a server, which answers 504 after a minute
+MOST_SERVED = 64  # images in a request to a server, which answers 504 after a minute
 _KINDS: Any = {"string": DataType.string, "double": DataType.double, "strings": Array(DataType.string)}
 
 
@@ -44,7 +44,12 @@ def log_model(checkpoint: Path) -> str:
             artifacts={"checkpoint": str(checkpoint)},
             signature=ModelSignature(
                 Schema([ColSpec(DataType.binary, "image")]),
-                Schema([ColSpec(_KINDS[kind], name) for name, kind in classifier.columns.items()]),
+                Schema(
+                    [
+                        ColSpec(_KINDS[kind], name, required=name == "error")
+                        for name, kind in classifier.columns.items()
+                    ]
+                ),
             ),
             input_example=pd.DataFrame({"image": [example.getvalue()]}),
             metadata={"data_license": classifier.facts["license"]},
