@@ -143,7 +143,7 @@ def test_a_file_has_what_the_classifier_says_of_each_image(model: str, images: P
         malignant = sum(getattr(truth, each.code) for each in DIAGNOSES if each.malignant)
         assert record["p_malignant"] == pytest.approx(malignant, abs=1e-5)
         small = min(record[name] for name in HAM10000_CLASSES)
-        assert small == pytest.approx(min(getattr(row, name) for name in HAM10000_CLASSES), rel=1e-6)
+        assert small == pytest.approx(min(float(getattr(row, name)) for name in HAM10000_CLASSES), rel=1e-6)
     assert sorted(os.listdir()) == ["images", "out.csv", "out.jsonl"], (
         "no tracking store, nothing half-written"
     )
