@@ -111,12 +111,13 @@ class TrialProgress:
         trial_s = (time.monotonic() - self._start_s) / max(1, len(ended) - self._ended_before)
         return left * trial_s + estimate_retraining_s(self._config, ended)
 
-    def show(self) -> None:
-        """Print the trials that have ended since the last call."""
+    def show(self) -> int:
+        """Print the trials that have ended since the last call; return how many have ended in all."""
         for trial in list_ended(self._study.get_trials(deepcopy=False)):
             if trial.number not in self._shown:
                 self._shown.add(trial.number)
                 print(self._describe(trial), flush=True)
+        return len(self._shown)
 
     def _describe(self, trial: FrozenTrial) -> str:
         options = json.loads(trial.user_attrs.get("config", "{}"))

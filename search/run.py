@@ -10,12 +10,11 @@ from optuna.trial import FrozenTrial, TrialState
 
 from search import plots, report
 from search.config import SearchConfig
-from search.objective import PatientTracker, open_child, wait_for_server
+from search.objective import PatientTracker, wait_for_server
 from search.report import WINNER, compare_recipes
 from search.space import BASELINE, BASELINE_RECIPE
 from search.study import (
     choose_best,
-    count_done,
     get_study_id,
     list_ended,
     lock,
@@ -54,11 +53,14 @@ def search(config: SearchConfig) -> None:
         run.log_params(config)
         study = open_study(config)
         with lock(config.storage, name_session(run.run_id)):
-            run.set_tags({finished_runs.STUDY: get_study_id(study), "search.study": config.study})
-            wait_for_server(lambda: _save_view(config, study, run))
+            study_id = get_study_id(study)
+            run.set_tags({finished_runs.STUDY: study_id, "search.study": config.study})
+            # All trials and retrainings of the study, the best on val first.
+            where = f"tags.`{finished_runs.STUDY}` = '{study_id}' and tags.`mlflow.parentRunId` != ''"
+            wait_for_server(lambda: save_view(run.run_id, report.name_view(config, study), where))
             _run_trials(config, study, run)
             # Of several searches on one study, the first to come here retrains, tests and reports.
-            with lock(config.storage, f"winner-{get_study_id(study)}", wait=False) as is_first:
+            with lock(config.storage, f"winner-{study_id}", wait=False) as is_first:
                 page = _conclude(config, study, run) if is_first else "Another search is testing the winner."
         titled = f"### Search {config.study}: {config.arch}, {config.n_trials} trials\n\n{page}"
         print_markdown(titled)
@@ -69,15 +71,9 @@ def search(config: SearchConfig) -> None:
     print(f"\n{describe_location(run.run_id)}")
 
 
-def _save_view(config: SearchConfig, study: Study, run: TrackedRun) -> None:
-    """Save a view of the runs table with all trials and retrainings of a study, the best on val first."""
-    where = f"tags.`{finished_runs.STUDY}` = '{get_study_id(study)}' and tags.`mlflow.parentRunId` != ''"
-    save_view(run.run_id, report.name_view(config, study), where)
-
-
 def _run_trials(config: SearchConfig, study: Study, run: TrackedRun) -> None:
     closed = close_killed_runs(config, study)
-    done = count_done(study.get_trials(deepcopy=False))
+    done = len(list_ended(study.get_trials(deepcopy=False)))
     more = f"; closed {len(closed)} runs of killed processes" if closed else ""
     then = f"; retraining with seeds={config.seeds} follows" if config.seeds else ""
     print(f"study {config.study}: {done} of {config.n_trials} trials done{more}{then}", flush=True)
@@ -172,7 +168,8 @@ def _retrain(study: Study, recipe: str, config: TrainConfig, parent_run_id: str)
             with suppress(UserError):  # it was killed before it began to train, or elsewhere
                 point = find_resume_point(config.with_changes(resume=kept["run_id"]))
         run_id = point.folder.path.name if point else None
-        run = stack.enter_context(open_child(name, parent_run_id, tags, run_id=run_id))
+        open_child = partial(open_run, name, run_id=run_id, parent_run_id=parent_run_id, tags=tags)
+        run = wait_for_server(lambda: stack.enter_context(open_child()))
         if point is None:
             folder = RunFolder(config.checkpoint_dir.expanduser() / run.run_id)
             point = ResumePoint(folder=folder, config=config)

@@ -7,8 +7,9 @@ import sys
 import threading
 import time
 import warnings
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from contextlib import ExitStack, redirect_stdout, suppress
+from functools import partial
 from multiprocessing.process import BaseProcess
 from typing import cast
 
@@ -20,21 +21,21 @@ from optuna.storages import RDBStorage, RetryHeartbeatStaleTrialCallback
 from optuna.trial import TrialState
 
 from search.config import SearchConfig
-from search.objective import Objective, TrialFailed
+from search.objective import TrialFailed, run_trial
 from search.report import TrialProgress, describe_progress
 from search.study import (
     CLAIM,
     MAX_RETRIES,
     build_pruner,
     build_sampler,
-    count_done,
+    choose_best,
     drop_retried,
     find_to_retry,
     get_study_id,
+    list_ended,
     lock,
     open_study,
     report_storage_errors,
-    summarize,
 )
 from skin_resnet.errors import UserError
 from skin_resnet.tracking import history as finished_runs
@@ -62,42 +63,40 @@ def run_workers(config: SearchConfig, study: Study, run: TrackedRun) -> None:
     try:
         with interrupts.deferred():  # no signal comes between the start of a worker and its place in the list
             for number in range(config.workers):
-                processes.append(_start(config, study, run.run_id, number))
+                processes.append(_start(config, run.run_id, number))
             while any(process.is_alive() for process in processes):
                 time.sleep(_POLL_S)
                 interrupts.check()
-                progress.show()
-                if (now := count_done(study.get_trials(deepcopy=False))) > done:
-                    done, restarts = now, most
+                if (ended := progress.show()) > done:
+                    done, restarts = ended, most
                     with suppress(*OUTAGES):  # the next time makes up for it
                         log_progress(config, study, run, progress.estimate_left_s())
                 for number, process in enumerate(processes):
                     if (process.exitcode or 0) < 0 and restarts:  # it was killed
                         restarts -= 1
-                        processes[number] = _start(config, study, run.run_id, number)
+                        processes[number] = _start(config, run.run_id, number)
     finally:
         _end(processes)
-    progress.show()
-    left = config.n_trials - count_done(study.get_trials(deepcopy=False))
-    if left > 0:
+    if (left := config.n_trials - progress.show()) > 0:
         trials = f"{left} trial{'s' * (left > 1)}"
         raise UserError(f"all workers exited with {trials} left; repeat the command to run them")
 
 
 def log_progress(config: SearchConfig, study: Study, run: TrackedRun, left_s: float) -> None:
     """Log a study's progress on the search's run: metrics by number of ended trials, a description."""
-    done = count_done(study.get_trials(deepcopy=False))
-    run.log_metrics(summarize(config, study) | {"search_eta_s": left_s}, step=done)
+    metrics = {"search_eta_s": left_s}
+    if best := choose_best(config, study):
+        for name, value in zip(config.objective_names, best.values, strict=True):
+            metrics[f"search_best_{name}"] = value  # no slash: MLflow shows it after the curves of the trials
+    run.log_metrics(metrics, step=len(list_ended(study.get_trials(deepcopy=False))))
     run.describe(describe_progress(config, study, run.run_id, left_s))
 
 
-def _start(config: SearchConfig, study: Study, parent_run_id: str, number: int) -> BaseProcess:
+def _start(config: SearchConfig, parent_run_id: str, number: int) -> BaseProcess:
     count = torch.cuda.device_count() if config.device in ("auto", "cuda") else 0
     device = assign_device(number, os.environ, count)
     # Spawned, not forked: a fork would share the parent's database connections and its CUDA.
-    process = multiprocessing.get_context("spawn").Process(
-        target=_work, args=(config, get_study_id(study), parent_run_id, device)
-    )
+    process = multiprocessing.get_context("spawn").Process(target=_work, args=(config, parent_run_id, device))
     # Ctrl-C reaches all processes; the search decides, and ends its workers, which inherit the block.
     signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
     try:
@@ -126,7 +125,7 @@ def _end(processes: list[BaseProcess]) -> None:
         process.join()
 
 
-def _work(config: SearchConfig, study_id: str, parent_run_id: str, environment: Mapping[str, str]) -> None:
+def _work(config: SearchConfig, parent_run_id: str, environment: Mapping[str, str]) -> None:
     """Run in a worker process."""
     os.environ.update(environment)  # CUDA reads it when it is first used
     os.environ.pop("MLFLOW_RUN_ID", None)  # or it would open the search's run as its own
@@ -144,7 +143,7 @@ def _work(config: SearchConfig, study_id: str, parent_run_id: str, environment: 
         ):
             signal.signal(signal.SIGINT, signal.SIG_IGN)
             threading.Thread(target=_end_with_search, daemon=True).start()
-            work(config, Objective(config=config, study_id=study_id, parent_run_id=parent_run_id))
+            work(config, parent_run_id)
     except KeyboardInterrupt:
         raise SystemExit(128 + signal.SIGTERM) from None
     except UserError as error:
@@ -159,7 +158,7 @@ def _end_with_search() -> None:
     os.kill(os.getpid(), signal.SIGTERM)
 
 
-def work(config: SearchConfig, objective: Objective) -> None:
+def work(config: SearchConfig, parent_run_id: str) -> None:
     """Run trials until the study has `n_trials`, and no process is still at one."""
     study = open_study(config)
     while True:
@@ -173,14 +172,14 @@ def work(config: SearchConfig, objective: Objective) -> None:
             if TrialState.WAITING in states or len(drop_retried(trials)) < config.n_trials:
                 study.sampler = build_sampler(config, len(trials))
                 study.pruner = build_pruner(config)
-                _run_one(study, objective, claim)
+                _run_one(study, claim, partial(run_trial, config=config, parent_run_id=parent_run_id))
                 continue
         if TrialState.RUNNING not in states:
             return
         time.sleep(min(2.0, config.heartbeat_s / 2))  # the processes at the last trials may be killed
 
 
-def _run_one(study: Study, objective: Objective, claim: ExitStack) -> None:
+def _run_one(study: Study, claim: ExitStack, objective: Callable[[Trial], tuple[float, ...]]) -> None:
     """Choose a trial, release the claim, and run it."""
 
     def run(trial: Trial) -> tuple[float, ...]:
