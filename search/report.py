@@ -16,12 +16,7 @@ from optuna.trial import FrozenTrial, TrialState
 from search.config import SearchConfig
 from search.space import BASELINE, Space, build_space
 from search.study import MAX_RETRIES, choose_best, drop_retried, find_front, get_study_id, list_ended
-from skin_resnet.evaluation.metrics import (
-    HEADLINES,
-    Predictions,
-    compare_models,
-    predict_always,
-)
+from skin_resnet.evaluation.metrics import HEADLINES, Predictions, compare_models, predict_always
 from skin_resnet.evaluation.page import format_score, format_table, spell_metric
 from skin_resnet.tracking.links import link_run, link_view
 
@@ -33,16 +28,15 @@ def describe_trials(config: SearchConfig, study: Study, best: FrozenTrial) -> st
     """Describe what was tried, what pruning saved, and what failed."""
     trials = study.get_trials(deepcopy=False)
     kept = drop_retried(trials)
-    states = Counter(trial.state for trial in kept)
-    epochs = {trial.number: trial.user_attrs.get("epochs", 0) for trial in kept}
-    saved = sum(config.epochs - epochs[trial.number] for trial in kept if trial.state == TrialState.PRUNED)
+    run = sum(trial.user_attrs.get("epochs", 0) for trial in kept)
+    pruned = [trial.user_attrs.get("epochs", 0) for trial in kept if trial.state == TrialState.PRUNED]
+    saved = config.epochs * len(pruned) - sum(pruned)
     gap = "" if "gap" in config.objective_names else f"gap {best.user_attrs['gap']:+.3f}, "
     lines = [
-        f"- {len(kept)} trials: {states[TrialState.COMPLETE]} finished, {states[TrialState.PRUNED]} pruned, "
-        f"{states[TrialState.FAIL]} failed; {len(trials) - len(kept)} were killed and run again.",
+        f"- {len(kept)} trials: {_count_states(kept)}; {len(trials) - len(kept)} were killed and run again.",
         f"- Best: trial {best.number} ({best.user_attrs.get('baseline', config.sampler)}), "
         f"{_format_values(config, best)}, {gap}best epoch {best.user_attrs['best_epoch']}.",
-        f"- {sum(epochs.values())} of {config.epochs * len(kept)} epochs were run; pruning saved {saved}.",
+        f"- {run} of {config.epochs * len(kept)} epochs were run; pruning saved {saved}.",
     ]
     if len(config.objective_names) > 1:
         front = find_front(config, study)
@@ -64,16 +58,21 @@ def describe_trials(config: SearchConfig, study: Study, best: FrozenTrial) -> st
 def describe_progress(config: SearchConfig, study: Study, run_id: str, left_s: float) -> str:
     """Describe the best trial so far, how many have ended, and how long the others take (NaN: unknown)."""
     best = choose_best(config, study)
-    states = Counter(trial.state for trial in list_ended(study.get_trials(deepcopy=False)))
+    ended = list_ended(study.get_trials(deepcopy=False))
     head = f"Best so far: {link_trial(config, best)}" if best else "No trial has finished yet"
-    counts = (
-        f"{states[TrialState.COMPLETE]} finished, {states[TrialState.PRUNED]} pruned, "
-        f"{states[TrialState.FAIL]} failed"
-    )
     scope = " with retraining" if config.seeds else ""
     left = f"; about {_format_duration(left_s)} left{scope}" if left_s > 0 else ""
     runs = link_view(run_id, name_view(config, study), "the trials' runs")
-    return f"**{head}.** {states.total()} of {config.n_trials} trials have ended: {counts}{left}. See {runs}."
+    return (
+        f"**{head}.** {len(ended)} of {config.n_trials} trials have ended: {_count_states(ended)}{left}. "
+        f"See {runs}."
+    )
+
+
+def _count_states(trials: Sequence[FrozenTrial]) -> str:
+    states = Counter(trial.state for trial in trials)
+    names = {TrialState.COMPLETE: "finished", TrialState.PRUNED: "pruned", TrialState.FAIL: "failed"}
+    return ", ".join(f"{states[state]} {name}" for state, name in names.items())
 
 
 def _format_duration(seconds: float) -> str:

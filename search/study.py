@@ -17,7 +17,7 @@ from optuna import Study
 from optuna.exceptions import ExperimentalWarning, StorageInternalError
 from optuna.pruners import BasePruner, HyperbandPruner, MedianPruner, NopPruner, SuccessiveHalvingPruner
 from optuna.samplers import BaseSampler, GPSampler, RandomSampler, TPESampler
-from optuna.storages import RDBStorage
+from optuna.storages import RDBStorage, RetryHeartbeatStaleTrialCallback
 from optuna.trial import FrozenTrial, TrialState
 from sqlalchemy.engine import make_url
 from sqlalchemy.exc import SQLAlchemyError
@@ -205,6 +205,25 @@ def find_to_retry(trials: Sequence[FrozenTrial]) -> list[FrozenTrial]:
         and "failure" not in trial.user_attrs  # a trial that failed by itself says why
         and ("baseline" in trial.user_attrs or count_kills(trial) <= MAX_RETRIES)
     ]
+
+
+def requeue_killed(study: Study) -> int:
+    """Queue each trial whose process was killed or interrupted again; return how many. Needs the claim.
+
+    Optuna's own callback would miss the trials that were interrupted, or killed before their first heartbeat.
+    """
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", ExperimentalWarning)
+        optuna.storages.fail_stale_trials(study)
+        retry = RetryHeartbeatStaleTrialCallback()
+    for trial in study.get_trials(deepcopy=False, states=(TrialState.RUNNING,)):
+        if "claimed" not in trial.user_attrs:
+            study.tell(trial.number, state=TrialState.FAIL)
+    killed = find_to_retry(study.get_trials())
+    for trial in killed:
+        trial.user_attrs = {key: v for key, v in trial.user_attrs.items() if key == "baseline"}
+        retry(study, trial)
+    return len(killed)
 
 
 def list_ended(trials: Sequence[FrozenTrial]) -> list[FrozenTrial]:

@@ -6,18 +6,15 @@ import signal
 import sys
 import threading
 import time
-import warnings
 from collections.abc import Callable, Mapping
 from contextlib import ExitStack, redirect_stdout, suppress
 from functools import partial
 from multiprocessing.process import BaseProcess
 from typing import cast
 
-import optuna
 import torch
 from optuna import Study, Trial
-from optuna.exceptions import ExperimentalWarning
-from optuna.storages import RDBStorage, RetryHeartbeatStaleTrialCallback
+from optuna.storages import RDBStorage
 from optuna.trial import TrialState
 
 from search.config import SearchConfig
@@ -30,16 +27,15 @@ from search.study import (
     build_sampler,
     choose_best,
     drop_retried,
-    find_to_retry,
     get_study_id,
     list_ended,
     lock,
     open_study,
     report_storage_errors,
+    requeue_killed,
 )
 from skin_resnet.errors import UserError
-from skin_resnet.tracking import history as finished_runs
-from skin_resnet.tracking.history import close_abandoned
+from skin_resnet.tracking.history import TRIAL, close_abandoned, close_killed
 from skin_resnet.tracking.run import TrackedRun
 from skin_resnet.tracking.store import OUTAGES
 from skin_resnet.training import interrupts
@@ -193,25 +189,6 @@ def _run_one(study: Study, claim: ExitStack, objective: Callable[[Trial], tuple[
     study.optimize(run, n_trials=1, catch=(TrialFailed,), gc_after_trial=True)
 
 
-def requeue_killed(study: Study) -> int:
-    """Queue each trial whose process was killed or interrupted again; return how many. Needs the claim.
-
-    Optuna's own callback would miss the trials that were interrupted, or killed before their first heartbeat.
-    """
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", ExperimentalWarning)
-        optuna.storages.fail_stale_trials(study)
-        retry = RetryHeartbeatStaleTrialCallback()
-    for trial in study.get_trials(deepcopy=False, states=(TrialState.RUNNING,)):
-        if "claimed" not in trial.user_attrs:
-            study.tell(trial.number, state=TrialState.FAIL)
-    killed = find_to_retry(study.get_trials())
-    for trial in killed:
-        trial.user_attrs = {key: v for key, v in trial.user_attrs.items() if key == "baseline"}
-        retry(study, trial)
-    return len(killed)
-
-
 def close_killed_runs(config: SearchConfig, study: Study) -> list[str]:
     """End the MLflow runs of killed trials and killed searches as KILLED, without weights; return their ids.
 
@@ -220,15 +197,15 @@ def close_killed_runs(config: SearchConfig, study: Study) -> list[str]:
     trials = study.get_trials(deepcopy=False)
 
     def is_alive(run_id: str, tags: dict[str, str]) -> bool:
-        if finished_runs.TRIAL in tags:
-            trial = trials[int(tags[finished_runs.TRIAL])]
+        if TRIAL in tags:
+            trial = trials[int(tags[TRIAL])]
             return trial.state == TrialState.RUNNING and trial.user_attrs.get("run_id", run_id) == run_id
         session = name_session(tags.get("mlflow.parentRunId", run_id))
         with lock(config.storage, session, wait=False) as is_free:
             return not is_free
 
     try:
-        closed = finished_runs.close_killed(get_study_id(study), is_alive)
+        closed = close_killed(get_study_id(study), is_alive)
     except OUTAGES:
         return []
     clean_up_killed(config.checkpoint_dir.expanduser(), close_abandoned)

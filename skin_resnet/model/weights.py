@@ -15,7 +15,6 @@ from skin_resnet.model.resnet import STAGE_DEPTHS
 
 # V2 comes from a longer training with a heavier recipe; what transfers better depends on the data.
 _IMAGENET = {"imagenet": "IMAGENET1K_V2", "imagenet_v1": "IMAGENET1K_V1"}
-HEAD_KEYS = ("fc.weight", "fc.bias")
 
 
 def load_weights(network: nn.Module, weights: str, arch: str) -> str:
@@ -42,7 +41,9 @@ def load_weights(network: nn.Module, weights: str, arch: str) -> str:
     name = weights if is_file else f"torchvision's {_IMAGENET[weights]}"
     state = _read_state_dict(Path(weights).expanduser()) if is_file else _download_imagenet(arch, weights)
     expected = network.state_dict()
-    fresh = [key for key in HEAD_KEYS if key not in state or state[key].shape != expected[key].shape]
+    fresh = [
+        key for key in ("fc.weight", "fc.bias") if key not in state or state[key].shape != expected[key].shape
+    ]
     state = {key: value for key, value in state.items() if key not in fresh}
     for key, value in state.items():
         # Quantized weights are integers, and useless without their scales.
@@ -127,14 +128,11 @@ def read_torch_file(path: Path) -> Any:
 
 
 def _download_imagenet(arch: str, weights: str) -> dict[str, Tensor]:
-    enum = torchvision.models.get_model_weights(arch)
+    published = torchvision.models.get_model_weights(arch)[_IMAGENET[weights]]
     try:
-        state: dict[str, Tensor] = enum[_IMAGENET[weights]].get_state_dict(
-            progress=os.isatty(2), check_hash=True
-        )
+        return dict(published.get_state_dict(progress=os.isatty(2), check_hash=True))
     except (OSError, RuntimeError) as error:
         raise UserError(
             f"weights={weights}: cannot download torchvision's {arch} ({error}); pass weights=FILE with a "
             "state dict, or weights=none"
         ) from None
-    return state
