@@ -91,23 +91,22 @@ def _conclude(config: SearchConfig, study: Study, run: TrackedRun) -> str:
         raise UserError("no trial finished; see the tag `failure` of the trials' runs")
     recipes = choose_recipes(config, best)
     command = write_command(list(recipes.values())[-1])
-    drawn = plots.plot_trials(config, study, _score_majority(config))
+    data = prepare_data(config.training)
+    majority = 1 / int(data.select(data.split.val).dx.nunique())  # balanced accuracy of the majority class
+    drawn = plots.plot_trials(config, study, majority)
     figures = {f"figures/{name}.png": each for name, each in drawn.items()}
     wait_for_server(lambda: run.log_artifacts({**figures, "retrain.sh": f"{command}\n"}))
     if config.seeds > 0:
-        verdict = _retrain_and_test(config, study, run, recipes, best)
+        verdict = _retrain_and_test(config, study, run, recipes, best, majority)
     else:
         verdict = ""
         finished = study.get_trials(deepcopy=False, states=(TrialState.COMPLETE,))
         run_ids = {trial.user_attrs.get("baseline"): trial.user_attrs["run_id"] for trial in finished}
         shown = {BASELINE: run_ids.get(BASELINE), WINNER: best.user_attrs["run_id"]}
-        _log_curves(config, run, {name: run_id for name, run_id in shown.items() if run_id})
-    pages = [
-        verdict,
-        report.describe_trials(config, study, best),
-        f"To train it again:\n\n```sh\n{command}\n```",
-    ]
-    return "\n\n".join(filter(None, pages))
+        drawn_ids = {name: run_id for name, run_id in shown.items() if run_id}
+        wait_for_server(lambda: _log_curves(config, run, drawn_ids, majority))
+    trials = report.describe_trials(config, study, best)
+    return "\n\n".join(filter(None, [verdict, trials, f"To train it again:\n\n```sh\n{command}\n```"]))
 
 
 def _link_winner(config: SearchConfig, study: Study, run: TrackedRun) -> str:
@@ -127,7 +126,12 @@ def choose_recipes(config: SearchConfig, best: FrozenTrial) -> dict[str, TrainCo
 
 
 def _retrain_and_test(
-    config: SearchConfig, study: Study, run: TrackedRun, recipes: dict[str, TrainConfig], best: FrozenTrial
+    config: SearchConfig,
+    study: Study,
+    run: TrackedRun,
+    recipes: dict[str, TrainConfig],
+    best: FrozenTrial,
+    majority: float,
 ) -> str:
     """Retrain all recipes, test them once, and register the winner; return a summary."""
     settings = {name: each.model_dump_json() for name, each in recipes.items()}
@@ -142,7 +146,8 @@ def _retrain_and_test(
         for number in range(1, config.seeds + 1)
         for name, each in recipes.items()
     )
-    _log_curves(config, run, retrained.drop_duplicates("recipe").set_index("recipe").run_id.to_dict())
+    run_ids = retrained.drop_duplicates("recipe").set_index("recipe").run_id.to_dict()
+    wait_for_server(lambda: _log_curves(config, run, run_ids, majority))
     scores, warning = _test(run, retrained) if config.test == "at_end" else (None, "")
     in_study = best if config.retrain == "none" else None
     page = "\n\n".join(filter(None, [report.describe_winner(retrained, scores, in_study), warning]))
@@ -155,16 +160,18 @@ def _retrain_and_test(
 def _retrain(study: Study, recipe: str, config: TrainConfig, parent_run_id: str) -> dict[str, Any]:
     """Train a recipe in a child run, from where a killed search left it; return what the rest needs of it."""
     name, key = f"{recipe} · seed {config.seed}", f"retrained {recipe} · seed {config.seed}"
+    options = config.model_dump_json()
     kept: dict[str, Any] = study.user_attrs.get(key, {})
-    known = {"recipe": recipe, "config": config.model_dump_json()}
-    if "val" in kept and kept["config"] == known["config"]:
+    if kept.get("config") != options:
+        kept = {}
+    if "val" in kept:
         return kept
     print(f"\n{name}")
     tags = {finished_runs.STUDY: get_study_id(study), "search.recipe": recipe}
     point: ResumePoint | None = None
     with ExitStack() as stack:
         stack.callback(lambda: point.folder.release() if point else None)
-        if kept.get("config") == known["config"]:
+        if kept:
             with suppress(UserError):  # it was killed before it began to train, or elsewhere
                 point = find_resume_point(config.with_changes(resume=kept["run_id"]))
         run_id = point.folder.path.name if point else None
@@ -174,37 +181,25 @@ def _retrain(study: Study, recipe: str, config: TrainConfig, parent_run_id: str)
             folder = RunFolder(config.checkpoint_dir.expanduser() / run.run_id)
             point = ResumePoint(folder=folder, config=config)
             folder.acquire()
-        study.set_user_attr(key, {**known, "run_id": run.run_id})
+        kept = {"recipe": recipe, "config": options, "run_id": run.run_id}
+        study.set_user_attr(key, kept)
         result = run_training(point.config, tracker=PatientTracker(run), resume=point)
         wait_for_server(lambda: run.describe(report_training(run, result)))
         checkpoint = read_checkpoint(result.checkpoint_path)
         wait_for_server(lambda: log_card(run, checkpoint, result.data))
         wait_for_server(lambda: run.log_model(result.checkpoint_path))
-    retrained = {
-        **known, "run_id": run.run_id, "val": result.best.val.balanced_accuracy, "gap": result.final_gap,
-    }  # fmt: skip
-    study.set_user_attr(key, retrained)
-    return retrained
+    kept |= {"val": result.best.val.balanced_accuracy, "gap": result.final_gap}
+    study.set_user_attr(key, kept)
+    return kept
 
 
-def _score_majority(config: SearchConfig) -> float:
-    """Return the balanced accuracy on val of always predicting the majority class."""
-    data = prepare_data(config.training)
-    return 1 / int(data.select(data.split.val).dx.nunique())
-
-
-def _log_curves(config: SearchConfig, run: TrackedRun, run_ids: dict[str, str]) -> None:
+def _log_curves(config: SearchConfig, run: TrackedRun, run_ids: dict[str, str], majority: float) -> None:
     """Log the curves of the recipes side by side, from their runs; if there are enough epochs."""
-    majority = _score_majority(config)
-
-    def log() -> None:
-        histories = {name: finished_runs.read_history(run_id) for name, run_id in run_ids.items()}
-        images = finished_runs.read_tags(next(iter(run_ids.values())))["split.val"]
-        if max(map(len, histories.values())) >= FEWEST_EPOCHS:
-            figure = plots.plot_recipes(histories, images, majority, config.training.best_by)
-            run.log_artifacts({"figures/recipes.png": figure})
-
-    wait_for_server(log)
+    histories = {name: finished_runs.read_history(run_id) for name, run_id in run_ids.items()}
+    images = finished_runs.read_tags(next(iter(run_ids.values())))["split.val"]
+    if max(map(len, histories.values())) >= FEWEST_EPOCHS:
+        figure = plots.plot_recipes(histories, images, majority, config.training.best_by)
+        run.log_artifacts({"figures/recipes.png": figure})
 
 
 def _test(run: TrackedRun, retrained: pd.DataFrame) -> tuple[pd.DataFrame, str]:
