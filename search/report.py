@@ -133,7 +133,7 @@ class TrialProgress:
 
 
 def estimate_retraining_s(config: SearchConfig, ended: Sequence[FrozenTrial]) -> float:
-    """Return how long retraining winner and baseline recipe will take, by the trials' epochs; NaN without."""
+    """Return how long retraining winner and baseline recipe will take; NaN before any epoch was run."""
     if not config.seeds:
         return 0.0
     spans = [
@@ -155,7 +155,7 @@ def _format_values(config: SearchConfig, trial: FrozenTrial) -> str:
 
 
 def find_edges(space: Space, trial: FrozenTrial) -> list[str]:
-    """Return a warning for each range at whose edge a sampled trial lies; a lower edge of 0 is none."""
+    """Return a warning for each range at whose edge a sampled trial lies, except at a lower edge of 0."""
     warnings = []
     for name, each in space.items():
         if isinstance(each, FloatDistribution) and "baseline" not in trial.user_attrs:
@@ -229,7 +229,7 @@ def describe_winner(retrained: pd.DataFrame, scores: pd.DataFrame | None, best: 
 
 
 def _format_cell(scores: pd.DataFrame, model: str, metric: str) -> str:
-    """Write a score with its interval; what always predicts the same needs none."""
+    """Write a score with its interval; the majority class has none."""
     score = scores.loc[(model, metric)]
     return format_score(score.value, None if model == MAJORITY else (score.low, score.high))
 

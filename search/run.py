@@ -158,7 +158,7 @@ def _retrain_and_test(
 
 
 def _retrain(study: Study, recipe: str, config: TrainConfig, parent_run_id: str) -> dict[str, Any]:
-    """Train a recipe in a child run, from where a killed search left it; return what the rest needs of it."""
+    """Train a recipe in a child run, from where a killed search left it; return the study's record of it."""
     name, key = f"{recipe} · seed {config.seed}", f"retrained {recipe} · seed {config.seed}"
     options = config.model_dump_json()
     kept: dict[str, Any] = study.user_attrs.get(key, {})

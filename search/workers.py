@@ -54,7 +54,7 @@ def run_workers(config: SearchConfig, study: Study, run: TrackedRun) -> None:
     processes: list[BaseProcess] = []
     done = -1
     progress = TrialProgress(config, study)
-    # A trial that kills its process each time may kill so many before it is given up.
+    # Enough for a trial that kills its process at each attempt until it is given up.
     restarts = most = (MAX_RETRIES + 1) * config.workers
     try:
         with interrupts.deferred():  # no signal comes between the start of a worker and its place in the list

@@ -1,8 +1,8 @@
 """A synthetic data set in the format of HAM10000, drawn in seconds.
 
 Files, columns, class imbalance and images per lesion are those of HAM10000: what reads one reads the other.
-The seven diagnoses differ by color, size, border, symmetry and blotches, so that a network learns most from
-nothing within minutes, but not all: many melanomas look like nevi, and some nevi like melanomas.
+The seven diagnoses differ by color, size, border, symmetry and blotches. A network with random weights learns
+most of them within minutes, but not all: many melanomas look like nevi, and some nevi like melanomas.
 """
 
 import math

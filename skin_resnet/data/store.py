@@ -90,7 +90,7 @@ def open_store(
 
     store = build_folder(folder, _read_store, build)
     with contextlib.suppress(OSError):  # the cache may be read-only
-        # By this, `clean` knows when it was last used, also on a disk that notes no times of access.
+        # `clean` reads from it when the store was last used; many disks record no times of access.
         os.utime(folder / "store.json", ns=(time.time_ns(), os.stat(folder / "store.json").st_mtime_ns))
     return store
 
