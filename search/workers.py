@@ -6,9 +6,8 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from contextlib import ExitStack, redirect_stdout, suppress
-from functools import partial
 from multiprocessing.process import BaseProcess
 from typing import cast
 
@@ -168,14 +167,14 @@ def work(config: SearchConfig, parent_run_id: str) -> None:
             if TrialState.WAITING in states or len(drop_retried(trials)) < config.n_trials:
                 study.sampler = build_sampler(config, len(trials))
                 study.pruner = build_pruner(config)
-                _run_one(study, claim, partial(run_trial, config=config, parent_run_id=parent_run_id))
+                _run_one(study, claim, config, parent_run_id)
                 continue
         if TrialState.RUNNING not in states:
             return
         time.sleep(min(2.0, config.heartbeat_s / 2))  # the processes at the last trials may be killed
 
 
-def _run_one(study: Study, claim: ExitStack, objective: Callable[[Trial], tuple[float, ...]]) -> None:
+def _run_one(study: Study, claim: ExitStack, config: SearchConfig, parent_run_id: str) -> None:
     """Choose a trial, release the claim, and run it."""
 
     def run(trial: Trial) -> tuple[float, ...]:
@@ -183,7 +182,7 @@ def _run_one(study: Study, claim: ExitStack, objective: Callable[[Trial], tuple[
         cast(RDBStorage, trial.storage).record_heartbeat(trial._trial_id)
         trial.set_user_attr("claimed", True)
         claim.close()
-        return objective(trial)
+        return run_trial(trial, config, parent_run_id)
 
     # What a failed trial leaves in the GPU's memory is collected before the next one.
     study.optimize(run, n_trials=1, catch=(TrialFailed,), gc_after_trial=True)
