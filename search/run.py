@@ -13,14 +13,7 @@ from search.config import SearchConfig
 from search.objective import PatientTracker, wait_for_server
 from search.report import WINNER, compare_recipes
 from search.space import BASELINE, BASELINE_RECIPE
-from search.study import (
-    choose_best,
-    get_study_id,
-    list_ended,
-    lock,
-    open_study,
-    report_storage_errors,
-)
+from search.study import choose_best, get_study_id, list_ended, lock, open_study, report_storage_errors
 from search.workers import close_killed_runs, log_progress, name_session, run_workers
 from skin_resnet.commands.compare import read_predictions
 from skin_resnet.commands.evaluate import assess_and_log
@@ -203,11 +196,7 @@ def _log_curves(config: SearchConfig, run: TrackedRun, run_ids: dict[str, str], 
 
 
 def _test(run: TrackedRun, retrained: pd.DataFrame) -> tuple[pd.DataFrame, str]:
-    """Evaluate all recipes and seeds on test, and log each one's metrics on its run.
-
-    Returns:
-        What `compare_recipes` returns, and a warning if test was evaluated before, or leaks.
-    """
+    """Evaluate all retrained networks on test; return what `compare_recipes` does, and a warning, if any."""
     config = TrainConfig.model_validate_json(retrained.config[0])
     data = prepare_data(config)
     table, warning = wait_for_server(lambda: open_test_split(run, config, data))

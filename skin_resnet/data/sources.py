@@ -68,12 +68,13 @@ def read_source(source: str, cache_dir: Path) -> pd.DataFrame:
 def _download_kaggle() -> Path:
     try:
         kagglehub = importlib.import_module("kagglehub")
-        return Path(kagglehub.dataset_download(KAGGLE_DATASET))
     except ImportError:
         raise UserError(
             "data=kaggle needs the package kagglehub; run pip install kagglehub, or download the data set by "
             "hand and pass its folder."
         ) from None
+    try:
+        return Path(kagglehub.dataset_download(KAGGLE_DATASET))
     except Exception as error:  # whatever the network, Kaggle's login or the disk answers with
         cause = next(iter(str(error).splitlines()), type(error).__name__)
         raise UserError(

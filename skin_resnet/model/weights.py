@@ -18,19 +18,11 @@ _IMAGENET = {"imagenet": "IMAGENET1K_V2", "imagenet_v1": "IMAGENET1K_V1"}
 
 
 def load_weights(network: nn.Module, weights: str, arch: str) -> str:
-    """Load initial weights into a new network.
+    """Load initial weights into a network of `build_resnet(arch, ...)`; return in words what it starts from.
 
-    A head of another size stays random. The weights of a shallower ResNet leave the blocks it lacks as they
-    are built, the identity. Every other key must match in name and shape.
-
-    Args:
-        network: From `build_resnet(arch, ...)`.
-        weights: `none`, `imagenet` (torchvision's IMAGENET1K_V2), `imagenet_v1`, or the path of a state dict
-            (`.pth`, `.pt`, `.safetensors`).
-        arch: As given to `build_resnet`.
-
-    Returns:
-        What the network starts from, in words.
+    `weights` is `none`, `imagenet` (torchvision's IMAGENET1K_V2), `imagenet_v1`, or the path of a state dict
+    (`.pth`, `.pt`, `.safetensors`). A head of another size stays random. Blocks that a shallower ResNet lacks
+    stay as they are built, the identity. Every other key must match in name and shape.
 
     Raises:
         UserError: The weights cannot be downloaded or read, or do not fit.
