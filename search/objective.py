@@ -69,7 +69,7 @@ def _train(trial: Trial, config: SearchConfig, parent_run_id: str) -> EpochResul
     name = f"trial {trial.number} · {baseline or f'{recipe.optimizer} {recipe.lr:.2g}'}"
     tags = {STUDY: get_study_id(trial.study), TRIAL: str(trial.number)}
     open_child = partial(open_run, name, parent_run_id=parent_run_id, tags=tags, pruned=(TrialPruned,))
-    with ExitStack() as stack:
+    with ExitStack() as stack:  # each attempt opens a run of its own
         run = wait_for_server(lambda: stack.enter_context(open_child()))
         trial.set_user_attr("run_id", run.run_id)
         on_epoch = partial(_report, trial, config)

@@ -28,7 +28,7 @@ def describe_trials(config: SearchConfig, study: Study, best: FrozenTrial) -> st
     """Describe what was tried, what pruning saved, and what failed."""
     trials = study.get_trials(deepcopy=False)
     kept = drop_retried(trials)
-    run = sum(trial.user_attrs.get("epochs", 0) for trial in kept)
+    epochs_run = sum(trial.user_attrs.get("epochs", 0) for trial in kept)
     pruned = [trial.user_attrs.get("epochs", 0) for trial in kept if trial.state == TrialState.PRUNED]
     saved = config.epochs * len(pruned) - sum(pruned)
     gap = "" if "gap" in config.objective_names else f"gap {best.user_attrs['gap']:+.3f}, "
@@ -36,7 +36,7 @@ def describe_trials(config: SearchConfig, study: Study, best: FrozenTrial) -> st
         f"- {len(kept)} trials: {_count_states(kept)}; {len(trials) - len(kept)} were killed and run again.",
         f"- Best: trial {best.number} ({best.user_attrs.get('baseline', config.sampler)}), "
         f"{_format_values(config, best)}, {gap}best epoch {best.user_attrs['best_epoch']}.",
-        f"- {run} of {config.epochs * len(kept)} epochs were run; pruning saved {saved}.",
+        f"- {epochs_run} of {config.epochs * len(kept)} epochs were run; pruning saved {saved}.",
     ]
     if len(config.objective_names) > 1:
         front = find_front(config, study)

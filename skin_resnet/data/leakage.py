@@ -39,9 +39,7 @@ class LeakageReport:
     class_distance: dict[str, float]  # total variation distance of each split's class shares to train's
     class_p: float  # of the chi-square test that class and split are independent, over lesions
     lesions: int  # how many lesions the images show
-    knows_lesions: (
-        bool  # whether the source says which images show one lesion; if not, "lesion" finds nothing
-    )
+    knows_lesions: bool  # whether the source says which images show one lesion; else "lesion" finds nothing
     unused: int  # images of the data set that are in no split
     unread: int  # images of the split (of the data, for split=own) that could not be read
 
@@ -100,10 +98,8 @@ def audit_split(table: pd.DataFrame, split: Split, store: ImageStore) -> Leakage
         }
     ).iloc[used]
     images = images.reset_index(drop=True).assign(digest=np.array(store.digests)[rows])
-    counts = pd.crosstab(table.dx, side, dropna=False)
-    counts = counts.reindex(index=table.dx.cat.categories, columns=list(SPLITS), fill_value=0).astype(
-        np.int64
-    )
+    counts = pd.crosstab(table.dx, side, dropna=False).reindex(table.dx.cat.categories, fill_value=0)
+    counts = counts.reindex(columns=list(SPLITS), fill_value=0).astype(np.int64)
     shares = counts / counts.sum().clip(lower=1)
     distance = shares.sub(shares.train, axis=0).abs().sum() / 2
     lesions = images.drop_duplicates(["joined", "split"])

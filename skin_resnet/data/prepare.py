@@ -127,8 +127,12 @@ def open_test(config: TrainConfig, data: PreparedData) -> pd.DataFrame:
 
 def _choose_split(config: TrainConfig, table: pd.DataFrame, store: ImageStore) -> Split:
     if config.split == "own":
-        fractions = {"val_fraction": config.val_fraction, "test_fraction": config.test_fraction}
-        split = split_lesions(table, **fractions, seed=config.split_seed)
+        split = split_lesions(
+            table,
+            val_fraction=config.val_fraction,
+            test_fraction=config.test_fraction,
+            seed=config.split_seed,
+        )
     else:
         frame = read_split(expand(config.split), [*table.image_id, *store.skipped]).to_frame()
         split = Split.from_frame(frame[frame.image_id.isin(store.image_ids)])

@@ -15,6 +15,7 @@ from skin_resnet.model.resnet import STAGE_DEPTHS
 
 # V2 comes from a longer training with a heavier recipe; what transfers better depends on the data.
 _IMAGENET = {"imagenet": "IMAGENET1K_V2", "imagenet_v1": "IMAGENET1K_V1"}
+_HEAD_KEYS = ("fc.weight", "fc.bias")
 
 
 def load_weights(network: nn.Module, weights: str, arch: str) -> str:
@@ -33,9 +34,7 @@ def load_weights(network: nn.Module, weights: str, arch: str) -> str:
     name = weights if is_file else f"torchvision's {_IMAGENET[weights]}"
     state = _read_state_dict(Path(weights).expanduser()) if is_file else _download_imagenet(arch, weights)
     expected = network.state_dict()
-    fresh = [
-        key for key in ("fc.weight", "fc.bias") if key not in state or state[key].shape != expected[key].shape
-    ]
+    fresh = [key for key in _HEAD_KEYS if key not in state or state[key].shape != expected[key].shape]
     state = {key: value for key, value in state.items() if key not in fresh}
     for key, value in state.items():
         # Quantized weights are integers, and useless without their scales.
