@@ -82,15 +82,14 @@ def _conclude(config: SearchConfig, study: Study, run: TrackedRun) -> str:
     best = choose_best(config, study)
     if best is None:
         raise UserError("no trial finished; see the tag `failure` of the trials' runs")
-    recipes = choose_recipes(config, best)
-    command = write_command(list(recipes.values())[-1])
+    command = write_command(list(choose_recipes(config, best).values())[-1])
     data = prepare_data(config.training)
     majority = 1 / int(data.select(data.split.val).dx.nunique())  # balanced accuracy of the majority class
     drawn = plots.plot_trials(config, study, majority)
     figures = {f"figures/{name}.png": each for name, each in drawn.items()}
     wait_for_server(lambda: run.log_artifacts({**figures, "retrain.sh": f"{command}\n"}))
     if config.seeds > 0:
-        verdict = _retrain_and_test(config, study, run, recipes, best, majority)
+        verdict = _retrain_and_test(config, study, run, best, majority)
     else:
         verdict = ""
         finished = study.get_trials(deepcopy=False, states=(TrialState.COMPLETE,))
@@ -119,14 +118,10 @@ def choose_recipes(config: SearchConfig, best: FrozenTrial) -> dict[str, TrainCo
 
 
 def _retrain_and_test(
-    config: SearchConfig,
-    study: Study,
-    run: TrackedRun,
-    recipes: dict[str, TrainConfig],
-    best: FrozenTrial,
-    majority: float,
+    config: SearchConfig, study: Study, run: TrackedRun, best: FrozenTrial, majority: float
 ) -> str:
     """Retrain all recipes, test them once, and register the winner; return a summary."""
+    recipes = choose_recipes(config, best)
     settings = {name: each.model_dump_json() for name, each in recipes.items()}
     settings |= {"seeds": str(config.seeds), "test": config.test}
     before = study.user_attrs.get("verdict", {})
