@@ -3,9 +3,8 @@
 import logging
 import math
 import time
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from collections.abc import Callable
+from contextlib import ExitStack
 from functools import partial
 from typing import TypeVar
 
@@ -13,13 +12,14 @@ from optuna import Trial, TrialPruned
 
 from search.config import SearchConfig
 from search.space import BASELINES, build_space, suggest
+from search.study import get_study_id
 from skin_resnet.errors import UserError
 from skin_resnet.tracking.history import STUDY, TRIAL
 from skin_resnet.tracking.run import TrackedRun, open_run
 from skin_resnet.tracking.store import OUTAGES, describe_uri
 from skin_resnet.training import interrupts
 from skin_resnet.training.engine import EpochResult
-from skin_resnet.training.run import TrainResult, TrainStart, run_training
+from skin_resnet.training.run import run_training
 
 T = TypeVar("T")
 _logger = logging.getLogger(__name__)
@@ -31,75 +31,64 @@ class TrialFailed(Exception):  # noqa: N818 (like TrialPruned)
     """A trial's training failed: the trial counts, and the search continues."""
 
 
-@dataclass(frozen=True, kw_only=True)
-class Objective:
-    """What Optuna calls for each trial.
+def run_trial(trial: Trial, config: SearchConfig, parent_run_id: str) -> tuple[float, ...]:
+    """Train with what a trial suggests, in a child of the search's run; return its objectives.
 
-    Attributes:
-        study_id: Tag of the child runs.
-        parent_run_id: The search's run.
-        train: `run_training`, or what tests put in its place.
+    Raises:
+        TrialPruned: The pruner stopped it.
+        TrialFailed: The training failed, or its best epoch has no finite values.
+        UserError: Its run could not be opened: the trial does not count, and is run again.
     """
-
-    config: SearchConfig
-    study_id: str
-    parent_run_id: str
-    train: Callable[..., TrainResult] = run_training
-
-    def __call__(self, trial: Trial) -> tuple[float, ...]:
-        """Train with what the trial suggests; return its values.
-
-        Raises:
-            TrialPruned: The pruner stopped it.
-            TrialFailed: The training failed, or its best epoch has no finite values.
-            UserError: Its run could not be opened: the trial does not count, and is run again.
-        """
-        try:
-            best = self._train(trial)
-            values = tuple(read_objective(name, best) for name in self.config.objective_names)
-            if not all(map(math.isfinite, values)):
-                raise UserError(f"the best epoch has the objectives {values}, which are not finite")
-        except TrialPruned:
+    try:
+        best = _train(trial, config, parent_run_id)
+        values = tuple(read_objective(name, best) for name in config.objective_names)
+        if not all(map(math.isfinite, values)):
+            raise UserError(f"the best epoch has the objectives {values}, which are not finite")
+    except TrialPruned:
+        raise
+    except Exception as error:
+        if "run_id" not in trial.user_attrs:
             raise
-        except Exception as error:
-            if "run_id" not in trial.user_attrs:
-                raise
-            # A trial that failed without a reason was killed, and is run again.
-            trial.set_user_attr("failure", f"{type(error).__name__}: {error}"[:2000])
-            raise TrialFailed from error
-        trial.set_user_attr("val/balanced_accuracy", best.val.balanced_accuracy)
-        trial.set_user_attr("best_epoch", best.epoch)
-        trial.set_user_attr("gap", best.gap)
-        if self.config.max_gap > 0:
-            trial.set_constraint("gap", best.gap - self.config.max_gap)
-        return values
+        # A trial that failed without a reason was killed, and is run again.
+        trial.set_user_attr("failure", f"{type(error).__name__}: {error}"[:2000])
+        raise TrialFailed from error
+    trial.set_user_attr("val/balanced_accuracy", best.val.balanced_accuracy)
+    trial.set_user_attr("best_epoch", best.epoch)
+    trial.set_user_attr("gap", best.gap)
+    if config.max_gap > 0:
+        trial.set_constraint("gap", best.gap - config.max_gap)
+    return values
 
-    def _train(self, trial: Trial) -> EpochResult:
-        baseline = trial.user_attrs.get("baseline")
-        changes = suggest(build_space(self.config), trial)
-        # A baseline trains with exactly its options; what it suggests is its nearest place in the space.
-        config = self.config.training.with_changes(**(BASELINES[baseline] if baseline else changes))
-        trial.set_user_attr("config", config.model_dump_json())
-        name = f"trial {trial.number} · {baseline or f'{config.optimizer} {config.lr:.2g}'}"
-        tags = {STUDY: self.study_id, TRIAL: str(trial.number)}
-        with open_child(name, self.parent_run_id, tags) as run:
-            trial.set_user_attr("run_id", run.run_id)
-            on_epoch = partial(self._report, trial)
-            return self.train(config, tracker=PatientTracker(run), on_epoch=on_epoch).best
 
-    def _report(self, trial: Trial, result: EpochResult) -> None:
-        """Report an epoch to Optuna, which may prune the trial."""
-        interrupts.check()
-        trial.set_user_attr("epochs", result.epoch)
-        first, *others = self.config.objective_names
-        value = read_objective(first, result)
-        if others or not math.isfinite(value):
-            return
-        trial.report(value, result.epoch)
-        # The baselines are what all else is compared with: they always run to their end.
-        can_be_pruned = first != "gap" and "baseline" not in trial.user_attrs
-        if can_be_pruned and result.epoch < self.config.epochs and trial.should_prune():
-            raise TrialPruned(f"pruned after epoch {result.epoch} of {self.config.epochs}")
+def _train(trial: Trial, config: SearchConfig, parent_run_id: str) -> EpochResult:
+    baseline = trial.user_attrs.get("baseline")
+    changes = suggest(build_space(config), trial)
+    # A baseline trains with exactly its options; what it suggests is its nearest place in the space.
+    recipe = config.training.with_changes(**(BASELINES[baseline] if baseline else changes))
+    trial.set_user_attr("config", recipe.model_dump_json())
+    name = f"trial {trial.number} · {baseline or f'{recipe.optimizer} {recipe.lr:.2g}'}"
+    tags = {STUDY: get_study_id(trial.study), TRIAL: str(trial.number)}
+    open_child = partial(open_run, name, parent_run_id=parent_run_id, tags=tags, pruned=(TrialPruned,))
+    with ExitStack() as stack:  # each attempt opens a run of its own
+        run = wait_for_server(lambda: stack.enter_context(open_child()))
+        trial.set_user_attr("run_id", run.run_id)
+        on_epoch = partial(_report, trial, config)
+        return run_training(recipe, tracker=PatientTracker(run), on_epoch=on_epoch).best
+
+
+def _report(trial: Trial, config: SearchConfig, result: EpochResult) -> None:
+    """Report an epoch to Optuna, which may prune the trial."""
+    interrupts.check()
+    trial.set_user_attr("epochs", result.epoch)
+    first, *others = config.objective_names
+    value = read_objective(first, result)
+    if others or not math.isfinite(value):
+        return
+    trial.report(value, result.epoch)
+    # The baselines are what all else is compared with: they always run to their end.
+    can_be_pruned = first != "gap" and "baseline" not in trial.user_attrs
+    if can_be_pruned and result.epoch < config.epochs and trial.should_prune():
+        raise TrialPruned(f"pruned after epoch {result.epoch} of {config.epochs}")
 
 
 def read_objective(name: str, result: EpochResult) -> float:
@@ -108,39 +97,14 @@ def read_objective(name: str, result: EpochResult) -> float:
     return value
 
 
-@contextmanager
-def open_child(
-    name: str, parent_run_id: str, tags: Mapping[str, str], run_id: str | None = None
-) -> Iterator[TrackedRun]:
-    """Open a child run, or resume one, as `open_run` does, as soon as the tracking server is there."""
-    with ExitStack() as stack:
-
-        def enter() -> TrackedRun:
-            child = open_run(
-                name, run_id=run_id, parent_run_id=parent_run_id, tags=tags, pruned=(TrialPruned,)
-            )
-            return stack.enter_context(child)
-
-        yield wait_for_server(enter)
-
-
 class PatientTracker:
     """Tracks a training in a run, and waits at its start and end for a tracking server that is away."""
 
     def __init__(self, run: TrackedRun) -> None:
-        self.run, self.run_id = run, run.run_id
-
-    def on_start(self, start: TrainStart) -> None:
-        """Record the start."""
-        wait_for_server(lambda: self.run.on_start(start))
-
-    def on_epoch(self, result: EpochResult) -> None:
-        """Record an epoch; the run buffers it while the server is away."""
-        self.run.on_epoch(result)
-
-    def on_end(self, result: TrainResult) -> None:
-        """Record the best epoch."""
-        wait_for_server(lambda: self.run.on_end(result))
+        self.run_id = run.run_id
+        self.on_epoch = run.on_epoch  # while the server is away, the run buffers the epoch
+        self.on_start = lambda start: wait_for_server(lambda: run.on_start(start))
+        self.on_end = lambda result: wait_for_server(lambda: run.on_end(result))
 
 
 def wait_for_server(call: Callable[[], T]) -> T:

@@ -16,12 +16,7 @@ from optuna.trial import FrozenTrial, TrialState
 from search.config import SearchConfig
 from search.space import BASELINE, Space, build_space
 from search.study import MAX_RETRIES, choose_best, drop_retried, find_front, get_study_id, list_ended
-from skin_resnet.evaluation.metrics import (
-    HEADLINES,
-    Predictions,
-    compare_models,
-    predict_always,
-)
+from skin_resnet.evaluation.metrics import HEADLINES, Predictions, compare_models, predict_always
 from skin_resnet.evaluation.page import format_score, format_table, spell_metric
 from skin_resnet.tracking.links import link_run, link_view
 
@@ -33,16 +28,15 @@ def describe_trials(config: SearchConfig, study: Study, best: FrozenTrial) -> st
     """Describe what was tried, what pruning saved, and what failed."""
     trials = study.get_trials(deepcopy=False)
     kept = drop_retried(trials)
-    states = Counter(trial.state for trial in kept)
-    epochs = {trial.number: trial.user_attrs.get("epochs", 0) for trial in kept}
-    saved = sum(config.epochs - epochs[trial.number] for trial in kept if trial.state == TrialState.PRUNED)
+    epochs_run = sum(trial.user_attrs.get("epochs", 0) for trial in kept)
+    pruned = [trial.user_attrs.get("epochs", 0) for trial in kept if trial.state == TrialState.PRUNED]
+    saved = config.epochs * len(pruned) - sum(pruned)
     gap = "" if "gap" in config.objective_names else f"gap {best.user_attrs['gap']:+.3f}, "
     lines = [
-        f"- {len(kept)} trials: {states[TrialState.COMPLETE]} finished, {states[TrialState.PRUNED]} pruned, "
-        f"{states[TrialState.FAIL]} failed; {len(trials) - len(kept)} were killed and run again.",
+        f"- {len(kept)} trials: {_count_states(kept)}; {len(trials) - len(kept)} were killed and run again.",
         f"- Best: trial {best.number} ({best.user_attrs.get('baseline', config.sampler)}), "
         f"{_format_values(config, best)}, {gap}best epoch {best.user_attrs['best_epoch']}.",
-        f"- {sum(epochs.values())} of {config.epochs * len(kept)} epochs were run; pruning saved {saved}.",
+        f"- {epochs_run} of {config.epochs * len(kept)} epochs were run; pruning saved {saved}.",
     ]
     if len(config.objective_names) > 1:
         front = find_front(config, study)
@@ -64,16 +58,21 @@ def describe_trials(config: SearchConfig, study: Study, best: FrozenTrial) -> st
 def describe_progress(config: SearchConfig, study: Study, run_id: str, left_s: float) -> str:
     """Describe the best trial so far, how many have ended, and how long the others take (NaN: unknown)."""
     best = choose_best(config, study)
-    states = Counter(trial.state for trial in list_ended(study.get_trials(deepcopy=False)))
+    ended = list_ended(study.get_trials(deepcopy=False))
     head = f"Best so far: {link_trial(config, best)}" if best else "No trial has finished yet"
-    counts = (
-        f"{states[TrialState.COMPLETE]} finished, {states[TrialState.PRUNED]} pruned, "
-        f"{states[TrialState.FAIL]} failed"
-    )
     scope = " with retraining" if config.seeds else ""
     left = f"; about {_format_duration(left_s)} left{scope}" if left_s > 0 else ""
     runs = link_view(run_id, name_view(config, study), "the trials' runs")
-    return f"**{head}.** {states.total()} of {config.n_trials} trials have ended: {counts}{left}. See {runs}."
+    return (
+        f"**{head}.** {len(ended)} of {config.n_trials} trials have ended: {_count_states(ended)}{left}. "
+        f"See {runs}."
+    )
+
+
+def _count_states(trials: Sequence[FrozenTrial]) -> str:
+    states = Counter(trial.state for trial in trials)
+    names = {TrialState.COMPLETE: "finished", TrialState.PRUNED: "pruned", TrialState.FAIL: "failed"}
+    return ", ".join(f"{states[state]} {name}" for state, name in names.items())
 
 
 def _format_duration(seconds: float) -> str:
@@ -111,12 +110,13 @@ class TrialProgress:
         trial_s = (time.monotonic() - self._start_s) / max(1, len(ended) - self._ended_before)
         return left * trial_s + estimate_retraining_s(self._config, ended)
 
-    def show(self) -> None:
-        """Print the trials that have ended since the last call."""
+    def show(self) -> int:
+        """Print the trials that have ended since the last call; return how many have ended in all."""
         for trial in list_ended(self._study.get_trials(deepcopy=False)):
             if trial.number not in self._shown:
                 self._shown.add(trial.number)
                 print(self._describe(trial), flush=True)
+        return len(self._shown)
 
     def _describe(self, trial: FrozenTrial) -> str:
         options = json.loads(trial.user_attrs.get("config", "{}"))
@@ -133,7 +133,7 @@ class TrialProgress:
 
 
 def estimate_retraining_s(config: SearchConfig, ended: Sequence[FrozenTrial]) -> float:
-    """Return how long retraining winner and baseline recipe will take, by the trials' epochs; NaN without."""
+    """Return how long retraining winner and baseline recipe will take; NaN before any epoch was run."""
     if not config.seeds:
         return 0.0
     spans = [
@@ -155,7 +155,7 @@ def _format_values(config: SearchConfig, trial: FrozenTrial) -> str:
 
 
 def find_edges(space: Space, trial: FrozenTrial) -> list[str]:
-    """Return a warning for each range at whose edge a sampled trial lies; a lower edge of 0 is none."""
+    """Return a warning for each range at whose edge a sampled trial lies, except at a lower edge of 0."""
     warnings = []
     for name, each in space.items():
         if isinstance(each, FloatDistribution) and "baseline" not in trial.user_attrs:
@@ -229,7 +229,7 @@ def describe_winner(retrained: pd.DataFrame, scores: pd.DataFrame | None, best: 
 
 
 def _format_cell(scores: pd.DataFrame, model: str, metric: str) -> str:
-    """Write a score with its interval; what always predicts the same needs none."""
+    """Write a score with its interval; the majority class has none."""
     score = scores.loc[(model, metric)]
     return format_score(score.value, None if model == MAJORITY else (score.low, score.high))
 

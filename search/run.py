@@ -10,18 +10,10 @@ from optuna.trial import FrozenTrial, TrialState
 
 from search import plots, report
 from search.config import SearchConfig
-from search.objective import PatientTracker, open_child, wait_for_server
+from search.objective import PatientTracker, wait_for_server
 from search.report import WINNER, compare_recipes
 from search.space import BASELINE, BASELINE_RECIPE
-from search.study import (
-    choose_best,
-    count_done,
-    get_study_id,
-    list_ended,
-    lock,
-    open_study,
-    report_storage_errors,
-)
+from search.study import choose_best, get_study_id, list_ended, lock, open_study, report_storage_errors
 from search.workers import close_killed_runs, log_progress, name_session, run_workers
 from skin_resnet.commands.compare import read_predictions
 from skin_resnet.commands.evaluate import assess_and_log
@@ -54,11 +46,14 @@ def search(config: SearchConfig) -> None:
         run.log_params(config)
         study = open_study(config)
         with lock(config.storage, name_session(run.run_id)):
-            run.set_tags({finished_runs.STUDY: get_study_id(study), "search.study": config.study})
-            wait_for_server(lambda: _save_view(config, study, run))
+            study_id = get_study_id(study)
+            run.set_tags({finished_runs.STUDY: study_id, "search.study": config.study})
+            # All trials and retrainings of the study, the best on val first.
+            where = f"tags.`{finished_runs.STUDY}` = '{study_id}' and tags.`mlflow.parentRunId` != ''"
+            wait_for_server(lambda: save_view(run.run_id, report.name_view(config, study), where))
             _run_trials(config, study, run)
             # Of several searches on one study, the first to come here retrains, tests and reports.
-            with lock(config.storage, f"winner-{get_study_id(study)}", wait=False) as is_first:
+            with lock(config.storage, f"winner-{study_id}", wait=False) as is_first:
                 page = _conclude(config, study, run) if is_first else "Another search is testing the winner."
         titled = f"### Search {config.study}: {config.arch}, {config.n_trials} trials\n\n{page}"
         print_markdown(titled)
@@ -69,15 +64,9 @@ def search(config: SearchConfig) -> None:
     print(f"\n{describe_location(run.run_id)}")
 
 
-def _save_view(config: SearchConfig, study: Study, run: TrackedRun) -> None:
-    """Save a view of the runs table with all trials and retrainings of a study, the best on val first."""
-    where = f"tags.`{finished_runs.STUDY}` = '{get_study_id(study)}' and tags.`mlflow.parentRunId` != ''"
-    save_view(run.run_id, report.name_view(config, study), where)
-
-
 def _run_trials(config: SearchConfig, study: Study, run: TrackedRun) -> None:
     closed = close_killed_runs(config, study)
-    done = count_done(study.get_trials(deepcopy=False))
+    done = len(list_ended(study.get_trials(deepcopy=False)))
     more = f"; closed {len(closed)} runs of killed processes" if closed else ""
     then = f"; retraining with seeds={config.seeds} follows" if config.seeds else ""
     print(f"study {config.study}: {done} of {config.n_trials} trials done{more}{then}", flush=True)
@@ -93,25 +82,23 @@ def _conclude(config: SearchConfig, study: Study, run: TrackedRun) -> str:
     best = choose_best(config, study)
     if best is None:
         raise UserError("no trial finished; see the tag `failure` of the trials' runs")
-    recipes = choose_recipes(config, best)
-    command = write_command(list(recipes.values())[-1])
-    drawn = plots.plot_trials(config, study, _score_majority(config))
+    command = write_command(list(choose_recipes(config, best).values())[-1])
+    data = prepare_data(config.training)
+    majority = 1 / int(data.select(data.split.val).dx.nunique())  # balanced accuracy of the majority class
+    drawn = plots.plot_trials(config, study, majority)
     figures = {f"figures/{name}.png": each for name, each in drawn.items()}
     wait_for_server(lambda: run.log_artifacts({**figures, "retrain.sh": f"{command}\n"}))
     if config.seeds > 0:
-        verdict = _retrain_and_test(config, study, run, recipes, best)
+        verdict = _retrain_and_test(config, study, run, best, majority)
     else:
         verdict = ""
         finished = study.get_trials(deepcopy=False, states=(TrialState.COMPLETE,))
         run_ids = {trial.user_attrs.get("baseline"): trial.user_attrs["run_id"] for trial in finished}
         shown = {BASELINE: run_ids.get(BASELINE), WINNER: best.user_attrs["run_id"]}
-        _log_curves(config, run, {name: run_id for name, run_id in shown.items() if run_id})
-    pages = [
-        verdict,
-        report.describe_trials(config, study, best),
-        f"To train it again:\n\n```sh\n{command}\n```",
-    ]
-    return "\n\n".join(filter(None, pages))
+        drawn_ids = {name: run_id for name, run_id in shown.items() if run_id}
+        wait_for_server(lambda: _log_curves(config, run, drawn_ids, majority))
+    trials = report.describe_trials(config, study, best)
+    return "\n\n".join(filter(None, [verdict, trials, f"To train it again:\n\n```sh\n{command}\n```"]))
 
 
 def _link_winner(config: SearchConfig, study: Study, run: TrackedRun) -> str:
@@ -131,9 +118,10 @@ def choose_recipes(config: SearchConfig, best: FrozenTrial) -> dict[str, TrainCo
 
 
 def _retrain_and_test(
-    config: SearchConfig, study: Study, run: TrackedRun, recipes: dict[str, TrainConfig], best: FrozenTrial
+    config: SearchConfig, study: Study, run: TrackedRun, best: FrozenTrial, majority: float
 ) -> str:
     """Retrain all recipes, test them once, and register the winner; return a summary."""
+    recipes = choose_recipes(config, best)
     settings = {name: each.model_dump_json() for name, each in recipes.items()}
     settings |= {"seeds": str(config.seeds), "test": config.test}
     before = study.user_attrs.get("verdict", {})
@@ -146,7 +134,8 @@ def _retrain_and_test(
         for number in range(1, config.seeds + 1)
         for name, each in recipes.items()
     )
-    _log_curves(config, run, retrained.drop_duplicates("recipe").set_index("recipe").run_id.to_dict())
+    run_ids = retrained.drop_duplicates("recipe").set_index("recipe").run_id.to_dict()
+    wait_for_server(lambda: _log_curves(config, run, run_ids, majority))
     scores, warning = _test(run, retrained) if config.test == "at_end" else (None, "")
     in_study = best if config.retrain == "none" else None
     page = "\n\n".join(filter(None, [report.describe_winner(retrained, scores, in_study), warning]))
@@ -157,65 +146,52 @@ def _retrain_and_test(
 
 
 def _retrain(study: Study, recipe: str, config: TrainConfig, parent_run_id: str) -> dict[str, Any]:
-    """Train a recipe in a child run, from where a killed search left it; return what the rest needs of it."""
+    """Train a recipe in a child run, from where a killed search left it; return the study's record of it."""
     name, key = f"{recipe} · seed {config.seed}", f"retrained {recipe} · seed {config.seed}"
+    options = config.model_dump_json()
     kept: dict[str, Any] = study.user_attrs.get(key, {})
-    known = {"recipe": recipe, "config": config.model_dump_json()}
-    if "val" in kept and kept["config"] == known["config"]:
+    if kept.get("config") != options:
+        kept = {}
+    if "val" in kept:
         return kept
     print(f"\n{name}")
     tags = {finished_runs.STUDY: get_study_id(study), "search.recipe": recipe}
     point: ResumePoint | None = None
     with ExitStack() as stack:
         stack.callback(lambda: point.folder.release() if point else None)
-        if kept.get("config") == known["config"]:
+        if kept:
             with suppress(UserError):  # it was killed before it began to train, or elsewhere
                 point = find_resume_point(config.with_changes(resume=kept["run_id"]))
         run_id = point.folder.path.name if point else None
-        run = stack.enter_context(open_child(name, parent_run_id, tags, run_id=run_id))
+        open_child = partial(open_run, name, run_id=run_id, parent_run_id=parent_run_id, tags=tags)
+        run = wait_for_server(lambda: stack.enter_context(open_child()))
         if point is None:
             folder = RunFolder(config.checkpoint_dir.expanduser() / run.run_id)
             point = ResumePoint(folder=folder, config=config)
             folder.acquire()
-        study.set_user_attr(key, {**known, "run_id": run.run_id})
+        kept = {"recipe": recipe, "config": options, "run_id": run.run_id}
+        study.set_user_attr(key, kept)
         result = run_training(point.config, tracker=PatientTracker(run), resume=point)
         wait_for_server(lambda: run.describe(report_training(run, result)))
         checkpoint = read_checkpoint(result.checkpoint_path)
         wait_for_server(lambda: log_card(run, checkpoint, result.data))
         wait_for_server(lambda: run.log_model(result.checkpoint_path))
-    retrained = {
-        **known, "run_id": run.run_id, "val": result.best.val.balanced_accuracy, "gap": result.final_gap,
-    }  # fmt: skip
-    study.set_user_attr(key, retrained)
-    return retrained
+    kept |= {"val": result.best.val.balanced_accuracy, "gap": result.final_gap}
+    study.set_user_attr(key, kept)
+    return kept
 
 
-def _score_majority(config: SearchConfig) -> float:
-    """Return the balanced accuracy on val of always predicting the majority class."""
-    data = prepare_data(config.training)
-    return 1 / int(data.select(data.split.val).dx.nunique())
-
-
-def _log_curves(config: SearchConfig, run: TrackedRun, run_ids: dict[str, str]) -> None:
+def _log_curves(config: SearchConfig, run: TrackedRun, run_ids: dict[str, str], majority: float) -> None:
     """Log the curves of the recipes side by side, from their runs; if there are enough epochs."""
-    majority = _score_majority(config)
-
-    def log() -> None:
-        histories = {name: finished_runs.read_history(run_id) for name, run_id in run_ids.items()}
-        images = finished_runs.read_tags(next(iter(run_ids.values())))["split.val"]
-        if max(map(len, histories.values())) >= FEWEST_EPOCHS:
-            figure = plots.plot_recipes(histories, images, majority, config.training.best_by)
-            run.log_artifacts({"figures/recipes.png": figure})
-
-    wait_for_server(log)
+    histories = {name: finished_runs.read_history(run_id) for name, run_id in run_ids.items()}
+    images = finished_runs.read_tags(next(iter(run_ids.values())))["split.val"]
+    if max(map(len, histories.values())) >= FEWEST_EPOCHS:
+        figure = plots.plot_recipes(histories, images, majority, config.training.best_by)
+        run.log_artifacts({"figures/recipes.png": figure})
 
 
 def _test(run: TrackedRun, retrained: pd.DataFrame) -> tuple[pd.DataFrame, str]:
-    """Evaluate all recipes and seeds on test, and log each one's metrics on its run.
-
-    Returns:
-        What `compare_recipes` returns, and a warning if test was evaluated before, or leaks.
-    """
+    """Evaluate all retrained networks on test; return what `compare_recipes` does, and a warning, if any."""
     config = TrainConfig.model_validate_json(retrained.config[0])
     data = prepare_data(config)
     table, warning = wait_for_server(lambda: open_test_split(run, config, data))

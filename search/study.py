@@ -17,7 +17,7 @@ from optuna import Study
 from optuna.exceptions import ExperimentalWarning, StorageInternalError
 from optuna.pruners import BasePruner, HyperbandPruner, MedianPruner, NopPruner, SuccessiveHalvingPruner
 from optuna.samplers import BaseSampler, GPSampler, RandomSampler, TPESampler
-from optuna.storages import RDBStorage
+from optuna.storages import RDBStorage, RetryHeartbeatStaleTrialCallback
 from optuna.trial import FrozenTrial, TrialState
 from sqlalchemy.engine import make_url
 from sqlalchemy.exc import SQLAlchemyError
@@ -120,38 +120,26 @@ def get_study_id(study: Study) -> str:
 def lock(url: str, name: str, *, wait: bool = True) -> Iterator[bool]:
     """Hold a lock that all processes with this storage share; yield whether it is held.
 
-    The operating system, or PostgreSQL, releases it when the process dies, however it dies.
-
-    Args:
-        url: The storage's URL.
-        name: The lock's.
-        wait: Until it is free; else do without it.
+    Without `wait` it is held only if it is free. The operating system, or PostgreSQL, releases it when the
+    process dies, however it dies.
     """
-    if not url.startswith("sqlite"):
-        with _lock_postgresql(url, name, wait=wait) as is_held:
-            yield is_held
+    if url.startswith("sqlite"):
+        folder = Path(f"{make_url(url).database}.locks")
+        folder.mkdir(exist_ok=True)
+        file_lock = FileLock(folder / name, blocking=wait)
+        with contextlib.suppress(Timeout):
+            file_lock.acquire()
+        try:
+            yield file_lock.is_locked
+        finally:
+            file_lock.release()
         return
-    folder = Path(f"{make_url(url).database}.locks")
-    folder.mkdir(exist_ok=True)
-    file_lock = FileLock(folder / name, blocking=wait)
-    with contextlib.suppress(Timeout):
-        file_lock.acquire()
-    try:
-        yield file_lock.is_locked
-    finally:
-        file_lock.release()
-
-
-@contextlib.contextmanager
-def _lock_postgresql(url: str, name: str, *, wait: bool) -> Iterator[bool]:
     key = zlib.crc32(f"skin-resnet search {name}".encode())
+    acquire = sqlalchemy.func.pg_advisory_lock if wait else sqlalchemy.func.pg_try_advisory_lock
     engine = sqlalchemy.create_engine(url, poolclass=NullPool, isolation_level="AUTOCOMMIT")
     with engine.connect() as connection:
-        if wait:
-            connection.execute(sqlalchemy.select(sqlalchemy.func.pg_advisory_lock(key)))
-            yield True
-        else:
-            yield bool(connection.scalar(sqlalchemy.select(sqlalchemy.func.pg_try_advisory_lock(key))))
+        is_held = connection.scalar(sqlalchemy.select(acquire(key)))
+        yield wait or bool(is_held)  # after waiting, PostgreSQL returns nothing
 
 
 def build_sampler(config: SearchConfig, trials_so_far: int) -> BaseSampler:
@@ -196,13 +184,8 @@ def build_pruner(config: SearchConfig) -> BasePruner:
 
 def drop_retried(trials: Sequence[FrozenTrial]) -> list[FrozenTrial]:
     """Return each trial once, however often it was run again."""
-    retried = {number for trial in trials for number in _get_retry_history(trial)}
+    retried = {number for trial in trials for number in trial.system_attrs.get("retry_history", [])}
     return [trial for trial in trials if trial.number not in retried]
-
-
-def _get_retry_history(trial: FrozenTrial) -> list[int]:
-    """Return the numbers of the killed trials that a trial repeats, under Optuna's name for them."""
-    return list(trial.system_attrs.get("retry_history", []))
 
 
 def find_to_retry(trials: Sequence[FrozenTrial]) -> list[FrozenTrial]:
@@ -212,7 +195,8 @@ def find_to_retry(trials: Sequence[FrozenTrial]) -> list[FrozenTrial]:
     """
 
     def count_kills(trial: FrozenTrial) -> int:
-        return sum("run_id" in trials[n].user_attrs for n in (*_get_retry_history(trial), trial.number))
+        attempts = [*trial.system_attrs.get("retry_history", []), trial.number]
+        return sum("run_id" in trials[number].user_attrs for number in attempts)
 
     return [
         trial
@@ -223,9 +207,23 @@ def find_to_retry(trials: Sequence[FrozenTrial]) -> list[FrozenTrial]:
     ]
 
 
-def count_done(trials: Sequence[FrozenTrial]) -> int:
-    """Count the trials that have ended for good, each once."""
-    return len(list_ended(trials))
+def requeue_killed(study: Study) -> int:
+    """Queue each trial whose process was killed or interrupted again; return how many. Needs the claim.
+
+    Optuna's own callback would miss the trials that were interrupted, or killed before their first heartbeat.
+    """
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", ExperimentalWarning)
+        optuna.storages.fail_stale_trials(study)
+        retry = RetryHeartbeatStaleTrialCallback()
+    for trial in study.get_trials(deepcopy=False, states=(TrialState.RUNNING,)):
+        if "claimed" not in trial.user_attrs:
+            study.tell(trial.number, state=TrialState.FAIL)
+    killed = find_to_retry(study.get_trials())
+    for trial in killed:
+        trial.user_attrs = {key: v for key, v in trial.user_attrs.items() if key == "baseline"}
+        retry(study, trial)
+    return len(killed)
 
 
 def list_ended(trials: Sequence[FrozenTrial]) -> list[FrozenTrial]:
@@ -251,13 +249,3 @@ def choose_best(config: SearchConfig, study: Study) -> FrozenTrial | None:
     complete = study.get_trials(deepcopy=False, states=(TrialState.COMPLETE,))
     nearest = min(complete, key=lambda trial: trial.user_attrs["gap"], default=None)
     return next(iter(find_front(config, study)), nearest)
-
-
-def summarize(config: SearchConfig, study: Study) -> dict[str, float]:
-    """Return the objectives of a study's best trial as metrics of its run.
-
-    Without a slash in their names, MLflow shows them after the curves of the trials.
-    """
-    best = choose_best(config, study)
-    values = best.values if best else []
-    return {f"search_best_{name}": value for name, value in zip(config.objective_names, values, strict=False)}

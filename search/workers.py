@@ -6,39 +6,35 @@ import signal
 import sys
 import threading
 import time
-import warnings
 from collections.abc import Mapping
 from contextlib import ExitStack, redirect_stdout, suppress
 from multiprocessing.process import BaseProcess
 from typing import cast
 
-import optuna
 import torch
 from optuna import Study, Trial
-from optuna.exceptions import ExperimentalWarning
-from optuna.storages import RDBStorage, RetryHeartbeatStaleTrialCallback
+from optuna.storages import RDBStorage
 from optuna.trial import TrialState
 
 from search.config import SearchConfig
-from search.objective import Objective, TrialFailed
+from search.objective import TrialFailed, run_trial
 from search.report import TrialProgress, describe_progress
 from search.study import (
     CLAIM,
     MAX_RETRIES,
     build_pruner,
     build_sampler,
-    count_done,
+    choose_best,
     drop_retried,
-    find_to_retry,
     get_study_id,
+    list_ended,
     lock,
     open_study,
     report_storage_errors,
-    summarize,
+    requeue_killed,
 )
 from skin_resnet.errors import UserError
-from skin_resnet.tracking import history as finished_runs
-from skin_resnet.tracking.history import close_abandoned
+from skin_resnet.tracking.history import TRIAL, close_abandoned, close_killed
 from skin_resnet.tracking.run import TrackedRun
 from skin_resnet.tracking.store import OUTAGES
 from skin_resnet.training import interrupts
@@ -57,47 +53,45 @@ def run_workers(config: SearchConfig, study: Study, run: TrackedRun) -> None:
     processes: list[BaseProcess] = []
     done = -1
     progress = TrialProgress(config, study)
-    # A trial that kills its process each time may kill so many before it is given up.
+    # Enough for a trial that kills its process at each attempt until it is given up.
     restarts = most = (MAX_RETRIES + 1) * config.workers
     try:
         with interrupts.deferred():  # no signal comes between the start of a worker and its place in the list
             for number in range(config.workers):
-                processes.append(_start(config, study, run.run_id, number))
+                processes.append(_start(config, run.run_id, number))
             while any(process.is_alive() for process in processes):
                 time.sleep(_POLL_S)
                 interrupts.check()
-                progress.show()
-                if (now := count_done(study.get_trials(deepcopy=False))) > done:
-                    done, restarts = now, most
+                if (ended := progress.show()) > done:
+                    done, restarts = ended, most
                     with suppress(*OUTAGES):  # the next time makes up for it
                         log_progress(config, study, run, progress.estimate_left_s())
                 for number, process in enumerate(processes):
                     if (process.exitcode or 0) < 0 and restarts:  # it was killed
                         restarts -= 1
-                        processes[number] = _start(config, study, run.run_id, number)
+                        processes[number] = _start(config, run.run_id, number)
     finally:
         _end(processes)
-    progress.show()
-    left = config.n_trials - count_done(study.get_trials(deepcopy=False))
-    if left > 0:
+    if (left := config.n_trials - progress.show()) > 0:
         trials = f"{left} trial{'s' * (left > 1)}"
         raise UserError(f"all workers exited with {trials} left; repeat the command to run them")
 
 
 def log_progress(config: SearchConfig, study: Study, run: TrackedRun, left_s: float) -> None:
     """Log a study's progress on the search's run: metrics by number of ended trials, a description."""
-    done = count_done(study.get_trials(deepcopy=False))
-    run.log_metrics(summarize(config, study) | {"search_eta_s": left_s}, step=done)
+    metrics = {"search_eta_s": left_s}
+    if best := choose_best(config, study):
+        for name, value in zip(config.objective_names, best.values, strict=True):
+            metrics[f"search_best_{name}"] = value  # no slash: MLflow shows it after the curves of the trials
+    run.log_metrics(metrics, step=len(list_ended(study.get_trials(deepcopy=False))))
     run.describe(describe_progress(config, study, run.run_id, left_s))
 
 
-def _start(config: SearchConfig, study: Study, parent_run_id: str, number: int) -> BaseProcess:
+def _start(config: SearchConfig, parent_run_id: str, number: int) -> BaseProcess:
     count = torch.cuda.device_count() if config.device in ("auto", "cuda") else 0
     device = assign_device(number, os.environ, count)
     # Spawned, not forked: a fork would share the parent's database connections and its CUDA.
-    process = multiprocessing.get_context("spawn").Process(
-        target=_work, args=(config, get_study_id(study), parent_run_id, device)
-    )
+    process = multiprocessing.get_context("spawn").Process(target=_work, args=(config, parent_run_id, device))
     # Ctrl-C reaches all processes; the search decides, and ends its workers, which inherit the block.
     signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
     try:
@@ -126,7 +120,7 @@ def _end(processes: list[BaseProcess]) -> None:
         process.join()
 
 
-def _work(config: SearchConfig, study_id: str, parent_run_id: str, environment: Mapping[str, str]) -> None:
+def _work(config: SearchConfig, parent_run_id: str, environment: Mapping[str, str]) -> None:
     """Run in a worker process."""
     os.environ.update(environment)  # CUDA reads it when it is first used
     os.environ.pop("MLFLOW_RUN_ID", None)  # or it would open the search's run as its own
@@ -144,7 +138,7 @@ def _work(config: SearchConfig, study_id: str, parent_run_id: str, environment: 
         ):
             signal.signal(signal.SIGINT, signal.SIG_IGN)
             threading.Thread(target=_end_with_search, daemon=True).start()
-            work(config, Objective(config=config, study_id=study_id, parent_run_id=parent_run_id))
+            work(config, parent_run_id)
     except KeyboardInterrupt:
         raise SystemExit(128 + signal.SIGTERM) from None
     except UserError as error:
@@ -159,7 +153,7 @@ def _end_with_search() -> None:
     os.kill(os.getpid(), signal.SIGTERM)
 
 
-def work(config: SearchConfig, objective: Objective) -> None:
+def work(config: SearchConfig, parent_run_id: str) -> None:
     """Run trials until the study has `n_trials`, and no process is still at one."""
     study = open_study(config)
     while True:
@@ -173,14 +167,14 @@ def work(config: SearchConfig, objective: Objective) -> None:
             if TrialState.WAITING in states or len(drop_retried(trials)) < config.n_trials:
                 study.sampler = build_sampler(config, len(trials))
                 study.pruner = build_pruner(config)
-                _run_one(study, objective, claim)
+                _run_one(study, claim, config, parent_run_id)
                 continue
         if TrialState.RUNNING not in states:
             return
         time.sleep(min(2.0, config.heartbeat_s / 2))  # the processes at the last trials may be killed
 
 
-def _run_one(study: Study, objective: Objective, claim: ExitStack) -> None:
+def _run_one(study: Study, claim: ExitStack, config: SearchConfig, parent_run_id: str) -> None:
     """Choose a trial, release the claim, and run it."""
 
     def run(trial: Trial) -> tuple[float, ...]:
@@ -188,29 +182,10 @@ def _run_one(study: Study, objective: Objective, claim: ExitStack) -> None:
         cast(RDBStorage, trial.storage).record_heartbeat(trial._trial_id)
         trial.set_user_attr("claimed", True)
         claim.close()
-        return objective(trial)
+        return run_trial(trial, config, parent_run_id)
 
     # What a failed trial leaves in the GPU's memory is collected before the next one.
     study.optimize(run, n_trials=1, catch=(TrialFailed,), gc_after_trial=True)
-
-
-def requeue_killed(study: Study) -> int:
-    """Queue each trial whose process was killed or interrupted again; return how many. Needs the claim.
-
-    Optuna's own callback would miss the trials that were interrupted, or killed before their first heartbeat.
-    """
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", ExperimentalWarning)
-        optuna.storages.fail_stale_trials(study)
-        retry = RetryHeartbeatStaleTrialCallback()
-    for trial in study.get_trials(deepcopy=False, states=(TrialState.RUNNING,)):
-        if "claimed" not in trial.user_attrs:
-            study.tell(trial.number, state=TrialState.FAIL)
-    killed = find_to_retry(study.get_trials())
-    for trial in killed:
-        trial.user_attrs = {key: v for key, v in trial.user_attrs.items() if key == "baseline"}
-        retry(study, trial)
-    return len(killed)
 
 
 def close_killed_runs(config: SearchConfig, study: Study) -> list[str]:
@@ -221,15 +196,15 @@ def close_killed_runs(config: SearchConfig, study: Study) -> list[str]:
     trials = study.get_trials(deepcopy=False)
 
     def is_alive(run_id: str, tags: dict[str, str]) -> bool:
-        if finished_runs.TRIAL in tags:
-            trial = trials[int(tags[finished_runs.TRIAL])]
+        if TRIAL in tags:
+            trial = trials[int(tags[TRIAL])]
             return trial.state == TrialState.RUNNING and trial.user_attrs.get("run_id", run_id) == run_id
         session = name_session(tags.get("mlflow.parentRunId", run_id))
         with lock(config.storage, session, wait=False) as is_free:
             return not is_free
 
     try:
-        closed = finished_runs.close_killed(get_study_id(study), is_alive)
+        closed = close_killed(get_study_id(study), is_alive)
     except OUTAGES:
         return []
     clean_up_killed(config.checkpoint_dir.expanduser(), close_abandoned)

@@ -18,7 +18,7 @@ from mlflow.entities import Run
 from optuna.trial import FrozenTrial, TrialState
 from test_outage import Server, server  # noqa: F401 (a fixture)
 
-from search.study import count_done, drop_retried, lock
+from search.study import drop_retried, list_ended, lock
 
 ROOT = Path(__file__).parent.parent
 pytestmark = pytest.mark.slow
@@ -89,7 +89,7 @@ class Search:
         trials = self.read_trials()
         assert all(trial.state.is_finished() for trial in trials)
         kept = drop_retried(trials)
-        assert len(kept) == count_done(trials) == n_trials
+        assert len(kept) == len(list_ended(trials)) == n_trials
         failed = [trial for trial in kept if trial.state == TrialState.FAIL]
         assert not failed, [trial.user_attrs for trial in failed]
         assert Counter(t.user_attrs.get("baseline") for t in kept) >= Counter(["baseline recipe", "defaults"])
@@ -144,8 +144,8 @@ def test_kill_a_worker_then_everything_then_the_same_command(make_search: Callab
     first = search.start()
     search.wait_for(is_training)
     find_workers(first)[0].kill()
-    over = count_done(search.read_trials())
-    search.wait_for(lambda trials: count_done(trials) > over and is_training(trials))
+    over = len(list_ended(search.read_trials()))
+    search.wait_for(lambda trials: len(list_ended(trials)) > over and is_training(trials))
     everything = [*find_workers(first), psutil.Process(first.pid)]
     for process in everything:
         process.kill()
@@ -193,9 +193,9 @@ def test_a_search_waits_for_a_tracking_server_that_restarts(
     search.wait_for(is_training)
     server.stop()
     search.wait_for(lambda trials: "MLflow unreachable" in search.log.read_text())
-    done = count_done(search.read_trials())
+    done = len(list_ended(search.read_trials()))
     time.sleep(5)
-    assert count_done(search.read_trials()) == done < 3, "what has no run does not count"
+    assert len(list_ended(search.read_trials())) == done < 3, "what has no run does not count"
     server.start()
     assert process.wait(300) == 0, search.log.read_text()
     search.check_books(3)

@@ -11,6 +11,7 @@ import sqlite3
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from types import SimpleNamespace
+from unittest import mock
 
 import mlflow
 import optuna
@@ -21,7 +22,7 @@ from optuna.trial import FrozenTrial, TrialState
 
 from search import objective
 from search.config import SearchConfig
-from search.objective import Objective, wait_for_server
+from search.objective import wait_for_server
 from search.run import search
 from search.space import BASELINE_RECIPE, BASELINES
 from search.study import (
@@ -29,14 +30,12 @@ from search.study import (
     build_pruner,
     build_sampler,
     choose_best,
-    count_done,
     drop_retried,
     find_front,
     get_study_id,
     list_ended,
     lock,
     open_study,
-    summarize,
 )
 from search.workers import close_killed_runs, log_progress, name_session, work
 from skin_resnet.config import TrainConfig
@@ -88,12 +87,9 @@ def run(config: SearchConfig, parent: str, train: Train = train_well) -> list[Fr
             on_epoch(result)
         return SimpleNamespace(best=result)
 
-    study = open_study(config)
-    work(
-        config,
-        Objective(config=config, study_id=get_study_id(study), parent_run_id=parent, train=train_epochs),
-    )
-    return study.get_trials()
+    with mock.patch.object(objective, "run_training", train_epochs):
+        work(config, parent)
+    return open_study(config).get_trials()
 
 
 def begin_trial(config: SearchConfig) -> optuna.Trial:
@@ -198,7 +194,7 @@ def test_an_interrupted_trial_is_run_again_and_counted_once(tmp_path: Path, pare
     trials = run(config, parent, interrupt_third)
     assert [trial.state for trial in trials] == [State.COMPLETE] * 2 + [State.FAIL] + [State.COMPLETE] * 2
     assert trials[3].params == trials[2].params
-    assert count_done(trials) == len(drop_retried(trials)) == 4
+    assert len(list_ended(trials)) == len(drop_retried(trials)) == 4
     assert trials[3].system_attrs["failed_trial"] == 2
 
 
@@ -218,10 +214,10 @@ def test_a_trial_that_always_kills_its_process_is_given_up_unless_it_is_a_baseli
     if is_baseline:
         with pytest.raises(KeyboardInterrupt):
             run(config, parent, die)
-        assert count_done(open_study(config).trials) == 1, "the defaults"
+        assert len(list_ended(open_study(config).trials)) == 1, "the defaults"
         return
     trials = run(config, parent, die)
-    assert count_done(trials) == 3
+    assert len(list_ended(trials)) == 3
     assert [trial.state for trial in drop_retried(trials)].count(State.COMPLETE) == 2
     assert [trial.state for trial in list_ended(open_study(config).trials)].count(State.FAIL) == 1
 
@@ -285,7 +281,10 @@ def test_several_objectives_give_a_pareto_front_that_holds_the_winner(tmp_path: 
     front = [trial.number for trial in find_front(config, open_study(config))]
     assert front == [1, 2, 3]
     assert choose_best(config, open_study(config)).number == 1
-    assert "search_best_gap" in summarize(config, open_study(config))
+    log_progress(config, open_study(config), TrackedRun(parent), 7.0)
+    assert mlflow.get_run(parent).data.metrics == {
+        "search_best_val_balanced_accuracy": 0.6, "search_best_gap": pytest.approx(0.3), "search_eta_s": 7,
+    }  # fmt: skip
 
 
 def test_a_study_is_not_continued_with_other_options_and_the_run_says_why(tmp_path: Path) -> None:
@@ -376,7 +375,7 @@ def test_a_trial_without_a_run_does_not_count_and_is_run_again(
     for _ in range(MAX_RETRIES + 2):
         with pytest.raises(UserError):
             run(config, 32 * "0")  # there is no such parent
-        assert count_done(open_study(config).trials) == 0
+        assert len(list_ended(open_study(config).trials)) == 0
     trials = run(config, parent)
     assert [trial.state for trial in drop_retried(trials)] == [State.COMPLETE] * 4
 

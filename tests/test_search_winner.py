@@ -15,14 +15,14 @@ from PIL import Image
 from test_search_study import make_epoch, run
 
 from search.config import SearchConfig
-from search.objective import Objective
 from search.run import _retrain, search
 from search.space import BASELINE_RECIPE
-from search.study import get_study_id, open_study
+from search.study import open_study
 from search.workers import work
 from skin_resnet.config import TrainConfig
 from skin_resnet.data.prepare import prepare_data
 from skin_resnet.tracking.history import read_card
+from skin_resnet.tracking.run import TrackedRun
 from skin_resnet.training.engine import EpochResult
 
 pytestmark = pytest.mark.slow
@@ -105,7 +105,7 @@ def test_an_interrupted_retraining_is_resumed_in_its_run(
             if result.epoch == 2:
                 raise KeyboardInterrupt
 
-        patch.setattr("search.objective.PatientTracker.on_epoch", stop_after_two)
+        patch.setattr(TrackedRun, "on_epoch", stop_after_two)
         with pytest.raises(KeyboardInterrupt):
             _retrain(study, "winner", recipe, parent.info.run_id)
     (child,) = find_children(parent)
@@ -146,10 +146,8 @@ def test_pruned_and_losing_trials_leave_no_weights(
     config = config.with_changes(study_name="real", epochs=2)
     monkeypatch.setattr(optuna.Trial, "should_prune", lambda trial: True)
     with mlflow.start_run() as parent:
-        study = open_study(config)
-        study_id = get_study_id(study)
-        work(config, Objective(config=config, study_id=study_id, parent_run_id=parent.info.run_id))
-    assert [trial.state.name for trial in study.trials] == ["COMPLETE", "COMPLETE", "PRUNED"]
+        work(config, parent.info.run_id)
+    assert [trial.state.name for trial in open_study(config).trials] == ["COMPLETE", "COMPLETE", "PRUNED"]
     assert not [path for path in Path(config.checkpoint_dir).rglob("*") if path.is_file()]
 
 

@@ -40,7 +40,7 @@ def config(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[SearchCo
 def test_a_signal_that_python_dropped_ends_a_worker_at_its_next_check(
     config: SearchConfig, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def work(config: SearchConfig, objective: object) -> None:
+    def work(config: SearchConfig, parent_run_id: str) -> None:
         interrupts.check()
         Dying()
         interrupts.check()
@@ -48,7 +48,7 @@ def test_a_signal_that_python_dropped_ends_a_worker_at_its_next_check(
 
     monkeypatch.setattr(workers, "work", work)
     with pytest.raises(SystemExit) as ended:
-        workers._work(config, "study", "run", {})
+        workers._work(config, "run", {})
     assert ended.value.code == 128 + signal.SIGTERM
 
 
@@ -100,9 +100,8 @@ def test_a_worker_is_started_with_its_gpu(
     seen: list[str] = []
     monkeypatch.setattr(workers, "work", lambda *arguments: seen.append(os.environ["CUDA_VISIBLE_DEVICES"]))
     monkeypatch.setattr(workers.torch.cuda, "device_count", lambda: 2)
-    monkeypatch.setattr(workers, "get_study_id", lambda study: "study")
     monkeypatch.setattr(SpawnProcess, "start", lambda process: process._target(*process._args))
     for number in range(3):
         monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "3,5")
-        workers._start(config.with_changes(device=device), None, "run", number)
+        workers._start(config.with_changes(device=device), "run", number)
     assert seen == wanted

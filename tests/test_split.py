@@ -3,20 +3,17 @@
 import pandas as pd
 import pytest
 
-from skin_resnet.data.split import (
-    Split,
-    count_classes,
-    drop_seen,
-    join_lesions,
-    split_lesions,
-    thin_train,
-)
+from skin_resnet.data.split import Split, drop_seen, join_lesions, split_lesions, thin_train
 from skin_resnet.errors import UserError
 from tests.conftest import make_table
 
 
 def split(table: pd.DataFrame, seed: int = 0, fraction: float = 0.2) -> Split:
     return split_lesions(table, val_fraction=fraction, test_fraction=fraction, seed=seed)
+
+
+def count_classes(table: pd.DataFrame, split: Split) -> pd.DataFrame:
+    return table.merge(split.to_frame()).value_counts(["dx", "split"]).unstack(fill_value=0)
 
 
 @pytest.mark.parametrize("seed", range(5))

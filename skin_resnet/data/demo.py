@@ -1,8 +1,8 @@
 """A synthetic data set in the format of HAM10000, drawn in seconds.
 
 Files, columns, class imbalance and images per lesion are those of HAM10000: what reads one reads the other.
-The seven diagnoses differ by color, size, border, symmetry and blotches, so that a network learns most from
-nothing within minutes, but not all: many melanomas look like nevi, and some nevi like melanomas.
+The seven diagnoses differ by color, size, border, symmetry and blotches. A network with random weights learns
+most of them within minutes, but not all: many melanomas look like nevi, and some nevi like melanomas.
 """
 
 import math
@@ -44,15 +44,6 @@ class _Look(NamedTuple):
     softness: float  # of the border, in radii
 
 
-class _Blotches(NamedTuple):
-    """Patches inside a lesion, about `frequency` across it, in a fraction `chance` of the lesions."""
-
-    dx: str
-    color: _Color
-    frequency: float
-    chance: float
-
-
 _LOOKS = {
     "akiec": _Look(0.033, 67, (220, 128, 116), (196, 112, 92), 0.72, 0.18, 0.22),
     "bcc": _Look(0.051, 67, (226, 162, 154), (206, 140, 142), 0.65, 0.14, 0.18),
@@ -62,23 +53,16 @@ _LOOKS = {
     "nv": _Look(0.670, 46, (194, 126, 90), (96, 58, 44), 0.56, 0.10, 0.16),
     "vasc": _Look(0.014, 51, (204, 62, 82), (136, 38, 72), 0.45, 0.07, 0.07),
 }
-_BLOTCHES = (
-    _Blotches("akiec", (176, 60, 60), 9, 0.8),
-    _Blotches("akiec", (250, 236, 206), 9, 0.8),
-    _Blotches("bcc", (92, 88, 112), 4, 0.8),
-    _Blotches("bcc", (180, 40, 56), 7, 0.7),
-    _Blotches("bkl", (92, 62, 46), 8, 0.5),
-    _Blotches("bkl", (242, 228, 200), 10, 0.65),
-    _Blotches("df", (250, 230, 224), 2, 1),
-    _Blotches("mel", (32, 24, 26), 5, 0.6),
-    _Blotches("mel", (132, 138, 164), 3, 0.5),
-    _Blotches("mel", (170, 78, 74), 4, 0.3),
-    _Blotches("nv", (70, 42, 34), 11, 0.5),
-    _Blotches("nv", (44, 30, 30), 4, 0.15),
-    _Blotches("nv", (198, 122, 108), 4, 0.15),
-    _Blotches("vasc", (98, 14, 48), 6, 1),
-    _Blotches("vasc", (216, 190, 206), 4, 0.4),
-)
+# Patches inside a lesion: their color, about how many are across it, and which fraction of lesions has them.
+_BLOTCHES: dict[str, list[tuple[_Color, float, float]]] = {
+    "akiec": [((176, 60, 60), 9, 0.8), ((250, 236, 206), 9, 0.8)],
+    "bcc": [((92, 88, 112), 4, 0.8), ((180, 40, 56), 7, 0.7)],
+    "bkl": [((92, 62, 46), 8, 0.5), ((242, 228, 200), 10, 0.65)],
+    "df": [((250, 230, 224), 2, 1)],
+    "mel": [((32, 24, 26), 5, 0.6), ((132, 138, 164), 3, 0.5), ((170, 78, 74), 4, 0.3)],
+    "nv": [((70, 42, 34), 11, 0.5), ((44, 30, 30), 4, 0.15), ((198, 122, 108), 4, 0.15)],
+    "vasc": [((98, 14, 48), 6, 1), ((216, 190, 206), 4, 0.4)],
+}
 
 
 def open_demo(cache_dir: Path) -> Path:
@@ -166,10 +150,10 @@ def _paint_lesion(image: _Array, dx: str, rng: np.random.Generator, u: _Array, v
     depth = rng.uniform(0.3, 0.9) + 0.25 * _draw_waves(rng, u, v, 2.5) - 0.15 * radius
     depth = np.clip(depth, 0, 1)[..., None]
     _blend(image, dark * depth + bright * (1 - depth), rng.uniform(0.8, 0.95) * inside)
-    for blotches in (one for one in _BLOTCHES if one.dx == dx):
-        where = _rise(_draw_waves(rng, u, v, blotches.frequency), 0.7, 0.5)
-        opacity = rng.uniform(0.45, 0.85) * (rng.random() < blotches.chance)
-        _blend(image, blotches.color, opacity * inside * where)
+    for color, frequency, fraction in _BLOTCHES[dx]:
+        where = _rise(_draw_waves(rng, u, v, frequency), 0.7, 0.5)
+        opacity = rng.uniform(0.45, 0.85) * (rng.random() < fraction)
+        _blend(image, color, opacity * inside * where)
 
 
 def _turn(x: _Array, y: _Array, angle: float) -> tuple[_Array, _Array]:

@@ -8,8 +8,7 @@ import numpy.typing as npt
 import pandas as pd
 from scipy.stats import chi2_contingency
 
-from skin_resnet.data.extract import has_lesion_ids
-from skin_resnet.data.split import SPLITS, Split, count_classes, join_lesions
+from skin_resnet.data.split import SPLITS, Split, join_lesions
 from skin_resnet.data.store import ImageStore
 
 # What two splits may share. All but the last prove a leak; a person has to look at the last.
@@ -30,27 +29,19 @@ _PAIR_COLUMNS = ("kind", "image_id", "dx", "split", "seen_id", "seen_dx", "seen_
 class LeakageReport:
     """Result of an audit.
 
-    Attributes:
-        pairs: A row per two images that share something but are in different splits: kind, image_id, dx and
-            split of one, seen_id, seen_dx and seen_split of the other, whose split comes earlier among
-            train, val and test; similarity (1 is equal, NaN where it was not compared).
-        class_counts: Images by class and split.
-        class_distance: Total variation distance of each split's class shares to train's, 0 to 1.
-        class_p: p-value of the chi-square test that class and split are independent, over lesions.
-        lesions: How many lesions the images show.
-        knows_lesions: Whether the source says which images show one lesion; if not, "lesion" finds nothing.
-        unused: Images of the data set that are in no split.
-        unread: Images of the split (of the data, for split=own) that could not be read.
+    `pairs` has a row per two images that share something but are in different splits: kind, image_id, dx and
+    split of one, seen_id, seen_dx and seen_split of the other, whose split comes earlier among train, val and
+    test; similarity (1 is equal, NaN where it was not compared).
     """
 
     pairs: pd.DataFrame = field(repr=False)
-    class_counts: pd.DataFrame
-    class_distance: dict[str, float]
-    class_p: float
-    lesions: int
-    knows_lesions: bool
-    unused: int
-    unread: int
+    class_counts: pd.DataFrame  # images by class and split
+    class_distance: dict[str, float]  # total variation distance of each split's class shares to train's
+    class_p: float  # of the chi-square test that class and split are independent, over lesions
+    lesions: int  # how many lesions the images show
+    knows_lesions: bool  # whether the source says which images show one lesion; else "lesion" finds nothing
+    unused: int  # images of the data set that are in no split
+    unread: int  # images of the split (of the data, for split=own) that could not be read
 
     @property
     def leaks(self) -> bool:
@@ -107,7 +98,8 @@ def audit_split(table: pd.DataFrame, split: Split, store: ImageStore) -> Leakage
         }
     ).iloc[used]
     images = images.reset_index(drop=True).assign(digest=np.array(store.digests)[rows])
-    counts = count_classes(table, split)
+    counts = pd.crosstab(table.dx, side, dropna=False).reindex(table.dx.cat.categories, fill_value=0)
+    counts = counts.reindex(columns=list(SPLITS), fill_value=0).astype(np.int64)
     shares = counts / counts.sum().clip(lower=1)
     distance = shares.sub(shares.train, axis=0).abs().sum() / 2
     lesions = images.drop_duplicates(["joined", "split"])
@@ -118,7 +110,7 @@ def audit_split(table: pd.DataFrame, split: Split, store: ImageStore) -> Leakage
         class_distance={name: float(distance[name]) for name in SPLITS[1:] if counts[name].any()},
         class_p=float(chi2_contingency(observed, correction=False).pvalue),
         lesions=images.joined.nunique(),
-        knows_lesions=has_lesion_ids(table),
+        knows_lesions=not table.lesion_id.equals(table.image_id),
         unused=len(table) - len(used),
         unread=sum(len(getattr(split, name)) for name in SPLITS) - len(used),
     )

@@ -14,17 +14,11 @@ from skin_resnet.data.store import ImageStore
 
 @dataclass(frozen=True, kw_only=True)
 class Batch:
-    """Some images of a split.
+    """Some images of a split, on the device."""
 
-    Attributes:
-        pixels: uint8 (N, S, S, 3), on the device.
-        targets: int64 (N,), on the device.
-        positions: int64 (N,), on the device: the images' positions in the split.
-    """
-
-    pixels: Tensor
-    targets: Tensor
-    positions: Tensor
+    pixels: Tensor  # uint8 (N, S, S, 3)
+    targets: Tensor  # int64 (N,)
+    positions: Tensor  # int64 (N,): the images' positions in the split
 
 
 def place_pixels(store: ImageStore, device: torch.device) -> Tensor:
@@ -41,23 +35,13 @@ def place_pixels(store: ImageStore, device: torch.device) -> Tensor:
 
 @dataclass(frozen=True, kw_only=True)
 class Loader:
-    """The batches of one split, for one of `world_size` processes.
+    """The batches of one split, for one of `world_size` processes that share each batch."""
 
-    Attributes:
-        pixels: uint8 (M, S, S, 3), of the whole store, from `place_pixels`.
-        rows: int64 (N,): the split's rows of the store.
-        targets: int64 (N,), on the CPU.
-        device: Where the batches go.
-        batch_size: Images per step, over all processes.
-        rank: This process's index, from 0.
-        world_size: Number of processes that share each batch.
-    """
-
-    pixels: Tensor
-    rows: NDArray[np.int64]
-    targets: Tensor
-    device: torch.device
-    batch_size: int
+    pixels: Tensor  # uint8 (M, S, S, 3), of the whole store, from `place_pixels`
+    rows: NDArray[np.int64]  # (N,): the split's rows of the store
+    targets: Tensor  # int64 (N,), on the CPU
+    device: torch.device  # where the batches go
+    batch_size: int  # images per step, over all processes
     rank: int = 0
     world_size: int = 1
 
@@ -79,13 +63,13 @@ class Loader:
         A resumed epoch starts at batch `first_step`.
         """
         order = np.random.default_rng((seed, epoch)).permutation(len(self.rows))
-        return self._split_up(order, first_step)
+        return self._build_batches(order, first_step)
 
     def ordered(self) -> Iterator[Batch]:
         """Yield every image once, in the split's order: for val and test."""
-        return self._split_up(np.arange(len(self.rows)))
+        return self._build_batches(np.arange(len(self.rows)))
 
-    def _split_up(self, order: NDArray[np.int64], first_step: int = 0) -> Iterator[Batch]:
+    def _build_batches(self, order: NDArray[np.int64], first_step: int = 0) -> Iterator[Batch]:
         # Batches of almost equal size instead of full ones and a rest: no image is dropped or weighs more.
         for whole_step in np.array_split(order, len(self))[first_step:]:
             positions = torch.from_numpy(whole_step[self.rank :: self.world_size])

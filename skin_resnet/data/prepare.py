@@ -10,7 +10,7 @@ from lightning_fabric import Fabric
 from numpy.typing import NDArray
 
 from skin_resnet.config import TrainConfig
-from skin_resnet.data.extract import extract, get_class_names
+from skin_resnet.data.extract import extract
 from skin_resnet.data.leakage import LeakageReport, audit_split
 from skin_resnet.data.loader import Loader, place_pixels
 from skin_resnet.data.split import SPLITS, Split, read_split, split_lesions, thin_train
@@ -24,25 +24,20 @@ HIDDEN = -1  # the target of a test image, until the test evaluation
 class PreparedData:
     """A data set ready to be trained on, with the diagnoses of its test images hidden.
 
-    Attributes:
-        table: Rows from `extract`, without the images that could not be read; of test images, dx is missing
-            and target is `HIDDEN`.
-        split: Which images are in train, val and test.
-        store: Their pixels, in the table's order.
-        leakage: What the splits share.
-        split_fingerprints: By split, what `fingerprint_images` returns for it.
+    `table` has the rows from `extract`, without the images that could not be read; of test images, dx is
+    missing and target is `HIDDEN`.
     """
 
     table: pd.DataFrame
     split: Split
-    store: ImageStore
+    store: ImageStore  # in the table's order
     leakage: LeakageReport
-    split_fingerprints: Mapping[str, str]
+    split_fingerprints: Mapping[str, str]  # by split, from `fingerprint_images`
 
     @property
     def classes(self) -> tuple[str, ...]:
         """The class order, which is the order of a model's outputs."""
-        return get_class_names(self.table)
+        return tuple(self.table.dx.cat.categories)
 
     @property
     def baseline_class(self) -> str:

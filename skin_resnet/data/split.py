@@ -6,7 +6,6 @@ from dataclasses import dataclass, replace
 from importlib import resources
 from pathlib import Path
 
-import numpy as np
 import pandas as pd
 
 from skin_resnet.data.tables import read_table, reject
@@ -138,10 +137,3 @@ def drop_seen(table: pd.DataFrame, split: Split) -> pd.DataFrame:
     lesions = join_lesions(table)
     seen = lesions[table.image_id.isin({*split.train, *split.val})]
     return table[~lesions.isin(set(seen))].reset_index(drop=True)
-
-
-def count_classes(table: pd.DataFrame, split: Split) -> pd.DataFrame:
-    """Count images by class (rows) and split (columns train, val and test)."""
-    name = table.image_id.map(dict(split.to_frame().to_numpy()))
-    counts = pd.crosstab(table.dx, name, dropna=False)
-    return counts.reindex(index=table.dx.cat.categories, columns=list(SPLITS), fill_value=0).astype(np.int64)

@@ -12,7 +12,7 @@ import warnings
 import zlib
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, BinaryIO, Literal, TypeVar
 
@@ -40,27 +40,15 @@ _logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class ImageStore:
-    """The decoded images of a table, in its order and without the skipped ones.
+    """The decoded images of a table, in its order and without the skipped ones."""
 
-    Attributes:
-        pixels: uint8 (N, S, S, 3), mapped read-only from disk.
-        thumbnails: Gray, uint8 (N, 16, 16).
-        digests: A hash of each image's pixels.
-        image_ids: The id of each image.
-        image_size: S, in pixels.
-        key: A hash of what the store was made from; the name of its folder.
-        skipped: Why an image was left out, by image id.
-        build_s: Seconds this process spent building it; 0 if it was there.
-    """
-
-    pixels: Pixels = field(repr=False)
-    thumbnails: Pixels = field(repr=False)
-    digests: tuple[str, ...] = field(repr=False)
+    pixels: Pixels = field(repr=False)  # (N, S, S, 3), mapped read-only from disk
+    thumbnails: Pixels = field(repr=False)  # gray, (N, 16, 16)
+    digests: tuple[str, ...] = field(repr=False)  # a hash of each image's pixels
     image_ids: tuple[str, ...] = field(repr=False)
-    image_size: int
-    key: str
-    skipped: dict[str, str]
-    build_s: float = 0.0
+    image_size: int  # S
+    key: str  # a hash of what the store was made from; the name of its folder
+    skipped: dict[str, str]  # why an image was left out, by image id
 
     def find_rows(self, image_ids: Sequence[str]) -> npt.NDArray[np.int64]:
         """Return the row of each image, int64 (len(image_ids),).
@@ -88,24 +76,21 @@ def open_store(
         UserError: An image is bad (on_bad_image=stop), all are, or `cache_dir` cannot be used.
     """
     folder = expand_cache(cache_dir) / "stores" / _compute_key(table, image_size, on_bad_image)
-    started = time.perf_counter()
-    build_s = 0.0
 
     def build(unfinished: Path) -> None:
-        nonlocal build_s
         if folder.exists():
             _logger.warning("the image store %s is damaged; decoding the images again", folder)
         _logger.info("decoding %d images (once; later runs reuse them)", len(table))
+        started_s = time.perf_counter()
         with warnings.catch_warnings():
             # Pillow's, about images that `decode` names when it rejects them, or reads as it documents.
             warnings.simplefilter("ignore")
             _build_store(unfinished, folder.name, table, image_size, on_bad_image)
-        build_s = time.perf_counter() - started
-        _logger.info("decoded %d images in %.1f s", len(table), build_s)
+        _logger.info("decoded %d images in %.1f s", len(table), time.perf_counter() - started_s)
 
-    store = replace(build_folder(folder, _read_store, build), build_s=build_s)
+    store = build_folder(folder, _read_store, build)
     with contextlib.suppress(OSError):  # the cache may be read-only
-        # By this, `clean` knows when it was last used, also on a disk that notes no times of access.
+        # `clean` reads from it when the store was last used; many disks record no times of access.
         os.utime(folder / "store.json", ns=(time.time_ns(), os.stat(folder / "store.json").st_mtime_ns))
     return store
 
@@ -126,20 +111,19 @@ def build_folder(
             return found
         folder.parent.mkdir(parents=True, exist_ok=True)
         with FileLock(f"{folder}.lock"):
-            if (found := read(folder)) is not None:  # built by another process meanwhile
-                return found
-            unfinished = folder.with_name(f"{folder.name}.tmp")
-            shutil.rmtree(unfinished, ignore_errors=True)
-            unfinished.mkdir()
-            try:
-                write(unfinished)
-                shutil.rmtree(folder, ignore_errors=True)
-                unfinished.rename(folder)
-            finally:
+            if (found := read(folder)) is None:  # else another process has built it meanwhile
+                unfinished = folder.with_name(f"{folder.name}.tmp")
                 shutil.rmtree(unfinished, ignore_errors=True)
-            if (found := read(folder)) is not None:
-                return found
-        raise OSError("damaged right after it was written")
+                unfinished.mkdir()
+                try:
+                    write(unfinished)
+                    shutil.rmtree(folder, ignore_errors=True)
+                    unfinished.rename(folder)
+                finally:
+                    shutil.rmtree(unfinished, ignore_errors=True)
+                if (found := read(folder)) is None:
+                    raise OSError("damaged right after it was written")
+        return found
     except OSError as error:
         reason = f"{error.strerror or error} at {error.filename or folder}"
         raise UserError(f"cannot use cache_dir: {reason}; make room or choose another cache_dir.") from error

@@ -15,23 +15,15 @@ from skin_resnet.model.resnet import STAGE_DEPTHS
 
 # V2 comes from a longer training with a heavier recipe; what transfers better depends on the data.
 _IMAGENET = {"imagenet": "IMAGENET1K_V2", "imagenet_v1": "IMAGENET1K_V1"}
-HEAD_KEYS = ("fc.weight", "fc.bias")
+_HEAD_KEYS = ("fc.weight", "fc.bias")
 
 
 def load_weights(network: nn.Module, weights: str, arch: str) -> str:
-    """Load initial weights into a new network.
+    """Load initial weights into a network of `build_resnet(arch, ...)`; return in words what it starts from.
 
-    A head of another size stays random. The weights of a shallower ResNet leave the blocks it lacks as they
-    are built, the identity. Every other key must match in name and shape.
-
-    Args:
-        network: From `build_resnet(arch, ...)`.
-        weights: `none`, `imagenet` (torchvision's IMAGENET1K_V2), `imagenet_v1`, or the path of a state dict
-            (`.pth`, `.pt`, `.safetensors`).
-        arch: As given to `build_resnet`.
-
-    Returns:
-        What the network starts from, in words.
+    `weights` is `none`, `imagenet` (torchvision's IMAGENET1K_V2), `imagenet_v1`, or the path of a state dict
+    (`.pth`, `.pt`, `.safetensors`). A head of another size stays random. Blocks that a shallower ResNet lacks
+    stay as they are built, the identity. Every other key must match in name and shape.
 
     Raises:
         UserError: The weights cannot be downloaded or read, or do not fit.
@@ -42,7 +34,7 @@ def load_weights(network: nn.Module, weights: str, arch: str) -> str:
     name = weights if is_file else f"torchvision's {_IMAGENET[weights]}"
     state = _read_state_dict(Path(weights).expanduser()) if is_file else _download_imagenet(arch, weights)
     expected = network.state_dict()
-    fresh = [key for key in HEAD_KEYS if key not in state or state[key].shape != expected[key].shape]
+    fresh = [key for key in _HEAD_KEYS if key not in state or state[key].shape != expected[key].shape]
     state = {key: value for key, value in state.items() if key not in fresh}
     for key, value in state.items():
         # Quantized weights are integers, and useless without their scales.
@@ -127,14 +119,11 @@ def read_torch_file(path: Path) -> Any:
 
 
 def _download_imagenet(arch: str, weights: str) -> dict[str, Tensor]:
-    enum = torchvision.models.get_model_weights(arch)
+    published = torchvision.models.get_model_weights(arch)[_IMAGENET[weights]]
     try:
-        state: dict[str, Tensor] = enum[_IMAGENET[weights]].get_state_dict(
-            progress=os.isatty(2), check_hash=True
-        )
+        return dict(published.get_state_dict(progress=os.isatty(2), check_hash=True))
     except (OSError, RuntimeError) as error:
         raise UserError(
             f"weights={weights}: cannot download torchvision's {arch} ({error}); pass weights=FILE with a "
             "state dict, or weights=none"
         ) from None
-    return state
