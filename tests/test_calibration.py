@@ -118,7 +118,7 @@ def test_temperature_is_bounded_where_every_answer_is_wrong() -> None:
 def test_reliability_is_that_of_scikit_learn_and_ece_follows_from_it() -> None:
     predictions = simulate(3000, temperature=2)
     confidence, right = predictions.probabilities.max(axis=1), predictions.predicted == predictions.targets
-    table = compute_reliability(predictions, bins=15)
+    table = compute_reliability(predictions)
     accuracies, confidences = calibration_curve(right, confidence, n_bins=15)
     filled = table[table.images > 0]
     np.testing.assert_allclose(filled.accuracy, accuracies)

@@ -39,7 +39,7 @@ def make_history(
             history[f"{split}/{name}"] = values + noise * generator.normal(size=length)
         history[f"{split}/accuracy"] = history[f"{split}/balanced_accuracy"] + 0.05
         history[f"{split}/macro_auc"] = auc
-    return history
+    return history.assign(gap=history["train/balanced_accuracy"] - history["val/balanced_accuracy"])
 
 
 def valley(lowest: int) -> Curve:

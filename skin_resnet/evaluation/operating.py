@@ -18,10 +18,7 @@ SENSITIVITIES = (0.90, 0.95)  # wanted on val
 
 
 def find_positives(classes: tuple[str, ...]) -> dict[str, frozenset[int]]:
-    """Return the class indices of melanoma and of malignant.
-
-    Empty where the classes are not the seven diagnoses: which of them are malignant is then not known.
-    """
+    """Return the class indices of melanoma and of malignant; nothing unless the classes are the diagnoses."""
     if classes != HAM10000_CLASSES:
         return {}
     malignant = frozenset(index for index, diagnosis in enumerate(DIAGNOSES) if diagnosis.malignant)
@@ -74,19 +71,17 @@ def apply_threshold(
 def compute_referral(predictions: Predictions) -> pd.DataFrame:
     """Compute the accuracy on the rest when the images with the lowest confidence are referred.
 
-    Confidence and accuracy are those of the most probable class.
-
-    The mean of `accuracy` is 1 minus the AURC of Geifman, Uziel, El-Yaniv (ICLR 2019).
+    Confidence and accuracy are those of the most probable class. The mean of `accuracy` is 1 minus the AURC
+    of Geifman, Uziel, El-Yaniv (ICLR 2019).
 
     Returns:
         A row per number of images kept, N first, 1 last: referred_fraction, accuracy of the images kept.
     """
     images = np.arange(len(predictions.targets))
     confidences = predictions.probabilities.max(axis=1)
+    is_right = pd.Series(predictions.plain.predicted == predictions.targets)
     # Equally confident images share hits and misses evenly: their order does not matter.
-    hits = (
-        pd.Series(predictions.plain.predicted == predictions.targets).groupby(confidences).transform("mean")
-    )
+    hits = is_right.groupby(confidences).transform("mean")
     kept = hits.iloc[np.argsort(-confidences)].expanding().mean()
     return pd.DataFrame({"referred_fraction": images / len(images), "accuracy": kept.to_numpy()[::-1]})
 

@@ -53,15 +53,11 @@ class FinishedRun:
 
 
 def read_run(run_id: str, split: str) -> FinishedRun:
-    """Read a finished training and its predictions on val or test, without evaluating it again.
-
-    Raises:
-        UserError: There is no such run, or it has no predictions on that split.
-    """
+    """Read a finished training and its predictions on val or test; without any it is a UserError."""
     with explain(f"run {run_id} is not a training with predictions on {split}"):
         run = _get_training(run_id)
         path = _download(run_id, f"{split}/predictions.csv")
-        texts = {"image_id": str, "lesion_id": str, "dx": str, "prediction": str}
+        texts = dict.fromkeys(("image_id", "lesion_id", "dx", "prediction"), str)
         return FinishedRun(
             run_id=run_id,
             name=run.info.run_name,
@@ -77,11 +73,7 @@ def read_run(run_id: str, split: str) -> FinishedRun:
 
 
 def read_training(run_id: str, folder: Path) -> tuple[dict[str, Any], Path]:
-    """Read what it takes to repeat a finished training: its options, and its split as a CSV in the folder.
-
-    Raises:
-        UserError: There is no such run, or it is not a finished training.
-    """
+    """Read the options of a finished training, and its split as a CSV in the folder; else a UserError."""
     with explain(f"run {run_id} is not a finished training"):
         _get_training(run_id)
         options = yaml.safe_load(_download(run_id, "config.yaml", folder).read_text(encoding="utf-8"))
@@ -187,9 +179,7 @@ def name_data(param: str) -> str:
 def close_killed(study_id: str, is_alive: Callable[[str, dict[str, str]], bool]) -> list[str]:
     """End the runs of a study that no process works on any more as KILLED, and return their ids.
 
-    Args:
-        study_id: Runs with this tag are considered.
-        is_alive: Returns whether a process works on a running run, by its id and tags.
+    `is_alive` returns whether a process works on a running run, by its id and tags.
     """
     client = mlflow.MlflowClient()
     runs: list[Run] = mlflow.search_runs(

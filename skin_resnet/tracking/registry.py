@@ -8,7 +8,7 @@ import mlflow
 
 from skin_resnet.errors import UserError
 from skin_resnet.evaluation.card import CARD
-from skin_resnet.evaluation.metrics import HEADLINES, is_better
+from skin_resnet.evaluation.metrics import HEADLINES
 from skin_resnet.evaluation.page import format_score
 from skin_resnet.tracking.history import explain, find_model, read_card, read_scores
 from skin_resnet.tracking.links import cut, link_run
@@ -35,7 +35,7 @@ def register_run(run_id: str, name: str) -> str:
         scores = {split: read_scores(run_id, split) for split in splits}
         value, low, high = scores[splits[-1]].loc[_SCORE]
         baseline = scores[splits[-1]].value[f"baseline_{_SCORE}"]
-        if not is_better(low, baseline):
+        if not low > baseline:
             score = f"{splits[-1]} balanced accuracy {format_score(value, (low, high))}"
             return f"Not registered: {score} is not better than the majority class, {format_score(baseline)}."
         tags = {f"{split}/{key}": str(each.value[key]) for split, each in scores.items() for key in HEADLINES}

@@ -90,13 +90,13 @@ def _set_up(
         if name:
             run.rename(name)
         run.set_tags(tags)
+        return run
     except OUTAGES as error:
         active = mlflow.active_run()
         if active is not None and active is not before:  # it was created, but not completely set up
             with contextlib.suppress(*OUTAGES):
                 _end(active.info.run_id, "FAILED")
         raise _explain_outage(error) from None
-    return run
 
 
 def _start(name: str | None, run_id: str | None, parent_run_id: str | None) -> str:
@@ -106,10 +106,9 @@ def _start(name: str | None, run_id: str | None, parent_run_id: str | None) -> s
     if run_id:
         _point_to(client, run_id)
         _forget_end(client, run_id)
-    elif parent_run_id and not is_project_run():
-        experiment_id = client.get_run(parent_run_id).info.experiment_id
-    elif not is_project_run() and (experiment := find_experiment()):
-        experiment_id = experiment.experiment_id
+    elif not is_project_run():
+        parent = client.get_run(parent_run_id).info if parent_run_id else find_experiment()
+        experiment_id = parent.experiment_id if parent else None
     run = mlflow.start_run(
         run_id, run_name=name, experiment_id=experiment_id, nested=True,
         # On a CPU they say little, and MLflow would open its comparison of runs with them.
@@ -148,9 +147,9 @@ def _forget_end(client: mlflow.MlflowClient, run_id: str) -> None:
 
 
 def _explain_outage(error: BaseException, consequence: str = "") -> UserError:
-    uri = describe_uri()
     reason = hide_password(" ".join(str(error).split()))[:240]
-    return UserError(f"MLflow unreachable at {uri} ({reason}); check MLFLOW_TRACKING_URI{consequence}")
+    where = f"MLflow unreachable at {describe_uri()} ({reason})"
+    return UserError(f"{where}; check MLFLOW_TRACKING_URI{consequence}")
 
 
 @interrupts.deferred()
@@ -253,17 +252,16 @@ class TrackedRun:
         self._epochs.finish()
         records.log_best(self.run_id, result.best, result.final_gap)
         self.set_tags({"best.sha256": result.weights_sha256})
-        best, val = result.best.epoch, result.data.select(result.data.split.val)
-        self.val_assessment = assessment = assess(
-            result.val_predictions, val, result.data.classes, result.data.baseline_class, result.calibration
-        )
-        notes = [LEAK_BANNER] if result.data.leakage.leaks else []
+        best, data = result.best.epoch, result.data
+        val, majority = data.select(data.split.val), data.baseline_class
+        assessment = assess(result.val_predictions, val, data.classes, majority, result.calibration)
+        notes = [LEAK_BANNER] if data.leakage.leaks else []
         files = list_artifacts(assessment, "val", f"Val, {result.config.arch} epoch {best}", notes)
         if len(result.history) > 1:
             baseline = {name: assessment.get(f"baseline_{name}").value for name in HEADLINES}
-            history, majority = to_frame(result.history), result.data.baseline_class
-            files["figures/curves.png"] = plot_curves(history, best, baseline, majority)
+            files["figures/curves.png"] = plot_curves(to_frame(result.history), best, baseline, majority)
         self.log_artifacts(files)
+        self.val_assessment = assessment
 
     def remove_checkpoints(self, *, keep_state: bool = False) -> None:
         """Remove a training's checkpoints; with `keep_state` only if it cannot be resumed from them."""

@@ -76,8 +76,7 @@ def check_store(*, create: bool = False) -> str:
     Raises:
         UserError: The store cannot be used.
     """
-    uri = mlflow.get_tracking_uri()
-    shown = hide_password(uri)
+    uri, shown = mlflow.get_tracking_uri(), describe_uri()
     _quiet_mlflow()
     try:
         file = find_sqlite_file(uri)
@@ -86,17 +85,17 @@ def check_store(*, create: bool = False) -> str:
                 return f"{shown}{_LATER}"
             _create_database(make_url(uri), file)
         _connect(uri)
+        return shown
     except UserError:
         raise
+    except (requests.ConnectionError, requests.Timeout):
+        reason = "no server answers there"
     except Exception as error:  # drivers, servers and damaged files fail in ways that nobody can list
-        reason = " ".join(str(getattr(error, "orig", None) or error).split()) or type(error).__name__
-        if isinstance(error, requests.ConnectionError | requests.Timeout):
-            reason = "no server answers there"
-        raise UserError(
-            f"cannot track runs in {shown}: {hide_password(reason)[:240]}; check MLFLOW_TRACKING_URI, or "
-            "unset it to use ./mlflow.db"
-        ) from None
-    return shown
+        text = " ".join(str(getattr(error, "orig", None) or error).split()) or type(error).__name__
+        reason = hide_password(text)[:240]
+    raise UserError(
+        f"cannot track runs in {shown}: {reason}; check MLFLOW_TRACKING_URI, or unset it to use ./mlflow.db"
+    )
 
 
 def has_store() -> bool:
@@ -143,15 +142,16 @@ def has_all_tables(file: Path) -> bool:
     # Not read-only: what a killed writer left half done is rolled back.
     with closing(sqlite3.connect(f"{file.as_uri()}?mode=rw", uri=True, timeout=_TIMEOUT_S)) as database:
         tables = {name for (name,) in database.execute("SELECT name FROM sqlite_master WHERE type = 'table'")}
-        has_rows = {
-            table: table in tables and bool(database.execute(f"SELECT 1 FROM {table} LIMIT 1").fetchone())
-            for table in ("experiments", "alembic_version")
+        filled = {
+            table
+            for table in tables & {"experiments", "alembic_version"}
+            if database.execute(f"SELECT 1 FROM {table} LIMIT 1").fetchone()
         }
-    if all(has_rows.values()) and tables >= _TABLES:
+    if len(filled) == 2 and tables >= _TABLES:
         return True
     # MLflow creates its tables in many steps, and then an experiment; without one nothing can be lost.
     is_mlflows = "experiments" in tables and (tables >= _TABLES or tables <= _TABLES)
-    if not tables or (is_mlflows and not has_rows["experiments"]):
+    if not tables or (is_mlflows and "experiments" not in filled):
         return False
     raise UserError(
         f"{file} is not a complete MLflow database; restore it from a backup, move it away, or set "
@@ -189,11 +189,7 @@ def _remove(database: Path) -> None:
 
 
 def _connect(uri: str) -> None:
-    """Connect once, with a time limit, before MLflow does so, which retries for two minutes.
-
-    Raises:
-        Exception: The store does not answer, or not as MLflow does.
-    """
+    """Connect once, with a time limit, before MLflow does so, which retries for two minutes."""
     scheme = uri.partition(":")[0]
     if scheme in {"http", "https"}:
         # Any answer will do: not every server behind a proxy has this page.

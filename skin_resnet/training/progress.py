@@ -8,7 +8,6 @@ from lightning_fabric import Fabric
 from tqdm import tqdm
 
 from skin_resnet.config import TrainConfig
-from skin_resnet.data.extract import has_lesion_ids
 from skin_resnet.data.loader import Batch, Loader
 from skin_resnet.data.prepare import PreparedData
 from skin_resnet.data.split import SPLITS
@@ -21,7 +20,7 @@ def describe_start(config: TrainConfig, data: PreparedData, fabric: Fabric, weig
     sizes = ", ".join(f"{len(getattr(data.split, name))} {name}" for name in SPLITS)
     skipped = f", {len(data.store.skipped)} skipped" if data.store.skipped else ""
     precision = {"32-true": "fp32"}.get(fabric.strategy.precision.precision, "bf16")
-    known = has_lesion_ids(data.table)
+    known = data.leakage.knows_lesions
     lesions = f"{data.table.lesion_id.nunique()} lesions" if known else "no lesion ids"
     return (
         f"data      {config.data}: {len(data.table)} images, {lesions}{skipped}, {data.store.image_size} px\n"

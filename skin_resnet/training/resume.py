@@ -90,17 +90,14 @@ def _hold_and_read(folder: RunFolder, config: TrainConfig, *, takes_defaults: bo
 
 
 def describe_state(state: TrainingState, fingerprint: str, history: list[EpochResult]) -> dict[str, Any]:
-    """Return all that another process needs to continue exactly here.
-
-    The best epoch follows from the history; order, augmentation and dropout from seed, epoch and step.
+    """Return all that another process needs to continue exactly here; the best epoch is in the history.
 
     Raises:
         NonFiniteLossError: The network is broken. A GPU's losses are checked less often than states are
             saved, and the last whole state must not be overwritten.
     """
     if state.seen is not None and not (is_finite := state.seen.isfinite().all(dim=1)).all():
-        positions = (~is_finite).nonzero().flatten()
-        raise build_non_finite_error("the loss", "nan", state.epoch + 1, state.config.lr, positions)
+        raise build_non_finite_error("the loss", "nan", state, (~is_finite).nonzero().flatten())
     return {
         "config": state.config.model_dump(mode="json"),
         "data_fingerprint": fingerprint,

@@ -30,6 +30,7 @@ from skin_resnet.training.engine import (
     find_best,
     fit,
     measure,
+    predict,
 )
 from skin_resnet.training.progress import describe_epoch, describe_start, show_progress
 from skin_resnet.training.resume import ResumePoint, describe_state, restore
@@ -61,7 +62,6 @@ class TrainResult:
         final_train: The last epoch's network on training images, about as many as val has, evaluated as val
             is: without augmentation.
         checkpoint_path: The best epoch's network; a tracked run removes the file when it ends.
-        data: What it was trained on.
         val_predictions: Of the best epoch, before temperature, in the order of the val split.
         calibration: Fitted on them; it is in the checkpoint, too.
         weights_sha256: Digest of the best epoch's weights.
@@ -122,11 +122,8 @@ def run_training(
     name = tracker.run_id if tracker else f"untracked-{os.getpid()}"
     folder = resume.folder if resume else RunFolder(config.checkpoint_dir.expanduser() / name)
     fabric = build_fabric(config.device, config.precision, config.devices)
-    task = {
-        "config": config.model_dump_json(),
-        "folder": str(folder.path),
-        "is_resumed": "yes" if resume and resume.saved else "",
-    }
+    is_resumed = "yes" if resume and resume.saved else ""
+    task = {"config": config.model_dump_json(), "folder": str(folder.path), "is_resumed": is_resumed}
     with nullcontext() if get_worker_task() else start_workers_with(task):
         fabric.launch()
     if fabric.is_global_zero and not resume:
@@ -168,15 +165,13 @@ class _Training:
         fabric: Fabric,
         tracker: Tracker | None,
         point: ResumePoint,
-        *,
         saves_state: bool,
     ) -> None:
         self._config, self._data, self._fabric = point.config, data, fabric
-        self._tracker, self._point = tracker, point
+        self._tracker, self._point, self._history = tracker, point, point.history
         self._loaders = self._train, self._val = data.build_loaders(fabric, self._config.batch_size)
         self._state, weights = _build_state(self._config, data, fabric, self._train)
         restore(point, self._state, data.fingerprint)
-        self._history = point.history
         self._saves_state = saves_state and fabric.is_global_zero
         self._saved_at_s = time.monotonic()  # a clock that nobody sets back
         self._say(describe_start(self._config, data, fabric, weights))
@@ -206,27 +201,24 @@ class _Training:
 
     def conclude(self) -> TrainResult:
         """Calibrate the best epoch's network on its val predictions, and complete its checkpoint."""
-        self._fabric.barrier()  # the first process has written it
+        config, data, fabric = self._config, self._data, self._fabric
+        fabric.barrier()  # the first process has written it
         checkpoint = read_checkpoint(path := self._point.folder.best)
         predictions = get_val_predictions(checkpoint)
-        calibration = fit_calibration(
-            predictions, self._data.classes, self._config.coverage, self._data.class_counts
-        )
-        if self._fabric.is_global_zero:
-            network = build_network(checkpoint).to(self._fabric.device)
-            familiarity = fit_familiarity(
-                *(extract_features(network, each.thin(2000)) for each in self._loaders)
-            )
+        calibration = fit_calibration(predictions, data.classes, config.coverage, data.class_counts)
+        if fabric.is_global_zero:
+            network = build_network(checkpoint).to(fabric.device)
+            features = (extract_features(network, each.thin(2000)) for each in self._loaders)
+            familiarity = fit_familiarity(*features)
             save_checkpoint(path, {**checkpoint, "calibration": calibration, "familiarity": familiarity})
+        some = self._train.thin(len(predictions.targets))
         result = TrainResult(
-            config=self._config,
-            best=find_best(self._history, self._config.best_by),
+            config=config,
+            best=find_best(self._history, config.best_by),
             history=tuple(self._history),
-            final_train=measure(
-                self._state.scored_network, self._train.thin(len(predictions.targets)), self._fabric
-            ),
+            final_train=measure(predict(self._state.scored_network, some, fabric), some.targets),
             checkpoint_path=path,
-            data=self._data,
+            data=data,
             val_predictions=predictions,
             calibration=calibration,
             weights_sha256=hash_network(checkpoint["network"]),

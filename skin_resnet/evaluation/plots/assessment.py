@@ -83,8 +83,8 @@ def plot_reliability(assessment: Assessment, title: str, color: str) -> Figure:
     upper, lower = figure.subplots(2, 1, sharex=True, height_ratios=[3, 1])
     before, after = (assessment.get(name).value for name in ("ece_before_temperature", "ece"))
     style_axes(upper, f"Calibration error (ECE) {after:.3f}, before temperature scaling {before:.3f}")
-    bins = assessment.reliability.iloc[len(assessment.reliability) // 2 :]
-    bins = bins[bins.images > 0]
+    after_scaling = assessment.reliability.tail(len(assessment.reliability) // 2)
+    bins = after_scaling[after_scaling.images > 0]
     right = (bins.accuracy * bins.images).round().astype(int)
     # Not by bootstrap, which would be certain of a bin of one image.
     tests = [binomtest(*pair) for pair in zip(right, bins.images, strict=True)]
