@@ -91,9 +91,8 @@ def fit_tau(predictions: Predictions, class_counts: NDArray[np.int64]) -> float:
     Source: Menon et al., "Long-tail learning via logit adjustment" (ICLR 2021), section 4.1 (post hoc).
     """
     targets = predictions.targets
-    hits = np.array(
-        [decide(predictions, _weight_classes(class_counts, tau)).predicted == targets for tau in _TAUS]
-    )
+    decisions = [decide(predictions, _weight_classes(class_counts, tau)).predicted for tau in _TAUS]
+    hits = np.array(decisions) == targets
     shares = 1 / np.bincount(targets)[targets]
     padded = np.pad(hits @ shares / shares.sum(), _SMOOTHED // 2, mode="edge")
     smoothed = np.convolve(padded, np.full(_SMOOTHED, 1 / _SMOOTHED), mode="valid")

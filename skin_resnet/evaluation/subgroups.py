@@ -7,13 +7,7 @@ import numpy as np
 import pandas as pd
 from numpy.typing import NDArray
 
-from skin_resnet.evaluation.metrics import (
-    HEADLINES,
-    Floats,
-    Predictions,
-    compute_mean_interval,
-    compute_scores,
-)
+from skin_resnet.evaluation.metrics import HEADLINES, Predictions, compute_mean_interval, compute_scores
 
 MIN_IMAGES, MIN_LESIONS = 30, 20  # with fewer, an interval is too wide, and too optimistic, to be of use
 _AGE_BANDS = {"under 30": 0, "30-44": 30, "45-59": 45, "60-74": 60, "75 and over": 75}  # first year of each
@@ -122,7 +116,7 @@ def _compare_lesion(
 
 def _compare(
     predictions: Predictions, first: NDArray[np.int64], second: NDArray[np.int64], classes: tuple[str, ...]
-) -> dict[str, Floats]:
+) -> dict[str, NDArray[np.float64]]:
     """Compare the images of rows first, (M,), with those of rows second, (N,); each metric (M, N)."""
     probabilities, predicted = predictions.probabilities, predictions.predicted
     differences = np.abs(probabilities[first][:, None] - probabilities[second])

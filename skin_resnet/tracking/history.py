@@ -21,7 +21,7 @@ from skin_resnet.tracking.store import OUTAGES, describe_uri, find_experiment, h
 # Tags of a search's runs: the study, and of a trial's run the trial's number and how it ended.
 STUDY, TRIAL, STATE = "search.study_id", "search.trial", "search.state"
 REPRODUCES = "reproduces"  # the tag of a reproduction: the run that it repeats
-_SCORE = "balanced_accuracy"
+_BEST_SCORE = "best_val_balanced_accuracy"
 _EPOCH_METRICS = (
     *(f"{split}/{field.name}" for split in ("train", "val") for field in fields(Metrics)),
     *("gap", "lr", "epoch_s", "images_per_s"),
@@ -37,7 +37,7 @@ class FinishedRun:
         split_hash: Which split it was trained and evaluated on.
         leaks: Whether that split leaks.
         history: As `read_history` returns it.
-        predictions: A row per image: image_id, lesion_id, dx, prediction, and each class's probability.
+        predictions: As `Assessment.tabulate_predictions` returned them.
     """
 
     run_id: str
@@ -109,8 +109,7 @@ def read_tags(run_id: str) -> dict[str, str]:
 def download_checkpoint(model: str) -> Path:
     """Download the checkpoint of a run (`RUN_ID`, `runs:/RUN_ID`) or a model (`models:/NAME@ALIAS`, ...).
 
-    Raises:
-        UserError: There is no such run or model, or it has no checkpoint.
+    Without a checkpoint, or such a run or model, it is a UserError.
     """
     with explain(f"{model} is not a checkpoint file, a run with a model, or a model (models:/NAME@ALIAS)"):
         if not has_store():
@@ -133,11 +132,11 @@ def find_best_runs(split: str = "test") -> tuple[list[str], str]:
         UserError: None qualifies.
     """
     experiment = find_experiment()
-    score = f"test_{_SCORE}" if split == "test" else f"val/{_SCORE}"
+    score = "test_balanced_accuracy" if split == "test" else "val/balanced_accuracy"
     found = mlflow.search_runs(
         [experiment.experiment_id] if experiment else None,  # MLflow finds that of the environment
         filter_string="attributes.status = 'FINISHED' AND tags.`split.leaks` = 'false' "
-        f"AND metrics.`best_val_{_SCORE}` >= 0 AND metrics.`{score}` >= 0",
+        f"AND metrics.`{_BEST_SCORE}` >= 0 AND metrics.`{score}` >= 0",
         order_by=["attributes.start_time DESC"],
         output_format="list",
     )
@@ -153,7 +152,7 @@ def find_best_runs(split: str = "test") -> tuple[list[str], str]:
         reverse=True,
     )
     best: dict[str, Run] = {}
-    for run in sorted(of_split[chosen], key=lambda run: -float(run.data.metrics[f"best_val_{_SCORE}"])):
+    for run in sorted(of_split[chosen], key=lambda run: -float(run.data.metrics[_BEST_SCORE])):
         best.setdefault(run.data.params["arch"], run)
     # resnet50 before resnet101
     ids = [best[arch].info.run_id for arch in sorted(best, key=lambda arch: (len(arch), arch))]
@@ -181,13 +180,10 @@ def close_killed(study_id: str, is_alive: Callable[[str, dict[str, str]], bool])
 
     `is_alive` returns whether a process works on a running run, by its id and tags.
     """
-    client = mlflow.MlflowClient()
-    runs: list[Run] = mlflow.search_runs(
-        search_all_experiments=True,
-        filter_string=f"attributes.status = 'RUNNING' AND tags.`{STUDY}` = '{study_id}'",
-        output_format="list",
-    )
+    where = f"attributes.status = 'RUNNING' AND tags.`{STUDY}` = '{study_id}'"
+    runs = mlflow.search_runs(search_all_experiments=True, filter_string=where, output_format="list")
     closed = [run.info.run_id for run in runs if not is_alive(run.info.run_id, run.data.tags)]
+    client = mlflow.MlflowClient()
     for run_id in closed:
         client.set_tag(run_id, STATE, "KILLED")
         client.set_terminated(run_id, "KILLED")
@@ -219,8 +215,7 @@ def read_state(run_id: str) -> tuple[str, float]:
 def log_test_access(run_id: str, split_hash: str, model_run_id: str = "") -> str:
     """Log that a run evaluates the test split of a model's run (by default its own): when, and how often.
 
-    Returns:
-        A warning if other runs of the experiment have evaluated on it before, else nothing.
+    Return a warning if other runs of the experiment have evaluated on it before, else nothing.
     """
     client = mlflow.MlflowClient()
     experiment_id = client.get_run(run_id).info.experiment_id

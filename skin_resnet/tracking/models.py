@@ -37,11 +37,7 @@ def load_model(model: str | Path, device: str = "auto", precision: str = "auto")
 
 
 def read_models(models: str) -> list[dict[str, Any]]:
-    """Read the checkpoints that names stand for, separated by commas.
-
-    Raises:
-        UserError: One cannot be read, or they were not trained on one split at one image size.
-    """
+    """Read the checkpoints that names stand for, separated by commas; all must be of one split and size."""
     checkpoints = {name: read_finished(name) for each in models.split(",") if (name := each.strip())}
     if not checkpoints:
         raise UserError(f"model: {models!r} names no model; pass a run id, models:/NAME@ALIAS or a file")

@@ -34,10 +34,6 @@ class EpochLog:
     What the store does not accept is buffered, and logged before the next epoch is. A killed process loses
     nothing: the next one is given the history in the checkpoint and logs all of it again. To MLflow, the same
     value with the same step and timestamp is the same metric.
-
-    Args:
-        run_id: The run.
-        history: Epochs that may or may not have been logged.
     """
 
     def __init__(self, run_id: str, history: Iterable[EpochResult] = ()) -> None:
@@ -51,11 +47,7 @@ class EpochLog:
         self._try_to_flush()
 
     def finish(self) -> None:
-        """Log all that is pending; wait up to a minute for a store that is away.
-
-        Raises:
-            mlflow.MlflowException: It stays away.
-        """
+        """Log all that is pending; wait up to a minute for a store that is away, then raise its error."""
         deadline = time.monotonic() + _WAIT_S
         while not self._try_to_flush():
             if time.monotonic() > deadline:
@@ -63,17 +55,17 @@ class EpochLog:
             time.sleep(_RETRY_S)
 
     def _try_to_flush(self) -> bool:
+        was_away = self._is_away
         try:
             self._flush()
+            self._is_away = False
         except OUTAGES:
-            if not self._is_away:
-                print(f"MLflow unreachable at {describe_uri()}; buffering metrics")
             self._is_away = True
-            return False
-        if self._is_away:
+        if self._is_away and not was_away:
+            print(f"MLflow unreachable at {describe_uri()}; buffering metrics")
+        if was_away and not self._is_away:
             print("MLflow reachable again; all buffered metrics are logged")
-        self._is_away = False
-        return True
+        return not self._is_away
 
     def _flush(self) -> None:
         while self._pending:

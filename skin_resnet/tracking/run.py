@@ -70,12 +70,11 @@ def open_run(
             if not isinstance(error, pruned):
                 interrupts.check()
             raise
-    except OUTAGES as error:
-        _end_early(run, "FAILED", error)
-        raise _explain_outage(error, "; what was trained is kept, so resume the run then") from None
     except BaseException as error:
         is_killed = isinstance(error, (KeyboardInterrupt, SystemExit, *pruned))
         _end_early(run, "KILLED" if is_killed else "FAILED", error)
+        if isinstance(error, OUTAGES):
+            raise _explain_outage(error, "; what was trained is kept, so resume the run then") from None
         raise
     run.remove_checkpoints()
 
@@ -104,8 +103,7 @@ def _start(name: str | None, run_id: str | None, parent_run_id: str | None) -> s
     client = mlflow.MlflowClient()
     experiment_id = None
     if run_id:
-        _point_to(client, run_id)
-        _forget_end(client, run_id)
+        _prepare_resume(client, run_id)
     elif not is_project_run():
         parent = client.get_run(parent_run_id).info if parent_run_id else find_experiment()
         experiment_id = parent.experiment_id if parent else None
@@ -127,17 +125,13 @@ def _end(run_id: str, status: str) -> None:
         mlflow.MlflowClient().set_terminated(run_id, status)
 
 
-def _point_to(client: mlflow.MlflowClient, run_id: str) -> None:
-    """Tag the run that `mlflow run` created with the run that is resumed."""
+def _prepare_resume(client: mlflow.MlflowClient, run_id: str) -> None:
+    """Remove why a run failed, and a model whose logging was interrupted; `mlflow run`'s run points to it."""
     created = os.environ.get("MLFLOW_RUN_ID")
     if created and created != run_id:
         del os.environ["MLFLOW_RUN_ID"]
         client.set_tag(created, "resumes", run_id)
         client.set_tag(created, "mlflow.note.content", f"Resumes run {run_id}, which holds all results.")
-
-
-def _forget_end(client: mlflow.MlflowClient, run_id: str) -> None:
-    """Remove from a run that is resumed why it failed, and a model whose logging was interrupted."""
     run = client.get_run(run_id)
     if "failure" in run.data.tags:
         client.delete_tag(run_id, "failure")
@@ -186,14 +180,13 @@ class TrackedRun:
         self._client.log_batch(self.run_id, params=new)
         self.log_artifacts({"config.yaml": config.model_dump(mode="json")})
 
-    def log_metrics(self, metrics: Mapping[str, float], step: int | None = None) -> None:
+    def log_metrics(self, metrics: Mapping[str, float], step: int = 0) -> None:
         """Log finite metrics, unless the run shows all of them already: it may have been resumed."""
         finite = {name: float(value) for name, value in metrics.items() if np.isfinite(value)}
-        if finite.items() <= self._client.get_run(self.run_id).data.metrics.items():
-            return
-        now = int(1000 * time.time())
-        logged = [Metric(name, value, now, step or 0) for name, value in finite.items()]
-        self._client.log_batch(self.run_id, metrics=logged)
+        if not finite.items() <= self._client.get_run(self.run_id).data.metrics.items():
+            now = int(1000 * time.time())
+            logged = [Metric(name, value, now, step) for name, value in finite.items()]
+            self._client.log_batch(self.run_id, metrics=logged)
 
     def set_tags(self, tags: Mapping[str, Any]) -> None:
         """Set tags, their values as text."""

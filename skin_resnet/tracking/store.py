@@ -42,9 +42,7 @@ def prepare_store() -> None:
     """Check the tracking store, and create its sqlite database if there is none; once per process and URI.
 
     Processes may do so at the same time, and be killed at any moment: the database appears when it is whole.
-
-    Raises:
-        UserError: The store cannot be used.
+    A store that cannot be used is a UserError.
     """
     _prepare(mlflow.get_tracking_uri(), Path.cwd())
 

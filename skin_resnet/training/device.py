@@ -14,10 +14,8 @@ from skin_resnet.training import ignore_foreign_ranks
 def build_fabric(device: str, precision: str, devices: int) -> Fabric:
     """Choose device (`auto`, `cpu`, `cuda`, `mps`) and precision (`auto`, `fp32`, `bf16`).
 
-    With several devices, `fabric.launch()` starts a process for each further one.
-
-    Raises:
-        UserError: This machine does not have them.
+    With several devices, `fabric.launch()` starts a process for each further one. Devices that this machine
+    does not have are a UserError.
     """
     has = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
     accelerator = next(name for name in has if has[name]) if device == "auto" else device

@@ -85,12 +85,9 @@ def find_best(history: Sequence[EpochResult], metric: str) -> EpochResult:
 
 
 class NonFiniteLossError(UserError):
-    """The loss became NaN or infinite: training stops, since nothing after it can be trusted.
+    """The loss became NaN or infinite; `positions` are those of the batch's images in the training split."""
 
-    `positions` are where the images of that batch stand in the training split.
-    """
-
-    def __init__(self, message: str, positions: Sequence[int] = ()) -> None:
+    def __init__(self, message: str, positions: Sequence[int]) -> None:
         super().__init__(message)
         self.positions = positions
 

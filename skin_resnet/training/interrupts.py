@@ -45,11 +45,9 @@ def _note(number: int, frame: FrameType | None) -> None:
         _Noted.number, _Noted.at_s = number, now
         if not _Noted.waits_for_check:
             raise KeyboardInterrupt(number)
-        # Not print, which may have been interrupted itself.
+        text = f"\n{signal.Signals(number).name}: saving and stopping; repeat to stop at once\n"
         with contextlib.suppress(OSError):
-            os.write(
-                2, f"\n{signal.Signals(number).name}: saving and stopping; repeat to stop at once\n".encode()
-            )
+            os.write(2, text.encode())  # not print, which may have been interrupted itself
     elif now - _Noted.at_s > _SAME_REQUEST_S:
         os._exit(128 + number)  # nothing is saved: what was saved before is whole
 
@@ -74,10 +72,6 @@ def is_asked() -> bool:
 
 
 def check() -> None:
-    """Interrupt if a signal came.
-
-    Raises:
-        KeyboardInterrupt: One did; its argument is the signal's number.
-    """
+    """Raise KeyboardInterrupt with the signal's number if one came."""
     if _Noted.number is not None:
         raise KeyboardInterrupt(_Noted.number)

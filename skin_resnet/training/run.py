@@ -39,12 +39,7 @@ from skin_resnet.training.state import TrainingState, build_state
 
 @dataclass(frozen=True, kw_only=True)
 class TrainStart:
-    """A training that is about to begin, or to be resumed.
-
-    Attributes:
-        weights: What the network starts from, in words.
-        point: Its options, the epochs that a resumed run had finished, and where its checkpoints are.
-    """
+    """A training that is about to begin, or to be resumed; `weights` says what its network starts from."""
 
     data: PreparedData
     fabric: Fabric
@@ -243,13 +238,13 @@ class _Training:
         interrupts.check()
 
     def _stops_early(self) -> bool:
-        if not self._history or not self._config.patience:
+        patience = self._config.patience
+        if not self._history or not patience:
             return False
         best = find_best(self._history, self._config.best_by).epoch
-        if self._history[-1].epoch - best < self._config.patience:
-            return False
-        self._say(f"stopped early: no improvement in {self._config.patience} epochs since epoch {best}")
-        return True
+        if stops := self._history[-1].epoch - best >= patience:
+            self._say(f"stopped early: no improvement in {patience} epochs since epoch {best}")
+        return stops
 
     def _say(self, text: str) -> None:
         if self._fabric.is_global_zero:
@@ -282,9 +277,8 @@ def _build_state(
 ) -> tuple[TrainingState, str]:
     """Return the state at the start of a training, and what the network starts from in words."""
     torch.manual_seed(config.seed)  # in every process the same: all must start from equal weights
-    network = build_resnet(
-        config.arch, len(data.classes), dropout=config.dropout, stochastic_depth=config.stochastic_depth
-    )
+    rates = {"dropout": config.dropout, "stochastic_depth": config.stochastic_depth}
+    network = build_resnet(config.arch, len(data.classes), **rates)
     # Images as simple as the demo's need no download.
     automatic = "none" if config.data == "demo" else "imagenet"
     weights = automatic if config.weights == "auto" else config.weights

@@ -160,8 +160,6 @@ def plot_gradcam(
         heats: From `compute_gradcam` for their predicted classes, (M, S, S).
         predictions: Of all N images among which the examples were chosen.
         rows: Which of these the examples are, (M,), from `choose_examples`.
-        classes: The class order.
-        title: What is shown.
     """
     shown = np.unique(predictions.targets[rows])
     names, labels = name_classes(classes, 26), name_classes(classes, 26, lines=2)
