@@ -128,8 +128,8 @@ def compute_gradcam(network: ResNet, images: Tensor, classes: Tensor, stage: int
 
     gradcam = LayerGradCam(network, getattr(network, f"layer{stage}"))
     heats = [
-        gradcam.attribute(batch, asked, relu_attributions=True).detach()
-        for batch, asked in zip(torch.split(images, _BATCH), torch.split(classes, _BATCH), strict=True)
+        gradcam.attribute(batch, targets, relu_attributions=True).detach()
+        for batch, targets in zip(torch.split(images, _BATCH), torch.split(classes, _BATCH), strict=True)
     ]
     heat = F.interpolate(torch.cat(heats).float(), images.shape[2:], mode="bilinear")[:, 0]
     highest = heat.amax(dim=(1, 2), keepdim=True)

@@ -205,8 +205,8 @@ def fit_conformal(predictions: Predictions, coverage: float) -> float:
 
     The score is 1 minus the probability of the true class (LAC), which gives the smallest sets. Coverage is
     marginal: guaranteed over all classes together, for images exchangeable with those of val. Lesions with
-    several photos, and choosing the epoch on val, bend the guarantee a little; the empirical coverage on test
-    shows how much.
+    several photos, and choosing the epoch on val, weaken the guarantee a little; the empirical coverage on
+    test shows how much.
     Source: Sadinle, Lei, Wasserman, JASA 114:223 (2019); the finite-sample quantile is that of Angelopoulos,
     Bates, "A Gentle Introduction to Conformal Prediction" (arXiv 2107.07511), section 1.
     """

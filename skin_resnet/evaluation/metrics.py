@@ -159,7 +159,7 @@ def draw_lesions(lesions: NDArray[Any]) -> Floats:
     return weights
 
 
-@lru_cache(maxsize=8)  # an evaluation asks for the same few sizes again and again
+@lru_cache(maxsize=8)  # an evaluation draws for the same few sizes again and again
 def _draw(lesions: int) -> NDArray[np.int64]:
     return np.random.default_rng(0).multinomial(lesions, np.full(lesions, 1 / lesions), size=1000)
 
@@ -233,8 +233,8 @@ def compare_models(
     """Compute the metrics in HEADLINES and PLAIN of each model, and each two models' difference in the first.
 
     All are computed on the same bootstrap draws: what is hard for two models cancels out in their difference.
-    Of a model with several trainings, the metrics are means: the intervals say what other lesions would have
-    changed, not what other seeds would have.
+    Of a model with several trainings, the metrics are means: the intervals cover the choice of lesions, not
+    that of seeds.
 
     Args:
         models: By model name, the predictions of each of its trainings, all of the same N images in order.

@@ -46,20 +46,14 @@ def judge_training(history: pd.DataFrame, best_epoch: int, config: TrainConfig, 
     train, val = history["train/loss"].to_numpy(), history["val/loss"].to_numpy()
     if _is_at_chance(history, num_classes) and not (_fell(train) or _fell(val)):
         return "never_learned"
-    if _rose(val, int(val.argmin())):
-        return "overfitting" if find_overfitting_epoch(history) else "unstable"
+    lowest = int(val.argmin())
+    if _rose(val, lowest):
+        return "unstable" if _rose(train, lowest) else "overfitting"
     values = history[f"val/{config.best_by}"].to_numpy()
     before, after, length = _compare_ends(values)
     gain = before - after if config.best_by == "loss" else after - before
     is_better = gain > max(0.01 * before, 2.5 * _estimate_noise(values) / np.sqrt(length))
     return "improving" if is_better and best_epoch > history.index[-1] - length else "leveled_off"
-
-
-def find_overfitting_epoch(history: pd.DataFrame) -> int | None:
-    """Return the epoch of the lowest val loss, if val loss rose from there and train loss did not."""
-    train, val = history["train/loss"].to_numpy(), history["val/loss"].to_numpy()
-    lowest = int(val.argmin())
-    return int(history.index[lowest]) if _rose(val, lowest) and not _rose(train, lowest) else None
 
 
 def _is_at_chance(history: pd.DataFrame, num_classes: int) -> bool:

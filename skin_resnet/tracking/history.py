@@ -1,4 +1,4 @@
-"""What MLflow holds of earlier runs: histories, predictions, test accesses, checkpoints and models."""
+"""What MLflow has of earlier runs: histories, predictions, test accesses, checkpoints and models."""
 
 from collections import defaultdict
 from collections.abc import Callable, Iterator
@@ -126,7 +126,7 @@ def find_best_runs(split: str = "test") -> tuple[list[str], str]:
     architectures, then runs, is taken, of those with as many the one that was used last.
 
     Returns:
-        The ids, and a sentence that says among which runs they were chosen, and which are left out.
+        The ids, and a sentence on the runs they were chosen from, and those left out.
 
     Raises:
         UserError: None qualifies.

@@ -106,13 +106,13 @@ def _read_commit() -> dict[str, str]:
     """Return the commit of the code and whether it has been changed since; nothing outside a checkout."""
     folder = str(Path(skin_resnet.__file__).parent)
 
-    def ask_git(*arguments: str) -> str:
+    def run_git(*arguments: str) -> str:
         command = ["git", "--no-optional-locks", "-C", folder, *arguments]
         return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
 
     try:
-        changes = ask_git("status", "--porcelain", "--", folder)
-        return {"git.commit": ask_git("rev-parse", "HEAD"), "git.dirty": str(bool(changes)).lower()}
+        changes = run_git("status", "--porcelain", "--", folder)
+        return {"git.commit": run_git("rev-parse", "HEAD"), "git.dirty": str(bool(changes)).lower()}
     except (OSError, subprocess.CalledProcessError):
         return {}
 

@@ -1,4 +1,4 @@
-"""The registry: registered models, which version is the champion, and what their pages say."""
+"""The registry: registered models, which version is the champion, and their pages."""
 
 import io
 import shlex
@@ -40,7 +40,7 @@ def register_run(run_id: str, name: str) -> str:
             return f"Not registered: {score} is not better than the majority class, {format_score(baseline)}."
         tags = {f"{split}/{key}": str(each.value[key]) for split, each in scores.items() for key in HEADLINES}
         tags["split.hash"] = run.tags["split.hash"]
-        with redirect_stderr(io.StringIO()):  # on which MLflow says what is returned below
+        with redirect_stderr(io.StringIO()):  # on which MLflow prints what is returned below
             version = str(mlflow.register_model(find_model(run_id), name, tags=tags).version)
         client.update_model_version(name, version, _write_page(run_id, f"models:/{name}/{version}"))
         done = f"Registered: version {version}, models:/{name}@"

@@ -109,7 +109,7 @@ def _start(name: str | None, run_id: str | None, parent_run_id: str | None) -> s
         experiment_id = parent.experiment_id if parent else None
     run = mlflow.start_run(
         run_id, run_name=name, experiment_id=experiment_id, nested=True,
-        # On a CPU they say little, and MLflow would open its comparison of runs with them.
+        # On a CPU they are of little use, and MLflow would open its comparison of runs with them.
         log_system_metrics=torch.cuda.is_available() and parent_run_id is None,
     )  # fmt: skip
     if parent_run_id:
@@ -126,7 +126,7 @@ def _end(run_id: str, status: str) -> None:
 
 
 def _prepare_resume(client: mlflow.MlflowClient, run_id: str) -> None:
-    """Remove why a run failed, and a model whose logging was interrupted; `mlflow run`'s run points to it."""
+    """Point to a run from the one that `mlflow run` has created, and clear how it ended: to be resumed."""
     created = os.environ.get("MLFLOW_RUN_ID")
     if created and created != run_id:
         del os.environ["MLFLOW_RUN_ID"]
@@ -136,7 +136,7 @@ def _prepare_resume(client: mlflow.MlflowClient, run_id: str) -> None:
     if "failure" in run.data.tags:
         client.delete_tag(run_id, "failure")
     for model in client.search_logged_models([run.info.experiment_id], f"source_run_id = '{run_id}'"):
-        if model.status != LoggedModelStatus.READY:
+        if model.status != LoggedModelStatus.READY:  # its logging was interrupted
             client.delete_logged_model(model.model_id)
 
 
@@ -193,7 +193,7 @@ class TrackedRun:
         self._client.log_batch(self.run_id, tags=[RunTag(name, str(value)) for name, value in tags.items()])
 
     def rename(self, name: str) -> None:
-        """Name the run, unless somebody has: only names that MLflow or we made up are replaced."""
+        """Name the run, unless the user has: only names that MLflow or we made up are replaced."""
         if _MADE_UP_NAME.fullmatch(self._client.get_run(self.run_id).info.run_name or ""):
             self.set_tags({"mlflow.runName": name})
 

@@ -53,7 +53,7 @@ def _prepare(uri: str, folder: Path) -> None:
     check_store(create=True)
     # Created here, because MLflow fails if two processes create an experiment at once.
     if not {"MLFLOW_RUN_ID", "MLFLOW_EXPERIMENT_ID"} & set(os.environ):
-        with suppress(mlflow.MlflowException):  # it exists, or the run says what is wrong
+        with suppress(mlflow.MlflowException):  # it exists, or opening the run shows what is wrong
             mlflow.MlflowClient().create_experiment(_get_experiment_name())
 
 
@@ -69,7 +69,7 @@ def find_experiment() -> Experiment | None:
 
 
 def check_store(*, create: bool = False) -> str:
-    """Check the tracking store, create its sqlite database only if told to, and return where it is.
+    """Check the tracking store, create its sqlite database only with `create`, and return where it is.
 
     Raises:
         UserError: The store cannot be used.
@@ -88,7 +88,7 @@ def check_store(*, create: bool = False) -> str:
         raise
     except (requests.ConnectionError, requests.Timeout):
         reason = "no server answers there"
-    except Exception as error:  # drivers, servers and damaged files fail in ways that nobody can list
+    except Exception as error:  # drivers, servers and damaged files fail in countless ways
         text = " ".join(str(getattr(error, "orig", None) or error).split()) or type(error).__name__
         reason = hide_password(text)[:240]
     raise UserError(
@@ -176,7 +176,7 @@ def _create_database(url: URL, file: Path) -> None:
             store.engine.dispose()
             _remove(file)  # sqlite would apply an old journal to the new database
             partial.replace(file)
-        # Whoever still waits for this lock, or makes a new one, finds the database complete.
+        # A process that still waits for this lock, or makes a new one, finds the database complete.
         with suppress(OSError):
             lock.unlink()
 

@@ -87,7 +87,7 @@ class RunFolder:
         """Create the folder if needed, and lock it until `release` or the end of the process.
 
         Raises:
-            UserError: Another process holds it, or it is not writable.
+            UserError: Another process has locked it, or it is not writable.
         """
         try:
             self.path.mkdir(parents=True, exist_ok=True)
@@ -100,12 +100,12 @@ class RunFolder:
             ) from None
 
     def release(self, *, keep_lock_file: bool = False) -> None:
-        """Release the folder, and remove it if it holds nothing."""
+        """Release the folder, and remove it if it is empty."""
         if not keep_lock_file:
             with contextlib.suppress(OSError):
                 (self.path / "running.lock").unlink()
         self._lock.release()
-        with contextlib.suppress(OSError):  # it holds something
+        with contextlib.suppress(OSError):  # it is not empty
             self.path.rmdir()
             self.path.parent.rmdir()
 

@@ -1,4 +1,4 @@
-"""Signals that ask a process to end: noted at once, acted on where nothing is left half done."""
+"""Signals to end a process: recorded at once, handled where nothing is left half done."""
 
 import contextlib
 import os
@@ -7,7 +7,7 @@ import time
 from collections.abc import Iterator
 from types import FrameType
 
-# The last two are Slurm's warning before a job's time limit, if asked for by `--signal`.
+# The last two are Slurm's warning before a job's time limit, where `--signal` sets one.
 _NAMES = ("SIGINT", "SIGTERM", "SIGHUP", "SIGUSR1", "SIGUSR2")
 # Ctrl-C reaches `mlflow run` as well, which then sends SIGTERM: that is no second request.
 _SAME_REQUEST_S = 1.0
@@ -66,8 +66,8 @@ def deferred() -> Iterator[None]:
         _Noted.waits_for_check = before
 
 
-def is_asked() -> bool:
-    """Return whether the process has been asked to end."""
+def is_requested() -> bool:
+    """Return whether a signal to end the process came."""
     return _Noted.number is not None
 
 

@@ -39,7 +39,7 @@ from skin_resnet.training.state import TrainingState, build_state
 
 @dataclass(frozen=True, kw_only=True)
 class TrainStart:
-    """A training that is about to begin, or to be resumed; `weights` says what its network starts from."""
+    """A training that is about to begin, or to be resumed; `weights` is what its network starts from."""
 
     data: PreparedData
     fabric: Fabric
@@ -53,7 +53,6 @@ class TrainResult:
 
     Attributes:
         best: The epoch that val chose.
-        history: All epochs, in order.
         final_train: The last epoch's network on training images, about as many as val has, evaluated as val
             is: without augmentation.
         checkpoint_path: The best epoch's network; a tracked run removes the file when it ends.
@@ -116,20 +115,20 @@ def run_training(
     data = prepare_data(config)  # before other processes start, which then find the decoded images
     name = tracker.run_id if tracker else f"untracked-{os.getpid()}"
     folder = resume.folder if resume else RunFolder(config.checkpoint_dir.expanduser() / name)
+    point = resume or ResumePoint(folder=folder, config=config)
     fabric = build_fabric(config.device, config.precision, config.devices)
-    is_resumed = "yes" if resume and resume.saved else ""
+    is_resumed = "yes" if point.saved else ""
     task = {"config": config.model_dump_json(), "folder": str(folder.path), "is_resumed": is_resumed}
     with nullcontext() if get_worker_task() else start_workers_with(task):
         fabric.launch()
     if fabric.is_global_zero and not resume:
         folder.acquire()
     try:
-        point = resume or ResumePoint(folder=folder, config=config)
-        training = _Training(data, fabric, tracker, point, saves_state=resume is not None)
+        training = _Training(data, fabric, tracker, point, saves=resume is not None)
         training.run(on_epoch)
         return training.conclude()
     except BaseException as error:
-        # The other processes wait for this one in the middle of a step, and would do so for half an hour.
+        # In the middle of a step the other processes wait for this one until they time out, half an hour.
         for process in getattr(fabric.strategy.launcher, "procs", ()):
             process.kill()
         if fabric.is_global_zero and not folder.last.exists():
@@ -155,23 +154,18 @@ class _Training:
     """A training in progress: what it consists of, and its results so far."""
 
     def __init__(
-        self,
-        data: PreparedData,
-        fabric: Fabric,
-        tracker: Tracker | None,
-        point: ResumePoint,
-        saves_state: bool,
+        self, data: PreparedData, fabric: Fabric, tracker: Tracker | None, point: ResumePoint, saves: bool
     ) -> None:
         self._config, self._data, self._fabric = point.config, data, fabric
         self._tracker, self._point, self._history = tracker, point, point.history
         self._loaders = self._train, self._val = data.build_loaders(fabric, self._config.batch_size)
         self._state, weights = _build_state(self._config, data, fabric, self._train)
         restore(point, self._state, data.fingerprint)
-        self._saves_state = saves_state and fabric.is_global_zero
-        self._saved_at_s = time.monotonic()  # a clock that nobody sets back
-        self._say(describe_start(self._config, data, fabric, weights))
+        self._saves_state = saves and fabric.is_global_zero
+        self._saved_at_s = time.monotonic()
+        self._print(describe_start(self._config, data, fabric, weights))
         if point.saved:
-            self._say(f"resumed   after epoch {self._state.epoch}, batch {self._state.step}")
+            self._print(f"resumed   after epoch {self._state.epoch}, batch {self._state.step}")
         if tracker:
             tracker.on_start(TrainStart(data=data, fabric=fabric, weights=weights, point=point))
 
@@ -187,7 +181,7 @@ class _Training:
                 if is_best and self._fabric.is_global_zero:
                     save_checkpoint(self._point.folder.best, self._describe_checkpoint(result))
                 self._save_state()
-                self._say(describe_epoch(result, self._config, is_best=is_best))
+                self._print(describe_epoch(result, self._config, is_best=is_best))
                 if self._tracker:
                     self._tracker.on_epoch(result)
                 if on_epoch:
@@ -229,9 +223,9 @@ class _Training:
             self._saved_at_s = time.monotonic()
 
     def _on_batch(self) -> None:
-        """Save if it is time to, or the process was asked to end, which it then does."""
+        """Save if it is time to, or a signal to end came, on which the training then stops."""
         pause_s = 60 * self._config.checkpoint_minutes
-        is_due = time.monotonic() - self._saved_at_s >= pause_s or interrupts.is_asked()
+        is_due = time.monotonic() - self._saved_at_s >= pause_s or interrupts.is_requested()
         # Within an epoch, several processes have BatchNorm statistics of their own: only its end is whole.
         if is_due and pause_s > 0 and self._fabric.world_size == 1:
             self._save_state()
@@ -243,10 +237,10 @@ class _Training:
             return False
         best = find_best(self._history, self._config.best_by).epoch
         if stops := self._history[-1].epoch - best >= patience:
-            self._say(f"stopped early: no improvement in {patience} epochs since epoch {best}")
+            self._print(f"stopped early: no improvement in {patience} epochs since epoch {best}")
         return stops
 
-    def _say(self, text: str) -> None:
+    def _print(self, text: str) -> None:
         if self._fabric.is_global_zero:
             print(text, flush=True)
 
