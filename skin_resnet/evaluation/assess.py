@@ -27,7 +27,7 @@ from skin_resnet.evaluation.metrics import (
     compute_class_table,
     compute_metrics,
     compute_scores,
-    compute_share_interval,
+    compute_share,
     predict_always,
 )
 from skin_resnet.evaluation.operating import apply_threshold, compute_referral, find_positives
@@ -74,7 +74,7 @@ class Assessment:
         return next(self.table[self.table.name == name].itertuples(index=False))
 
     def find_not_better(self) -> list[str]:
-        """Return which scores do not beat those of always predicting the majority class."""
+        """Return the scores whose interval is not above that of always predicting the majority class."""
         names = ("balanced_accuracy", "accuracy")
         return [name for name in names if not self.get(name).low > self.get(f"baseline_{name}").value]
 
@@ -124,7 +124,7 @@ def assess(
     per_class["coverage"] = pd.Series(covered).groupby(calibrated.targets).mean().reindex(range(len(classes)))
     rows = [
         *_measure(raw, calibrated, lesions, classes.index(baseline_class)),
-        ("coverage", covered.mean(), *compute_share_interval(covered, lesions), len(sets)),
+        ("coverage", *compute_share(covered, lesions), len(sets)),
         ("set_size", sets.sum(axis=1).mean(), *_NO_INTERVAL, len(sets)),
         ("singleton_fraction", (sets.sum(axis=1) == 1).mean(), *_NO_INTERVAL, len(sets)),
         *_measure_thresholds(calibrated, calibration["thresholds"], lesions, classes),
@@ -167,8 +167,7 @@ def _measure(
     for name, value in single.items():
         yield name, value, *_NO_INTERVAL, images
     if raw.unfamiliarity is not None:
-        unlike = raw.unfamiliarity > 1
-        yield "unfamiliar", unlike.mean(), *compute_share_interval(unlike, lesions), images
+        yield "unfamiliar", *compute_share(raw.unfamiliarity > 1, lesions), images
 
 
 def _measure_thresholds(

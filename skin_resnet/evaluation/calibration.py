@@ -51,7 +51,6 @@ def fit_calibration(
 
     Args:
         predictions: Before temperature.
-        classes: K names.
         coverage: Wanted share of images whose prediction set holds the true class.
         class_counts: Training images of each class, int64 (K,).
 

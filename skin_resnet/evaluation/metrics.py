@@ -178,18 +178,18 @@ def compute_mean_interval(values: ArrayLike, lesions: NDArray[Any]) -> tuple[flo
     return compute_percentiles(weights @ np.asarray(values, dtype=np.float64) / weights.sum(axis=1))
 
 
-def compute_share_interval(hits: NDArray[np.bool_], lesions: NDArray[Any]) -> tuple[float, float]:
-    """Compute the 95 % interval of the share of images that are hits, (N,), by drawing their lesions (N,).
+def compute_share(hits: NDArray[np.bool_], lesions: NDArray[Any]) -> Score:
+    """Compute the share of images that are hits, (N,), and its interval by drawing their lesions (N,).
 
     If all images are hits, or none is, so is every draw, however few there are: the interval is then the
     exact binomial one over lesions (Clopper, Pearson, Biometrika 26:404, 1934). NaN without images.
     """
     if not len(hits):
-        return float("nan"), float("nan")
+        return float("nan"), float("nan"), float("nan")
     if hits.all() or not hits.any():
         margin = 1 - 0.025 ** (1 / len(np.unique(lesions)))
-        return (1 - margin, 1.0) if hits.all() else (0.0, margin)
-    return compute_mean_interval(hits, lesions)
+        return (1.0, 1 - margin, 1.0) if hits.all() else (0.0, 0.0, margin)
+    return float(hits.mean()), *compute_mean_interval(hits, lesions)
 
 
 def compute_weighted(predictions: Predictions, weights: Floats) -> dict[str, Floats]:

@@ -11,7 +11,7 @@ import numpy as np
 import pandas as pd
 from numpy.typing import NDArray
 
-from skin_resnet.evaluation.metrics import Floats, Predictions, compute_share_interval
+from skin_resnet.evaluation.metrics import Floats, Predictions, compute_share
 from skin_resnet.labels import DIAGNOSES, HAM10000_CLASSES
 
 SENSITIVITIES = (0.90, 0.95)  # wanted on val
@@ -64,8 +64,7 @@ def apply_threshold(
     flagged = score_positives(predictions, positives) >= threshold
     positive = is_positive(predictions, positives)
     for name, hits, inside in (("sensitivity", flagged, positive), ("specificity", ~flagged, ~positive)):
-        value = float(hits[inside].mean()) if inside.any() else float("nan")
-        yield name, value, *compute_share_interval(hits[inside], lesions[inside]), int(inside.sum())
+        yield name, *compute_share(hits[inside], lesions[inside]), int(inside.sum())
 
 
 def compute_referral(predictions: Predictions) -> pd.DataFrame:

@@ -55,17 +55,17 @@ class EpochLog:
             time.sleep(_RETRY_S)
 
     def _try_to_flush(self) -> bool:
-        was_away = self._is_away
         try:
             self._flush()
-            self._is_away = False
         except OUTAGES:
+            if not self._is_away:
+                print(f"MLflow unreachable at {describe_uri()}; buffering metrics")
             self._is_away = True
-        if self._is_away and not was_away:
-            print(f"MLflow unreachable at {describe_uri()}; buffering metrics")
-        if was_away and not self._is_away:
+            return False
+        if self._is_away:
             print("MLflow reachable again; all buffered metrics are logged")
-        return not self._is_away
+        self._is_away = False
+        return True
 
     def _flush(self) -> None:
         while self._pending:

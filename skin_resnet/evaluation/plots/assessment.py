@@ -163,28 +163,26 @@ def plot_gradcam(
     """
     shown = np.unique(predictions.targets[rows])
     names, labels = name_classes(classes, 26), name_classes(classes, 26, lines=2)
-    is_right = predictions.predicted == predictions.targets
+    verdicts = np.where(predictions.predicted == predictions.targets, "right", "wrong")
     if len(shown) < (occurring := len(np.unique(predictions.targets))):
         title += f"\n{len(shown)} of {occurring} classes: those with most images"
     figure = build_figure(1.9 * len(shown) + 0.7, title)
     for panels, target in zip(figure.subplots(len(shown), 2, squeeze=False), shown, strict=True):
-        of_class = predictions.targets == target
-        right, total = (is_right & of_class).sum(), of_class.sum()
-        label = f"{labels[target]}\n{right:,} of {total:,} right"
+        of_class = verdicts[predictions.targets == target]
+        label = f"{labels[target]}\n{(of_class == 'right').sum():,} of {len(of_class):,} right"
         panels[0].set_ylabel(label, fontsize=FONT, rotation=0, ha="right", va="center")
-        for axes, kind in zip(panels, (True, False), strict=True):
+        for axes, verdict in zip(panels, ("right", "wrong"), strict=True):
             axes.set(xticks=[], yticks=[])
             axes.set_box_aspect(0.5)
             axes.spines[:].set_visible(False)
-            word = "right" if kind else "wrong"
-            examples = np.flatnonzero((predictions.targets[rows] == target) & (is_right[rows] == kind))
+            examples = np.flatnonzero((predictions.targets[rows] == target) & (verdicts[rows] == verdict))
             if not len(examples):
-                axes.text(0.5, 0.5, f"none {word}", ha="center", fontsize=FONT, color=QUIET)
+                axes.text(0.5, 0.5, f"none {verdict}", ha="center", fontsize=FONT, color=QUIET)
             for example in examples[:1]:
                 predicted = predictions.predicted[rows[example]]
                 p = predictions.probabilities[rows[example], predicted]
                 axes.imshow(overlay(images[example], heats[example]), aspect="auto")
-                axes.set_title(f"{word}: {names[predicted]}, p {p:.2f}", fontsize=FONT)
+                axes.set_title(f"{verdict}: {names[predicted]}, p {p:.2f}", fontsize=FONT)
     return figure
 
 
