@@ -126,7 +126,7 @@ def _end(run_id: str, status: str) -> None:
 
 
 def _prepare_resume(client: mlflow.MlflowClient, run_id: str) -> None:
-    """Point to a run from the one that `mlflow run` has created, and clear how it ended: to be resumed."""
+    """Clear how a run ended; the run that `mlflow run` has created then only points to the resumed one."""
     created = os.environ.get("MLFLOW_RUN_ID")
     if created and created != run_id:
         del os.environ["MLFLOW_RUN_ID"]

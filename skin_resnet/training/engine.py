@@ -87,7 +87,7 @@ def find_best(history: Sequence[EpochResult], metric: str) -> EpochResult:
 class NonFiniteLossError(UserError):
     """The loss became NaN or infinite; `positions` are those of the batch's images in the training split."""
 
-    def __init__(self, message: str, positions: Sequence[int]) -> None:
+    def __init__(self, message: str, positions: Sequence[int] = ()) -> None:
         super().__init__(message)
         self.positions = positions
 

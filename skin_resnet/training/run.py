@@ -124,7 +124,7 @@ def run_training(
     if fabric.is_global_zero and not resume:
         folder.acquire()
     try:
-        training = _Training(data, fabric, tracker, point, saves=resume is not None)
+        training = _Training(data, fabric, tracker, point, saves_state=resume is not None)
         training.run(on_epoch)
         return training.conclude()
     except BaseException as error:
@@ -154,14 +154,20 @@ class _Training:
     """A training in progress: what it consists of, and its results so far."""
 
     def __init__(
-        self, data: PreparedData, fabric: Fabric, tracker: Tracker | None, point: ResumePoint, saves: bool
+        self,
+        data: PreparedData,
+        fabric: Fabric,
+        tracker: Tracker | None,
+        point: ResumePoint,
+        *,
+        saves_state: bool,
     ) -> None:
         self._config, self._data, self._fabric = point.config, data, fabric
         self._tracker, self._point, self._history = tracker, point, point.history
         self._loaders = self._train, self._val = data.build_loaders(fabric, self._config.batch_size)
         self._state, weights = _build_state(self._config, data, fabric, self._train)
         restore(point, self._state, data.fingerprint)
-        self._saves_state = saves and fabric.is_global_zero
+        self._saves_state = saves_state and fabric.is_global_zero
         self._saved_at_s = time.monotonic()
         self._print(describe_start(self._config, data, fabric, weights))
         if point.saved:
@@ -200,12 +206,12 @@ class _Training:
             features = (extract_features(network, each.thin(2000)) for each in self._loaders)
             familiarity = fit_familiarity(*features)
             save_checkpoint(path, {**checkpoint, "calibration": calibration, "familiarity": familiarity})
-        some = self._train.thin(len(predictions.targets))
+        sample = self._train.thin(len(predictions.targets))
         result = TrainResult(
             config=config,
             best=find_best(self._history, config.best_by),
             history=tuple(self._history),
-            final_train=measure(predict(self._state.scored_network, some, fabric), some.targets),
+            final_train=measure(predict(self._state.scored_network, sample, fabric), sample.targets),
             checkpoint_path=path,
             data=data,
             val_predictions=predictions,
