@@ -178,4 +178,4 @@ def test_the_interval_of_a_share_is_the_binomial_one_and_counts_lesions() -> Non
 def test_where_all_are_alike_the_interval_is_the_exact_one_over_lesions(hit: bool) -> None:
     exact = binomtest(6 * hit, 6).proportion_ci()
     share = compute_share(np.full(12, hit), np.repeat(list("abcdef"), 2))
-    assert share == pytest.approx((hit, exact.low, exact.high))
+    assert share == pytest.approx((float(hit), exact.low, exact.high))
