@@ -13,7 +13,7 @@ from skin_resnet.errors import UserError
 from skin_resnet.evaluation.artifacts import list_artifacts
 from skin_resnet.evaluation.assess import Assessment, assess
 from skin_resnet.evaluation.calibration import Calibration, fit_calibration
-from skin_resnet.evaluation.metrics import HEADLINES, Predictions, compute_intervals, compute_metrics
+from skin_resnet.evaluation.metrics import HEADLINES, Predictions, compute_metrics, compute_scores
 from skin_resnet.evaluation.page import format_assessment, format_summary
 from skin_resnet.evaluation.plots.assessment import plot_gradcam
 from skin_resnet.labels import HAM10000_CLASSES
@@ -61,11 +61,10 @@ def assessment(table: pd.DataFrame) -> Assessment:
 def test_the_table_holds_the_headline_metrics_with_intervals_beside_the_baseline(
     assessment: Assessment,
 ) -> None:
-    metrics = compute_metrics(assessment.predictions)
-    intervals = compute_intervals(assessment.predictions, assessment.lesions)
+    scores = compute_scores(assessment.predictions, assessment.lesions)
     for name in HEADLINES:
         row = assessment.get(name)
-        assert (row.value, row.low, row.high) == (getattr(metrics, name), *intervals[name])
+        assert (row.value, row.low, row.high) == scores[name]
         assert row.low < row.value < row.high
         assert row.n == len(assessment.lesions)
     assert assessment.get("baseline_balanced_accuracy").value == pytest.approx(1 / 7)
@@ -101,10 +100,10 @@ def test_mlflow_gets_the_headline_metrics_only_under_their_split(assessment: Ass
     assert set(metrics) == {f"test_{name}" for name in names}
     plain = compute_metrics(assessment.predictions.plain)
     assert metrics["test_plain_balanced_accuracy"] == plain.balanced_accuracy
-    intervals = compute_intervals(assessment.predictions.plain, assessment.lesions)
+    scores = compute_scores(assessment.predictions.plain, assessment.lesions)
     for name in ("accuracy", "balanced_accuracy"):
         row = assessment.get(f"plain_{name}")
-        assert (row.value, row.low, row.high) == (getattr(plain, name), *intervals[name])
+        assert (row.value, row.low, row.high) == scores[name]
     assert metrics["test_balanced_accuracy_low"] == assessment.get("balanced_accuracy").low
 
 

@@ -17,7 +17,7 @@ from skin_resnet.evaluation.calibration import (
     fit_temperature,
     predict_sets,
 )
-from skin_resnet.evaluation.metrics import Floats, Predictions, compute_metrics, compute_share_interval
+from skin_resnet.evaluation.metrics import Floats, Predictions, compute_metrics, compute_share
 
 
 def make(probabilities: Floats, targets: object) -> Predictions:
@@ -118,7 +118,7 @@ def test_temperature_is_bounded_where_every_answer_is_wrong() -> None:
 def test_reliability_is_that_of_scikit_learn_and_ece_follows_from_it() -> None:
     predictions = simulate(3000, temperature=2)
     confidence, right = predictions.probabilities.max(axis=1), predictions.predicted == predictions.targets
-    table = compute_reliability(predictions, bins=15)
+    table = compute_reliability(predictions)
     accuracies, confidences = calibration_curve(right, confidence, n_bins=15)
     filled = table[table.images > 0]
     np.testing.assert_allclose(filled.accuracy, accuracies)
@@ -169,13 +169,13 @@ def test_the_interval_of_a_share_is_the_binomial_one_and_counts_lesions() -> Non
     hits = np.arange(1000) < 800
     lesions = np.arange(1000).astype(str)
     exact = binomtest(800, 1000).proportion_ci()
-    assert compute_share_interval(hits, lesions) == pytest.approx((exact.low, exact.high), abs=0.005)
-    tripled = compute_share_interval(np.repeat(hits, 3), np.repeat(lesions, 3))
-    assert tripled == pytest.approx(compute_share_interval(hits, lesions), abs=1e-12)
+    assert compute_share(hits, lesions) == pytest.approx((0.8, exact.low, exact.high), abs=0.005)
+    tripled = compute_share(np.repeat(hits, 3), np.repeat(lesions, 3))
+    assert tripled == pytest.approx(compute_share(hits, lesions), abs=1e-12)
 
 
 @pytest.mark.parametrize("hit", [True, False])
 def test_where_all_are_alike_the_interval_is_the_exact_one_over_lesions(hit: bool) -> None:
     exact = binomtest(6 * hit, 6).proportion_ci()
-    interval = compute_share_interval(np.full(12, hit), np.repeat(list("abcdef"), 2))
-    assert interval == pytest.approx((exact.low, exact.high))
+    share = compute_share(np.full(12, hit), np.repeat(list("abcdef"), 2))
+    assert share == pytest.approx((float(hit), exact.low, exact.high))

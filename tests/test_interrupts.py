@@ -32,12 +32,12 @@ def test_where_one_waits_for_a_check_it_interrupts_there(number: signal.Signals)
         interrupts.check()
         signal.raise_signal(number)
         signal.raise_signal(signal.SIGTERM)  # `mlflow run` sends one after Ctrl-C
-        reached.append(interrupts.is_asked())
+        reached.append(interrupts.is_requested())
         interrupts.check()
         reached.append(False)
     assert told.value.args == (number,)
     assert reached == [True]
-    assert not interrupts.is_asked(), "the next command of this process is not asked"
+    assert not interrupts.is_requested(), "the next command of this process is not asked"
 
 
 def test_one_that_python_drops_is_handled_at_the_next_check() -> None:

@@ -10,8 +10,8 @@ from skin_resnet.evaluation.metrics import (
     PLAIN,
     Predictions,
     compute_class_table,
-    compute_intervals,
     compute_metrics,
+    compute_scores,
     compute_weighted,
     predict_always,
 )
@@ -85,14 +85,15 @@ def test_intervals_hold_the_metric_and_widen_when_photos_share_lesions() -> None
     copies = np.tile(np.arange(300), 3)
     tripled = predictions.select(copies)
     lesions = np.array([f"L{i}" for i in range(300)])
-    single = compute_intervals(predictions, lesions)
-    by_lesion = compute_intervals(tripled, lesions[copies])
-    by_image = compute_intervals(tripled, np.array([f"I{i}" for i in range(900)]))
+    single = compute_scores(predictions, lesions)
+    by_lesion = compute_scores(tripled, lesions[copies])
+    by_image = compute_scores(tripled, np.array([f"I{i}" for i in range(900)]))
     metrics = compute_metrics(predictions)
-    for name, (low, high) in single.items():
-        assert low < getattr(metrics, name.removeprefix("plain_")) < high
-        assert by_lesion[name] == pytest.approx((low, high), abs=1e-12)
-        assert by_image[name][1] - by_image[name][0] < 0.75 * (high - low)
+    for name, (value, low, high) in single.items():
+        assert value == getattr(metrics, name.removeprefix("plain_"))
+        assert low < value < high
+        assert by_lesion[name] == pytest.approx((value, low, high), abs=1e-12)
+        assert by_image[name][2] - by_image[name][1] < 0.75 * (high - low)
 
 
 def test_one_bootstrap_of_both_decisions_gives_the_intervals_of_two() -> None:
@@ -100,7 +101,7 @@ def test_one_bootstrap_of_both_decisions_gives_the_intervals_of_two() -> None:
     decided = replace(
         predictions, decisions=(predictions.probabilities * [7, 6, 5, 4, 3, 2, 1]).argmax(axis=1)
     )
-    both, plain = compute_intervals(decided, lesions), compute_intervals(predictions, lesions)
+    both, plain = compute_scores(decided, lesions), compute_scores(predictions, lesions)
     assert both["accuracy"] != plain["accuracy"]
     assert both["macro_auc"] == plain["macro_auc"]
     assert [both[name] for name in PLAIN] == [plain[name.removeprefix("plain_")] for name in PLAIN]
@@ -109,9 +110,9 @@ def test_one_bootstrap_of_both_decisions_gives_the_intervals_of_two() -> None:
 def test_rare_classes_do_not_lift_the_interval_of_one_answer_for_all() -> None:
     targets = np.array([0] * 50 + [1] * 3 + [2] * 2 + [3])
     same = Predictions(probabilities=np.tile([0.7, 0.1, 0.1, 0.1], (56, 1)), targets=targets, image_ids=())
-    intervals = compute_intervals(same, np.arange(56).astype(str))
-    assert intervals["balanced_accuracy"] == (0.25, 0.25)
-    assert intervals["macro_auc"] == (0.5, 0.5)
+    scores = compute_scores(same, np.arange(56).astype(str))
+    assert scores["balanced_accuracy"] == (0.25, 0.25, 0.25)
+    assert scores["macro_auc"] == (0.5, 0.5, 0.5)
 
 
 def test_the_class_table_is_that_of_scikit_learn() -> None:

@@ -21,8 +21,8 @@ from skin_resnet.config import TrainConfig
 from skin_resnet.evaluation.metrics import (
     HEADLINES,
     Predictions,
-    compute_intervals,
     compute_metrics,
+    compute_scores,
 )
 from skin_resnet.options import write_command
 from tests.test_plots import assert_texts_are_apart
@@ -44,9 +44,8 @@ def test_of_one_seed_the_scores_are_those_of_an_evaluation() -> None:
     models = {BASELINE: predict(0.2, 1), WINNER: predict(0.4, 2)}
     scores = compare_recipes({name: [each] for name, each in models.items()}, LESIONS)
     for name, each in models.items():
-        intervals = compute_intervals(each, LESIONS)
         for key in HEADLINES:
-            assert tuple(scores.loc[(name, key)]) == (getattr(compute_metrics(each), key), *intervals[key])
+            assert tuple(scores.loc[(name, key)]) == compute_scores(each, LESIONS)[key]
     for key in HEADLINES:
         assert scores.value[DIFFERENCE, key] == scores.value[WINNER, key] - scores.value[BASELINE, key]
 

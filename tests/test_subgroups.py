@@ -7,7 +7,7 @@ import pytest
 from sklearn import metrics as sk
 
 from skin_resnet.evaluation.calibration import decide
-from skin_resnet.evaluation.metrics import Predictions, compute_intervals
+from skin_resnet.evaluation.metrics import Predictions, compute_scores
 from skin_resnet.evaluation.subgroups import MIN_IMAGES, MIN_LESIONS, compute_retest, compute_subgroups
 from skin_resnet.labels import HAM10000_CLASSES
 from tests.test_metrics import predict_randomly
@@ -64,9 +64,9 @@ def test_the_metrics_of_a_subgroup_are_scikit_learns_on_its_images(measured) -> 
         rows = subgroups[(subgroups["by"] == by) & (subgroups["subgroup"] == name)].set_index("metric")
         assert rows.value.to_dict() == pytest.approx(expected)
         part = Predictions(probabilities=probabilities, targets=targets, image_ids=())
-        intervals = compute_intervals(part, lesions[inside])
+        scores = compute_scores(part, lesions[inside])
         for metric in rows.index:
-            assert (rows.low[metric], rows.high[metric]) == intervals[metric]
+            assert (rows.value[metric], rows.low[metric], rows.high[metric]) == scores[metric]
         assert set(rows.images) == {len(targets)}
         assert set(rows.lesions) == {len(set(lesions[inside]))}
         assert set(rows.classes) == {len(set(targets))}

@@ -29,6 +29,7 @@ from skin_resnet.evaluation.page import LEAK_BANNER
 from skin_resnet.tracking.history import download_checkpoint
 from skin_resnet.tracking.run import open_run
 from skin_resnet.training import engine
+from skin_resnet.training import run as run_module
 from skin_resnet.training.checkpoint import read_checkpoint
 from skin_resnet.training.engine import EpochResult, NonFiniteLossError
 from skin_resnet.training.run import run_training
@@ -283,7 +284,8 @@ def test_val_is_predicted_once_an_epoch_and_train_once_at_the_end_without_augmen
         rows.append(loader.rows.tolist())
         return predict(network, loader, *args, **more)
 
-    monkeypatch.setattr(engine, "predict", watch)
+    for module in (engine, run_module):
+        monkeypatch.setattr(module, "predict", watch)
     result = run_training(config)
     val, train = (result.data.store.find_rows(getattr(result.data.split, name)) for name in ("val", "train"))
     assert rows == [val.tolist()] * config.epochs + [train[:: len(train) // len(val)].tolist()]

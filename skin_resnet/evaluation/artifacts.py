@@ -29,16 +29,9 @@ _MAX_MISSED = 24  # images of missed melanomas
 def list_artifacts(
     assessment: Assessment, split: str, title: str, notes: Sequence[str] = ()
 ) -> dict[str, Any]:
-    """Return all files of an evaluation by artifact path.
+    """Return an evaluation's tables, figures and page (whose first paragraphs are `notes`) by artifact path.
 
-    Args:
-        assessment: Of any split.
-        split: Its name, which is also the folder.
-        title: What was evaluated, for the figures: `Test, resnet50 epoch 9`.
-        notes: Paragraphs at the top of the page.
-
-    Returns:
-        Values are a data frame (a CSV file), a matplotlib figure (PNG), or a text.
+    `title` is what was evaluated, for the figures: `Test, resnet50 epoch 9`.
     """
     title += f": {len(assessment.lesions):,} images"
     score, baseline = (assessment.get(f"{name}balanced_accuracy").value for name in ("", "baseline_"))
@@ -78,10 +71,8 @@ def show_images(
         heading = f"{title}\nGrad-CAM of stage {stage}: what supports the predicted class (brighter: more)"
         figure = plots.plot_gradcam(pixels, heats, predictions, rows, classes, heading)
         files[f"{split}/gradcam.png"] = figure
-    melanoma = find_positives(classes).get("melanoma")
-    if melanoma:
-        missed = tabulate_missed(predictions, melanoma, classes)
-        files[f"{split}/missed_melanomas.csv"] = missed
+    if melanoma := find_positives(classes).get("melanoma"):
+        files[f"{split}/missed_melanomas.csv"] = missed = tabulate_missed(predictions, melanoma, classes)
         shown = missed.head(_MAX_MISSED)
         if len(shown):
             total = is_positive(predictions, melanoma).sum()
@@ -106,8 +97,7 @@ def choose_examples(predictions: Predictions) -> NDArray[np.int64]:
     Returns:
         Rows of `predictions`, int64 (M,), by class, the right one first.
     """
-    ids = predictions.image_ids
-    order = np.array(sorted(range(len(ids)), key=lambda row: hashlib.sha256(ids[row].encode()).digest()))
+    order = np.argsort([hashlib.sha256(each.encode()).hexdigest() for each in predictions.image_ids])
     targets, is_right = predictions.targets[order], (predictions.predicted == predictions.targets)[order]
     occurring, counts = np.unique(targets, return_counts=True)
     largest = np.sort(occurring[np.argsort(-counts, kind="stable")[:MAX_CLASSES]])
@@ -126,16 +116,10 @@ def choose_stage(image_size: int) -> int | None:
 
 
 def compute_gradcam(network: ResNet, images: Tensor, classes: Tensor, stage: int = 4) -> NDArray[np.float32]:
-    """Compute which regions of each image support a class.
+    """Compute which regions of normalized images, float (N, 3, S, S), support the given classes, int64 (N,).
 
-    The map is as coarse as the stage's features, 7 x 7 at 224 pixels for the last one.
+    The map is as coarse as the features of the network's stage, 7 x 7 at 224 pixels for the last one.
     Source: Selvaraju et al., "Grad-CAM", ICCV 2017, section 3.
-
-    Args:
-        network: Ready to predict, on the images' device.
-        images: Normalized, float (N, 3, S, S).
-        classes: The class to explain, int64 (N,).
-        stage: Of the network, whose features are weighted.
 
     Returns:
         Maps float32 (N, S, S), scaled to a maximum of 1; all 0 where nothing supports the class.
@@ -145,11 +129,10 @@ def compute_gradcam(network: ResNet, images: Tensor, classes: Tensor, stage: int
 
     gradcam = LayerGradCam(network, getattr(network, f"layer{stage}"))
     heats = [
-        gradcam.attribute(batch, asked, relu_attributions=True).detach()
-        for batch, asked in zip(torch.split(images, _BATCH), torch.split(classes, _BATCH), strict=True)
+        gradcam.attribute(batch, targets, relu_attributions=True).detach()
+        for batch, targets in zip(torch.split(images, _BATCH), torch.split(classes, _BATCH), strict=True)
     ]
-    size = (images.shape[2], images.shape[3])
-    heat = F.interpolate(torch.cat(heats).float(), size, mode="bilinear", align_corners=False)[:, 0]
+    heat = F.interpolate(torch.cat(heats).float(), images.shape[2:], mode="bilinear")[:, 0]
     highest = heat.amax(dim=(1, 2), keepdim=True)
     scaled: NDArray[np.float32] = torch.where(highest > 0, heat / highest, 0).cpu().numpy()
     return scaled

@@ -21,24 +21,22 @@ from skin_resnet.evaluation.calibration import (
 )
 from skin_resnet.evaluation.metrics import (
     HEADLINES,
+    PLAIN,
     Predictions,
     compute_class_table,
-    compute_intervals,
     compute_metrics,
-    compute_share_interval,
-    is_better,
+    compute_scores,
+    compute_share,
     predict_always,
 )
 from skin_resnet.evaluation.operating import apply_threshold, compute_referral, find_positives
 from skin_resnet.evaluation.subgroups import compute_retest, compute_subgroups
 
 # The metrics that MLflow shows and compares; all others are in the artifacts of the run.
-_TRACKED = ("loss", "ece", *HEADLINES, "plain_accuracy", "plain_balanced_accuracy", "baseline_accuracy")
-_TRACKED_INTERVAL = "balanced_accuracy"
-_DECISIONS = ("balanced_accuracy", "accuracy")  # the headline metrics of the predicted classes
+_TRACKED = ("loss", "ece", *HEADLINES, *PLAIN, "baseline_accuracy")
 
 Row = tuple[str, float, float, float, int]  # name, value, low and high end of the 95 % interval, images
-_NAN = float("nan")
+_NO_INTERVAL = (float("nan"), float("nan"))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -75,9 +73,9 @@ class Assessment:
         return next(self.table[self.table.name == name].itertuples(index=False))
 
     def find_not_better(self) -> list[str]:
-        """Return which scores do not beat those of always predicting the majority class."""
-        pairs = {name: (self.get(name).low, self.get(f"baseline_{name}").value) for name in _DECISIONS}
-        return [name for name, (low, baseline) in pairs.items() if not is_better(low, baseline)]
+        """Return the scores whose interval is not above that of always predicting the majority class."""
+        names = ("balanced_accuracy", "accuracy")
+        return [name for name in names if not self.get(name).low > self.get(f"baseline_{name}").value]
 
     def metrics(self, split: str) -> dict[str, float]:
         """Return the tracked metrics under their MLflow keys, `test_accuracy`, ...
@@ -85,11 +83,10 @@ class Assessment:
         Without a slash, they come after the curves of train and val on the run's page: MLflow shows one
         section per prefix, by name, and `test/` would come first.
         """
-        metrics = {f"{split}_{name}": self.get(name).value for name in _TRACKED}
-        interval = self.get(_TRACKED_INTERVAL)
-        for end in ("low", "high"):
-            metrics[f"{split}_{_TRACKED_INTERVAL}_{end}"] = getattr(interval, end)
-        return {name: value for name, value in metrics.items() if np.isfinite(value)}
+        metrics = {name: self.get(name).value for name in _TRACKED}
+        score = self.get("balanced_accuracy")
+        metrics |= {"balanced_accuracy_low": score.low, "balanced_accuracy_high": score.high}
+        return {f"{split}_{name}": value for name, value in metrics.items() if np.isfinite(value)}
 
     def tabulate_predictions(self) -> pd.DataFrame:
         """Return a row per image: image_id, lesion_id, dx, prediction, and each class's probability."""
@@ -112,14 +109,7 @@ def assess(
     baseline_class: str,
     calibration: Calibration,
 ) -> Assessment:
-    """Evaluate a model on the images of a table.
-
-    Args:
-        raw: The network's predictions, in the table's order.
-        table: Rows from `extract`.
-        classes: The class order.
-        baseline_class: The class with most training images.
-        calibration: From `fit_calibration`, on val.
+    """Evaluate a network's predictions of the images of a table from `extract`, in its order.
 
     Raises:
         UserError: There is no image, or a probability is not finite.
@@ -133,10 +123,10 @@ def assess(
     per_class["coverage"] = pd.Series(covered).groupby(calibrated.targets).mean().reindex(range(len(classes)))
     rows = [
         *_measure(raw, calibrated, lesions, classes.index(baseline_class)),
-        ("coverage", covered.mean(), *compute_share_interval(covered, lesions), len(sets)),
-        ("set_size", sets.sum(axis=1).mean(), _NAN, _NAN, len(sets)),
-        ("singleton_fraction", (sets.sum(axis=1) == 1).mean(), _NAN, _NAN, len(sets)),
-        *_measure_thresholds(calibrated, calibration, lesions, classes),
+        ("coverage", *compute_share(covered, lesions), len(sets)),
+        ("set_size", sets.sum(axis=1).mean(), *_NO_INTERVAL, len(sets)),
+        ("singleton_fraction", (sets.sum(axis=1) == 1).mean(), *_NO_INTERVAL, len(sets)),
+        *_measure_thresholds(calibrated, calibration["thresholds"], lesions, classes),
     ]
     before = compute_reliability(raw).assign(temperature=1.0)
     after = compute_reliability(calibrated).assign(temperature=calibration["temperature"])
@@ -159,17 +149,13 @@ def assess(
 def _measure(
     raw: Predictions, calibrated: Predictions, lesions: NDArray[np.str_], baseline: int
 ) -> Iterator[Row]:
-    images = len(lesions)
-    metrics, intervals = compute_metrics(calibrated), compute_intervals(calibrated, lesions)
+    images, scores = len(lesions), compute_scores(calibrated, lesions)
+    for name in (*HEADLINES, *PLAIN):
+        yield name, *scores[name], images
     always = compute_metrics(predict_always(baseline, calibrated))
-    for name in HEADLINES:
-        yield name, getattr(metrics, name), *intervals[name], images
-    plain = compute_metrics(calibrated.plain)
-    for name in _DECISIONS:
-        yield f"plain_{name}", getattr(plain, name), *intervals[f"plain_{name}"], images
     single = {
         **{f"baseline_{name}": getattr(always, name) for name in HEADLINES},
-        "loss": metrics.loss,
+        "loss": compute_metrics(calibrated).loss,
         "loss_before_temperature": compute_metrics(raw).loss,
         "ece": compute_ece(calibrated),
         "ece_before_temperature": compute_ece(raw),
@@ -178,21 +164,20 @@ def _measure(
         "lesions": len(np.unique(lesions)),
     }
     for name, value in single.items():
-        yield name, value, _NAN, _NAN, images
+        yield name, value, *_NO_INTERVAL, images
     if raw.unfamiliarity is not None:
-        unlike = raw.unfamiliarity > 1
-        yield "unfamiliar", unlike.mean(), *compute_share_interval(unlike, lesions), images
+        yield "unfamiliar", *compute_share(raw.unfamiliarity > 1, lesions), images
 
 
 def _measure_thresholds(
     predictions: Predictions,
-    calibration: Calibration,
+    thresholds: dict[str, float],
     lesions: NDArray[np.str_],
     classes: tuple[str, ...],
 ) -> Iterator[Row]:
     groups = find_positives(classes)
-    for name, threshold in calibration["thresholds"].items():
-        yield f"{name}_threshold", threshold, _NAN, _NAN, len(lesions)
+    for name, threshold in thresholds.items():
+        yield f"{name}_threshold", threshold, *_NO_INTERVAL, len(lesions)
         positives = groups[name.partition("_at_")[0]]
         for metric, value, low, high, n in apply_threshold(predictions, positives, threshold, lesions):
             yield f"{name}_{metric}", value, low, high, n

@@ -18,6 +18,7 @@ from skin_resnet.errors import UserError
 from skin_resnet.evaluation.metrics import Floats, Predictions, choose_highest
 from skin_resnet.evaluation.operating import choose_thresholds
 
+_BINS = 15  # of confidence, for reliability and ECE
 _TAUS = np.arange(31) * 0.05
 _SMOOTHED = 5  # neighbors over which the score of a tau is averaged: rare classes make it jump
 _HOTTEST = 20.0  # bound of the temperature and of its inverse: beyond it, the network itself is wrong
@@ -46,11 +47,10 @@ class Calibration(TypedDict):
 def fit_calibration(
     predictions: Predictions, classes: tuple[str, ...], coverage: float, class_counts: NDArray[np.int64]
 ) -> Calibration:
-    """Fit temperature, decision rule, conformal sets and thresholds on val.
+    """Fit temperature, decision rule, conformal sets and thresholds on the network's predictions on val.
 
     Args:
-        predictions: The network's, on val.
-        classes: K names.
+        predictions: Before temperature.
         coverage: Wanted share of images whose prediction set holds the true class.
         class_counts: Training images of each class, int64 (K,).
 
@@ -90,9 +90,8 @@ def fit_tau(predictions: Predictions, class_counts: NDArray[np.int64]) -> float:
     Source: Menon et al., "Long-tail learning via logit adjustment" (ICLR 2021), section 4.1 (post hoc).
     """
     targets = predictions.targets
-    hits = np.array(
-        [decide(predictions, _weight_classes(class_counts, tau)).predicted == targets for tau in _TAUS]
-    )
+    decisions = [decide(predictions, _weight_classes(class_counts, tau)).predicted for tau in _TAUS]
+    hits = np.array(decisions) == targets
     shares = 1 / np.bincount(targets)[targets]
     padded = np.pad(hits @ shares / shares.sum(), _SMOOTHED // 2, mode="edge")
     smoothed = np.convolve(padded, np.full(_SMOOTHED, 1 / _SMOOTHED), mode="valid")
@@ -141,8 +140,8 @@ def fit_temperature(predictions: Predictions) -> float:
         return float(np.mean(np.log(np.exp(logs * scale).sum(axis=1)) - of_target * scale))
 
     # The loss is convex in 1 / T, so there is one minimum.
-    bounds = (-math.log(_HOTTEST), math.log(_HOTTEST))
-    found = minimize_scalar(compute_loss, bounds=bounds, method="bounded", options={"xatol": 1e-6})
+    limit = math.log(_HOTTEST)
+    found = minimize_scalar(compute_loss, bounds=(-limit, limit), method="bounded", options={"xatol": 1e-6})
     return math.exp(found.x)
 
 
@@ -161,36 +160,31 @@ def _take_logs(predictions: Predictions) -> Floats:
     return highest
 
 
-def compute_reliability(predictions: Predictions, bins: int = 15) -> pd.DataFrame:
-    """Compare confidence with the accuracy of the most probable class, in bins of equal width.
+def compute_reliability(predictions: Predictions) -> pd.DataFrame:
+    """Compare confidence with the accuracy of the most probable class, in 15 bins of equal width.
 
     Returns:
         A row per bin (low, high]: images, mean confidence (the highest probability) and accuracy, NaN where
         there is no image.
     """
     confidences = predictions.probabilities.max(axis=1)
-    edges = np.linspace(0, 1, bins + 1)
+    edges = np.linspace(0, 1, _BINS + 1)
     bin_of = np.searchsorted(edges[1:-1], confidences)
-    images = np.bincount(bin_of, minlength=bins)
-    right = np.bincount(bin_of, predictions.plain.predicted == predictions.targets, minlength=bins)
-    with np.errstate(invalid="ignore"):
-        return pd.DataFrame(
-            {
-                "low": edges[:-1],
-                "high": edges[1:],
-                "images": images,
-                "confidence": np.bincount(bin_of, confidences, minlength=bins) / images,
-                "accuracy": right / images,
-            }
-        )
+    is_right = predictions.plain.predicted == predictions.targets
+    table = pd.DataFrame(
+        {"low": edges[:-1], "high": edges[1:], "images": np.bincount(bin_of, minlength=_BINS)}
+    )
+    for name, values in (("confidence", confidences), ("accuracy", is_right)):
+        table[name] = np.bincount(bin_of, values, minlength=_BINS) / table.images
+    return table
 
 
-def compute_ece(predictions: Predictions, bins: int = 15) -> float:
+def compute_ece(predictions: Predictions) -> float:
     """Compute the expected calibration error, 0 to 1: the mean distance of confidence from accuracy.
 
     Source: Guo, Pleiss, Sun, Weinberger, ICML 2017, section 2, equation 3.
     """
-    table = compute_reliability(predictions, bins)
+    table = compute_reliability(predictions)
     return float((table.images * (table.accuracy - table.confidence).abs()).sum() / table.images.sum())
 
 
@@ -206,15 +200,14 @@ def compute_brier(predictions: Predictions) -> float:
 def fit_conformal(predictions: Predictions, coverage: float) -> float:
     """Find the probability from which on a class belongs to an image's prediction set.
 
+    It is 0 where there are too few images to guarantee the coverage.
+
     The score is 1 minus the probability of the true class (LAC), which gives the smallest sets. Coverage is
     marginal: guaranteed over all classes together, for images exchangeable with those of val. Lesions with
-    several photos, and choosing the epoch on val, bend the guarantee a little; the empirical coverage on test
-    shows how much.
+    several photos, and choosing the epoch on val, weaken the guarantee a little; the empirical coverage on
+    test shows how much.
     Source: Sadinle, Lei, Wasserman, JASA 114:223 (2019); the finite-sample quantile is that of Angelopoulos,
     Bates, "A Gentle Introduction to Conformal Prediction" (arXiv 2107.07511), section 1.
-
-    Returns:
-        The threshold; 0 where there are too few images to guarantee the coverage.
     """
     images = len(predictions.targets)
     of_target = np.sort(predictions.probabilities[np.arange(images), predictions.targets])

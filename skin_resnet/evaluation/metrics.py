@@ -16,6 +16,7 @@ from skin_resnet.errors import UserError
 HEADLINES = ("balanced_accuracy", "accuracy", "macro_auc")
 PLAIN = ("plain_balanced_accuracy", "plain_accuracy")  # of the plain decision
 Floats = NDArray[np.float64]
+Score = tuple[float, float, float]  # value, low and high end of the 95 % interval
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -25,7 +26,6 @@ class Predictions:
     Attributes:
         probabilities: float64 (N, K), rows sum to 1.
         targets: int64 (N,), class indices.
-        image_ids: N image ids.
         decisions: int64 (N,), the predicted classes; None: the most probable ones.
         unfamiliarity: (N,), above 1 where an image is unlike the training images; None: not measured.
     """
@@ -59,14 +59,10 @@ class Predictions:
 
 
 def choose_highest(scores: Floats, targets: NDArray[np.int64]) -> NDArray[np.int64]:
-    """Return the class with the highest score of each image, int64 (N,).
+    """Return the class with the highest of each image's scores, (N, K), as int64 (N,).
 
     A tie between several classes counts as a wrong prediction, as in the ISIC scorer: a network with the
     same output for every image must not score by the order of the classes.
-
-    Args:
-        scores: float64 (N, K).
-        targets: The true classes, int64 (N,).
     """
     highest = scores == scores.max(axis=1, keepdims=True)
     tied = highest.sum(axis=1) > 1
@@ -97,11 +93,9 @@ def compute_metrics(predictions: Predictions) -> Metrics:
     """Compute the metrics over all images at once: summed over images, divided once."""
     images = len(predictions.targets)
     of_target = predictions.probabilities[np.arange(images), predictions.targets]
+    loss = float(-np.log(np.maximum(of_target, np.finfo(np.float32).tiny)).mean())
     scores = compute_weighted(predictions, np.ones((1, images)))
-    return Metrics(
-        loss=float(-np.log(np.maximum(of_target, np.finfo(np.float32).tiny)).mean()),
-        **{name: float(scores[name][0]) for name in HEADLINES},
-    )
+    return Metrics(loss=loss, **{name: float(scores[name][0]) for name in HEADLINES})
 
 
 def compute_class_table(predictions: Predictions, classes: tuple[str, ...]) -> pd.DataFrame:
@@ -146,15 +140,11 @@ def predict_always(target: int, like: Predictions) -> Predictions:
     return replace(like.plain, probabilities=np.tile(certain, (len(like.targets), 1)))
 
 
-def compute_intervals(predictions: Predictions, lesions: NDArray[Any]) -> dict[str, tuple[float, float]]:
-    """Compute a 95 % interval of each metric in HEADLINES and PLAIN by drawing lesions, (N,), many times."""
+def compute_scores(predictions: Predictions, lesions: NDArray[Any]) -> dict[str, Score]:
+    """Compute the metrics in HEADLINES and PLAIN, their intervals by drawing lesions, (N,), many times."""
+    values = compute_weighted(predictions, np.ones((1, len(lesions))))
     draws = compute_weighted(predictions, draw_lesions(lesions))
-    return {name: compute_percentiles(each) for name, each in draws.items()}
-
-
-def is_better(low: float, baseline: float) -> bool:
-    """Return whether a score beats a baseline's: its interval, from `low` on, lies above it."""
-    return bool(low > baseline)
+    return {name: (float(values[name][0]), *compute_percentiles(draws[name])) for name in values}
 
 
 def draw_lesions(lesions: NDArray[Any]) -> Floats:
@@ -169,7 +159,7 @@ def draw_lesions(lesions: NDArray[Any]) -> Floats:
     return weights
 
 
-@lru_cache(maxsize=8)  # an evaluation asks for the same few sizes again and again
+@lru_cache(maxsize=8)  # an evaluation draws for the same few sizes again and again
 def _draw(lesions: int) -> NDArray[np.int64]:
     return np.random.default_rng(0).multinomial(lesions, np.full(lesions, 1 / lesions), size=1000)
 
@@ -188,18 +178,18 @@ def compute_mean_interval(values: ArrayLike, lesions: NDArray[Any]) -> tuple[flo
     return compute_percentiles(weights @ np.asarray(values, dtype=np.float64) / weights.sum(axis=1))
 
 
-def compute_share_interval(hits: NDArray[np.bool_], lesions: NDArray[Any]) -> tuple[float, float]:
-    """Compute the 95 % interval of the share of images that are hits, (N,), by drawing their lesions (N,).
+def compute_share(hits: NDArray[np.bool_], lesions: NDArray[Any]) -> Score:
+    """Compute the share of images that are hits, (N,), and its interval by drawing their lesions (N,).
 
     If all images are hits, or none is, so is every draw, however few there are: the interval is then the
     exact binomial one over lesions (Clopper, Pearson, Biometrika 26:404, 1934). NaN without images.
     """
     if not len(hits):
-        return float("nan"), float("nan")
+        return float("nan"), float("nan"), float("nan")
     if hits.all() or not hits.any():
         margin = 1 - 0.025 ** (1 / len(np.unique(lesions)))
-        return (1 - margin, 1.0) if hits.all() else (0.0, margin)
-    return compute_mean_interval(hits, lesions)
+        return (1.0, 1 - margin, 1.0) if hits.all() else (0.0, 0.0, margin)
+    return float(hits.mean()), *compute_mean_interval(hits, lesions)
 
 
 def compute_weighted(predictions: Predictions, weights: Floats) -> dict[str, Floats]:
@@ -208,26 +198,19 @@ def compute_weighted(predictions: Predictions, weights: Floats) -> dict[str, Flo
     A draw that lacks one of the classes has no balanced accuracy and no macro AUC (NaN): a mean over fewer
     classes is a different metric, and would shift the intervals of rare classes upwards.
     """
-    targets = predictions.targets
+    scores = {}
     with np.errstate(invalid="ignore", divide="ignore"):
+        positives = {target: predictions.targets == target for target in np.unique(predictions.targets)}
+        for kind, each in (("", predictions), ("plain_", predictions.plain)):
+            hits = weights * (each.predicted == each.targets)
+            recalls = [hits[:, one].sum(axis=1) / weights[:, one].sum(axis=1) for one in positives.values()]
+            scores[f"{kind}balanced_accuracy"] = np.mean(recalls, axis=0)
+            scores[f"{kind}accuracy"] = hits.sum(axis=1) / weights.sum(axis=1)
         aucs = [
-            _compute_weighted_auc(targets == target, predictions.probabilities[:, target], weights)
-            for target in np.unique(targets)
+            _compute_weighted_auc(one, predictions.probabilities[:, target], weights)
+            for target, one in positives.items()
         ]
-    plain = {f"plain_{name}": each for name, each in _weigh_hits(predictions.plain, weights).items()}
-    return {**_weigh_hits(predictions, weights), "macro_auc": np.mean(aucs, axis=0), **plain}
-
-
-def _weigh_hits(predictions: Predictions, weights: Floats) -> dict[str, Floats]:
-    """Compute what depends on the decisions."""
-    hits = weights * (predictions.predicted == predictions.targets)
-    positives = [predictions.targets == target for target in np.unique(predictions.targets)]
-    with np.errstate(invalid="ignore"):
-        sensitivities = [hits[:, each].sum(axis=1) / weights[:, each].sum(axis=1) for each in positives]
-    return {
-        "accuracy": hits.sum(axis=1) / weights.sum(axis=1),
-        "balanced_accuracy": np.mean(sensitivities, axis=0),
-    }
+    return {**scores, "macro_auc": np.mean(aucs, axis=0)}
 
 
 def _compute_weighted_auc(positive: NDArray[np.bool_], scores: Floats, weights: Floats) -> Floats:
@@ -250,8 +233,8 @@ def compare_models(
     """Compute the metrics in HEADLINES and PLAIN of each model, and each two models' difference in the first.
 
     All are computed on the same bootstrap draws: what is hard for two models cancels out in their difference.
-    Of a model with several trainings, the metrics are means: the intervals say what other lesions would have
-    changed, not what other seeds would have.
+    Of a model with several trainings, the metrics are means: the intervals cover the choice of lesions, not
+    that of seeds.
 
     Args:
         models: By model name, the predictions of each of its trainings, all of the same N images in order.
@@ -264,15 +247,15 @@ def compare_models(
     Raises:
         UserError: The models were evaluated on different images.
     """
-    names, (reference, *_) = list(models), next(iter(models.values()))
+    reference, (expected, *_) = next(iter(models.items()))
     weights = draw_lesions(lesions)
     points, draws = {}, {}
     for name, trainings in models.items():
         for each in trainings:
-            same_targets = np.array_equal(each.targets, reference.targets)
-            if each.image_ids != reference.image_ids or not same_targets:
+            same_targets = np.array_equal(each.targets, expected.targets)
+            if each.image_ids != expected.image_ids or not same_targets:
                 raise UserError(
-                    f"{name} and {names[0]} were evaluated on different images; pass runs of one split."
+                    f"{name} and {reference} were evaluated on different images; pass runs of one split."
                 )
         metrics = [compute_weighted(each, np.ones((1, len(lesions)))) for each in trainings]
         weighted = [compute_weighted(each, weights) for each in trainings]

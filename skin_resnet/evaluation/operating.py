@@ -11,17 +11,14 @@ import numpy as np
 import pandas as pd
 from numpy.typing import NDArray
 
-from skin_resnet.evaluation.metrics import Floats, Predictions, compute_share_interval
+from skin_resnet.evaluation.metrics import Floats, Predictions, compute_share
 from skin_resnet.labels import DIAGNOSES, HAM10000_CLASSES
 
 SENSITIVITIES = (0.90, 0.95)  # wanted on val
 
 
 def find_positives(classes: tuple[str, ...]) -> dict[str, frozenset[int]]:
-    """Return the class indices of melanoma and of malignant.
-
-    Empty where the classes are not the seven diagnoses: which of them are malignant is then not known.
-    """
+    """Return the class indices of melanoma and of malignant; nothing unless the classes are the diagnoses."""
     if classes != HAM10000_CLASSES:
         return {}
     malignant = frozenset(index for index, diagnosis in enumerate(DIAGNOSES) if diagnosis.malignant)
@@ -67,26 +64,23 @@ def apply_threshold(
     flagged = score_positives(predictions, positives) >= threshold
     positive = is_positive(predictions, positives)
     for name, hits, inside in (("sensitivity", flagged, positive), ("specificity", ~flagged, ~positive)):
-        value = float(hits[inside].mean()) if inside.any() else float("nan")
-        yield name, value, *compute_share_interval(hits[inside], lesions[inside]), int(inside.sum())
+        yield name, *compute_share(hits[inside], lesions[inside]), int(inside.sum())
 
 
 def compute_referral(predictions: Predictions) -> pd.DataFrame:
     """Compute the accuracy on the rest when the images with the lowest confidence are referred.
 
-    Confidence and accuracy are those of the most probable class.
-
-    The mean of `accuracy` is 1 minus the AURC of Geifman, Uziel, El-Yaniv (ICLR 2019).
+    Confidence and accuracy are those of the most probable class. The mean of `accuracy` is 1 minus the AURC
+    of Geifman, Uziel, El-Yaniv (ICLR 2019).
 
     Returns:
         A row per number of images kept, N first, 1 last: referred_fraction, accuracy of the images kept.
     """
     images = np.arange(len(predictions.targets))
     confidences = predictions.probabilities.max(axis=1)
+    is_right = pd.Series(predictions.plain.predicted == predictions.targets)
     # Equally confident images share hits and misses evenly: their order does not matter.
-    hits = (
-        pd.Series(predictions.plain.predicted == predictions.targets).groupby(confidences).transform("mean")
-    )
+    hits = is_right.groupby(confidences).transform("mean")
     kept = hits.iloc[np.argsort(-confidences)].expanding().mean()
     return pd.DataFrame({"referred_fraction": images / len(images), "accuracy": kept.to_numpy()[::-1]})
 

@@ -10,7 +10,7 @@ from rich.markdown import Markdown
 from skin_resnet.data.leakage import KINDS, LEAKING_KINDS, LeakageReport
 from skin_resnet.data.split import SPLITS
 from skin_resnet.evaluation.assess import Assessment
-from skin_resnet.evaluation.metrics import HEADLINES
+from skin_resnet.evaluation.metrics import HEADLINES, PLAIN
 from skin_resnet.evaluation.operating import find_positives
 from skin_resnet.evaluation.subgroups import MIN_IMAGES, MIN_LESIONS
 
@@ -62,12 +62,11 @@ def format_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
 
 def format_frame(frame: pd.DataFrame) -> str:
     """Write a data frame as a markdown table."""
-    rows = [[_format_cell(value) for value in row] for row in frame.itertuples(index=False)]
+    rows = [
+        [format_score(cell) if isinstance(cell, float) else str(cell).replace("|", "\\|") for cell in row]
+        for row in frame.itertuples(index=False)
+    ]
     return format_table([spell_metric(str(name)) for name in frame.columns], rows)
-
-
-def _format_cell(value: object) -> str:
-    return format_score(value) if isinstance(value, float) else str(value).replace("|", "\\|")
 
 
 def format_assessment(assessment: Assessment, split: str, notes: Sequence[str] = ()) -> str:
@@ -78,10 +77,14 @@ def format_assessment(assessment: Assessment, split: str, notes: Sequence[str] =
 
 def format_results(assessment: Assessment, split: str) -> str:
     """Write scores, classes, calibration, thresholds and subgroups of a split, as a model card has them."""
-    classes = format_frame(assessment.per_class.rename(columns=_SHORT))
-    more = [*_format_calibration(assessment), *_format_thresholds(assessment)]
-    subgroups = _format_subgroups(assessment.subgroups)
-    return "\n\n".join([*_format_headlines(assessment, split), classes, *more, *subgroups])
+    parts = [
+        *_format_headlines(assessment, split),
+        format_frame(assessment.per_class.rename(columns=_SHORT)),
+        _format_calibration(assessment),
+        *_format_thresholds(assessment),
+        *_format_subgroups(assessment.subgroups),
+    ]
+    return "\n\n".join(parts)
 
 
 def _format_metric(assessment: Assessment, name: str) -> str:
@@ -99,23 +102,18 @@ def format_summary(assessment: Assessment, split: str) -> str:
     # No parenthesis after an interval: in Markdown that is a link.
     scores = ", ".join(f"{spell_metric(name)} {_format_metric(assessment, name)}" for name in HEADLINES)
     baseline = ", ".join(format_score(assessment.get(f"baseline_{name}").value) for name in HEADLINES)
-    plain = ", ".join(
-        f"{spell_metric(name)} {format_score(assessment.get(f'plain_{name}').value)}"
-        for name in ("balanced_accuracy", "accuracy")
-    )
     text = f"{split.capitalize()} {scores}; always {assessment.baseline_class}: {baseline}."
-    decided = f"Plain decision: {plain}." if assessment.calibration["tau"] > 0 else ""
-    return " ".join(filter(None, [_judge(assessment), text, decided]))
+    if assessment.calibration["tau"] > 0:
+        balanced, accuracy = (format_score(assessment.get(name).value) for name in PLAIN)
+        text += f" Plain decision: balanced accuracy {balanced}, accuracy {accuracy}."
+    return f"{_judge(assessment)} {text}".lstrip()
 
 
 def _format_headlines(assessment: Assessment, split: str) -> Iterator[str]:
-    rows = [
-        [
-            spell_metric(name),
-            *(_format_metric(assessment, f"{kind}{name}") for kind in ("", "plain_", "baseline_")),
-        ]
-        for name in ("balanced_accuracy", "accuracy")
-    ]
+    rows = []
+    for name in ("balanced_accuracy", "accuracy"):
+        cells = [_format_metric(assessment, f"{kind}{name}") for kind in ("", "plain_", "baseline_")]
+        rows.append([spell_metric(name), *cells])
     for name in ("macro_auc", "loss"):
         rows.append([spell_metric(name), _format_metric(assessment, name), "", ""])
     shown = f"{assessment.get('images').value:.0f} images"
@@ -126,7 +124,8 @@ def _format_headlines(assessment: Assessment, split: str) -> Iterator[str]:
     yield f"### {split.capitalize()}: {shown}"
     always = f"always {assessment.baseline_class}"
     yield format_table(["", "model [95 % interval]", "plain decision", always], rows)
-    yield from filter(None, [_judge(assessment)])
+    if verdict := _judge(assessment):
+        yield verdict
     yield (
         f"{note} The model predicts argmax p / prior^τ, with τ = {assessment.calibration['tau']:.2f} fitted "
         "on val for balanced accuracy; the plain decision is the most probable class. Loss is in nats, after "
@@ -134,12 +133,10 @@ def _format_headlines(assessment: Assessment, split: str) -> Iterator[str]:
     )
 
 
-def _format_calibration(assessment: Assessment) -> Iterator[str]:
-    fitted = assessment.calibration
-    before, after, brier, size = (
-        assessment.get(name).value for name in ("ece_before_temperature", "ece", "brier", "set_size")
-    )
-    yield (
+def _format_calibration(assessment: Assessment) -> str:
+    fitted, names = assessment.calibration, ("ece_before_temperature", "ece", "brier", "set_size")
+    before, after, brier, size = (assessment.get(name).value for name in names)
+    return (
         f"### Calibration\n\nExpected calibration error (ECE) {before:.3f} before and {after:.3f} after "
         f"temperature scaling (T = {fitted['temperature']:.2f}, fitted on val); Brier score {brier:.3f}; "
         f"conformal sets for {fitted['coverage']:.0%} coverage: empirical coverage "
@@ -172,22 +169,19 @@ def _format_referral(assessment: Assessment) -> Iterator[str]:
 
 
 def _format_retest(retest: pd.DataFrame) -> Iterator[str]:
-    pairs, unanimous = (
-        retest[(retest.metric == name) & retest.value.notna()] for name in ("agreement", "unanimous")
-    )
-    if pairs.empty:
+    known = retest[retest.value.notna()]
+    if known.empty:
         return
+    pairs, unanimous = (known[known.metric == name] for name in ("agreement", "unanimous"))
+    columns = {
+        **pairs[["dx", "lesions"]],
+        "photos": pairs.images,
+        "pairs agree [95 %]": _format_intervals(pairs),
+        "of other lesions": pairs.others,
+        "all agree [95 %]": _format_intervals(unanimous),
+    }
     yield "### Test-retest: agreement between photos of one lesion"
-    table = pd.DataFrame(
-        {
-            **pairs[["dx", "lesions"]],
-            "photos": pairs.images,
-            "pairs agree [95 %]": _format_intervals(pairs),
-            "of other lesions": pairs.others,
-            "all agree [95 %]": _format_intervals(unanimous),
-        }
-    )
-    yield format_frame(table)
+    yield format_frame(pd.DataFrame(columns))
     yield f"Of classes with {MIN_LESIONS} such lesions: pairs predicted alike; lesions with all photos alike."
 
 
@@ -200,15 +194,13 @@ def _format_subgroups(subgroups: pd.DataFrame) -> Iterator[str]:
     shown = rows[rows.value.notna()]
     yield "### Subgroups"
     if len(shown):
-        table = pd.DataFrame(
-            {
-                "subgroup": shown["by"] + ": " + shown.subgroup,
-                **shown[["images", "lesions", "classes"]],
-                "chance": (1 / shown.classes).where(shown["by"] != "dx"),
-                "balanced accuracy; of a dx, sensitivity": _format_intervals(shown),
-            }
-        )
-        yield format_frame(table)
+        columns = {
+            "subgroup": shown["by"] + ": " + shown.subgroup,
+            **shown[["images", "lesions", "classes"]],
+            "chance": (1 / shown.classes).where(shown["by"] != "dx"),
+            "balanced accuracy; of a dx, sensitivity": _format_intervals(shown),
+        }
+        yield format_frame(pd.DataFrame(columns))
     if hidden := len(rows) - len(shown):
         limits = f"fewer than {MIN_IMAGES} images or {MIN_LESIONS} lesions, or one class only"
         yield f"Not shown: {_count(hidden, 'subgroup')} with {limits}."
@@ -265,18 +257,14 @@ def _format_shared(report: LeakageReport) -> str:
 
 def _format_classes(report: LeakageReport) -> str:
     """Write each class's share of each split, and what share of its test images is shared with train."""
-    counts = report.class_counts
-    touched = pd.DataFrame({kind: report.count_touched((kind,)) for kind in KINDS})
-    kinds = [kind for kind in KINDS if touched[kind].any()]
-    rows = [
-        [
-            str(dx),
-            *(_share(counts[name][dx], counts[name].sum()) for name in SPLITS),
-            *(_share(touched[kind][dx], counts.test[dx]) for kind in kinds),
-        ]
-        for dx in counts.index
-    ]
-    return format_table(["class", *SPLITS, *(f"test & train: {KINDS[kind]}" for kind in kinds)], rows)
+    counts, columns = report.class_counts, {}
+    for name in SPLITS:
+        columns[name] = [_share(count, counts[name].sum()) for count in counts[name]]
+    for kind, name in KINDS.items():
+        touched = report.count_touched((kind,))
+        if touched.any():
+            columns[f"test & train: {name}"] = [*map(_share, touched, counts.test)]
+    return format_frame(pd.DataFrame({"class": counts.index, **columns}))
 
 
 def _list_pairs(report: LeakageReport) -> Iterator[str]:

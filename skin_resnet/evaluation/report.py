@@ -19,24 +19,24 @@ def describe_training(history: pd.DataFrame, best_epoch: int, config: TrainConfi
     """Describe a training in some 12 lines of Markdown.
 
     Args:
-        history: All its epochs, indexed by epoch, with columns `train/loss`, `val/balanced_accuracy`, ...
+        history: All its epochs, as `engine.to_frame` returns them.
         best_epoch: The epoch that `config.best_by` chose.
         config: What it was trained with.
         num_classes: How many classes occur in val: chance has a balanced accuracy of one divided by it.
     """
     last = history.index[-1]
     limit = f" (at most {config.epochs})" if last < config.epochs else ""
-    parts = [
-        _explain(history, best_epoch, config, num_classes),
-        f"**Best epoch {best_epoch} of {last}**{limit}, chosen by val {spell_metric(config.best_by)}.",
-        _format_metrics(history, best_epoch),
-    ]
-    if _compute_gaps(history)[best_epoch] < 0 or config.mixup or config.cutmix:
-        parts.append(
-            "Train is measured on augmented images and while the network learns, so train metrics are lower "
-            "than in an evaluation."
+    text = (
+        f"{_explain(history, best_epoch, config, num_classes)}\n\n"
+        f"**Best epoch {best_epoch} of {last}**{limit}, chosen by val {spell_metric(config.best_by)}.\n\n"
+        f"{_format_metrics(history, best_epoch)}"
+    )
+    if history.gap[best_epoch] < 0 or config.mixup or config.cutmix:
+        text += (
+            "\n\nTrain is measured on augmented images and while the network learns, so train metrics are "
+            "lower than in an evaluation."
         )
-    return "\n\n".join(parts)
+    return text
 
 
 def judge_training(history: pd.DataFrame, best_epoch: int, config: TrainConfig, num_classes: int) -> Verdict:
@@ -46,20 +46,14 @@ def judge_training(history: pd.DataFrame, best_epoch: int, config: TrainConfig, 
     train, val = history["train/loss"].to_numpy(), history["val/loss"].to_numpy()
     if _is_at_chance(history, num_classes) and not (_fell(train) or _fell(val)):
         return "never_learned"
-    if _rose(val, int(val.argmin())):
-        return "overfitting" if find_overfitting_epoch(history) else "unstable"
+    lowest = int(val.argmin())
+    if _rose(val, lowest):
+        return "unstable" if _rose(train, lowest) else "overfitting"
     values = history[f"val/{config.best_by}"].to_numpy()
     before, after, length = _compare_ends(values)
     gain = before - after if config.best_by == "loss" else after - before
     is_better = gain > max(0.01 * before, 2.5 * _estimate_noise(values) / np.sqrt(length))
     return "improving" if is_better and best_epoch > history.index[-1] - length else "leveled_off"
-
-
-def find_overfitting_epoch(history: pd.DataFrame) -> int | None:
-    """Return the epoch of the lowest val loss, if val loss rose from there and train loss did not."""
-    train, val = history["train/loss"].to_numpy(), history["val/loss"].to_numpy()
-    lowest = int(val.argmin())
-    return int(history.index[lowest]) if _rose(val, lowest) and not _rose(train, lowest) else None
 
 
 def _is_at_chance(history: pd.DataFrame, num_classes: int) -> bool:
@@ -104,10 +98,9 @@ def _explain(history: pd.DataFrame, best_epoch: int, config: TrainConfig, num_cl
     if verdict == "too_short":
         return f"**Too few epochs to judge** (at least {_SHORTEST} are needed)."
     losses, metric = history["val/loss"], f"val {spell_metric(config.best_by)}"
-    since = losses.idxmin()
+    since, gap = losses.idxmin(), history.gap[best_epoch]
     rise = f"val loss was lowest there, {losses.min():.3f}, and ended at {losses.iloc[-1]:.3f}"
     before, after, length = _compare_ends(history[f"val/{config.best_by}"].to_numpy())
-    gap = _compute_gaps(history)[best_epoch]
     size = "large" if gap > _WIDE_GAP else "small"
     text = {
         "never_learned": "**Never learned:** the loss did not fall.",
@@ -129,19 +122,12 @@ def _explain(history: pd.DataFrame, best_epoch: int, config: TrainConfig, num_cl
     return text
 
 
-def _compute_gaps(history: pd.DataFrame) -> pd.Series:
-    return history["train/balanced_accuracy"] - history["val/balanced_accuracy"]
-
-
 def _format_metrics(history: pd.DataFrame, best_epoch: int) -> str:
     """Write a table of the best and the last epoch; the gap is train minus val balanced accuracy."""
-    epochs = dict.fromkeys((best_epoch, history.index[-1]))
-    columns = [(split, epoch) for epoch in epochs for split in ("train", "val")]
-    rows = [
-        [spell_metric(name)]
-        + [format_score(history.loc[epoch].get(f"{split}/{name}", np.nan)) for split, epoch in columns]
-        for name in ("balanced_accuracy", "accuracy", "macro_auc", "loss")
-    ]
-    gaps = [text for epoch in epochs for text in (f"{_compute_gaps(history)[epoch]:+.3f}", "")]
-    header = ["", *(f"{split}, epoch {epoch}" for split, epoch in columns)]
-    return format_table(header, [*rows, ["train-val gap", *gaps]])
+    names = ("balanced_accuracy", "accuracy", "macro_auc", "loss")
+    table = {"": [*map(spell_metric, names), "train-val gap"]}
+    for epoch in (best_epoch, history.index[-1]):
+        for split, gap in (("train", f"{history.gap[epoch]:+.3f}"), ("val", "")):
+            scores = [format_score(history.loc[epoch].get(f"{split}/{name}", np.nan)) for name in names]
+            table[f"{split}, epoch {epoch}"] = [*scores, gap]
+    return format_table([*table], [*zip(*table.values(), strict=True)])

@@ -7,14 +7,7 @@ import numpy as np
 import pandas as pd
 from numpy.typing import NDArray
 
-from skin_resnet.evaluation.metrics import (
-    HEADLINES,
-    Floats,
-    Predictions,
-    compute_intervals,
-    compute_mean_interval,
-    compute_metrics,
-)
+from skin_resnet.evaluation.metrics import HEADLINES, Predictions, compute_mean_interval, compute_scores
 
 MIN_IMAGES, MIN_LESIONS = 30, 20  # with fewer, an interval is too wide, and too optimistic, to be of use
 _AGE_BANDS = {"under 30": 0, "30-44": 30, "45-59": 45, "60-74": 60, "75 and over": 75}  # first year of each
@@ -71,14 +64,12 @@ def _measure(by: str, part: Predictions, lesions: NDArray[np.str_]) -> Iterator[
         "classes": len(np.unique(part.targets)),
     }
     is_small = counts["images"] < MIN_IMAGES or counts["lesions"] < MIN_LESIONS
-    if is_small or (by != "dx" and counts["classes"] < 2):
-        values = dict.fromkeys(HEADLINES, (np.nan, np.nan, np.nan))
-    else:
-        metrics, intervals = compute_metrics(part), compute_intervals(part, lesions)
-        values = {name: (getattr(metrics, name), *intervals[name]) for name in HEADLINES}
-    if by == "dx":  # the accuracy on one class is its sensitivity
-        values = {"sensitivity": values["accuracy"]}
-    for metric, (value, low, high) in values.items():
+    is_unknown = is_small or (by != "dx" and counts["classes"] < 2)
+    scores = {} if is_unknown else compute_scores(part, lesions)
+    # The accuracy on one class is its sensitivity.
+    names = {"accuracy": "sensitivity"} if by == "dx" else {name: name for name in HEADLINES}
+    for name, metric in names.items():
+        value, low, high = scores.get(name, (np.nan, np.nan, np.nan))
         yield {**counts, "metric": metric, "value": value, "low": low, "high": high}
 
 
@@ -97,20 +88,15 @@ def compute_retest(
         each of these photos and those of other lesions of the class). NaN under `MIN_LESIONS` lesions; empty
         if no lesion has several photos.
     """
-    pairs = pd.DataFrame(
-        [
-            _compare_lesion(predictions, lesions == lesion, classes)
-            for lesion, photos in zip(*np.unique(lesions, return_counts=True), strict=True)
-            if photos > 1
-        ]
-    )
+    names, photos = np.unique(lesions, return_counts=True)
+    several = names[photos > 1]
+    pairs = pd.DataFrame([_compare_lesion(predictions, lesions == lesion, classes) for lesion in several])
     parts = {"all": pairs}
-    if len(pairs):
+    if len(several):
         parts |= {classes[int(target)]: part for target, part in pairs.groupby("target")}
-    records = [row for dx, part in parts.items() if len(part) for row in _summarize(dx, part)]
-    return pd.DataFrame(
-        records, columns=["dx", "lesions", "images", "metric", "value", "low", "high", "others"]
-    )
+    records = [row for dx, part in parts.items() for row in _summarize(dx, part)]
+    columns = ["dx", "lesions", "images", "metric", "value", "low", "high", "others"]
+    return pd.DataFrame(records, columns=columns)
 
 
 def _compare_lesion(
@@ -130,7 +116,7 @@ def _compare_lesion(
 
 def _compare(
     predictions: Predictions, first: NDArray[np.int64], second: NDArray[np.int64], classes: tuple[str, ...]
-) -> dict[str, Floats]:
+) -> dict[str, NDArray[np.float64]]:
     """Compare the images of rows first, (M,), with those of rows second, (N,); each metric (M, N)."""
     probabilities, predicted = predictions.probabilities, predictions.predicted
     differences = np.abs(probabilities[first][:, None] - probabilities[second])

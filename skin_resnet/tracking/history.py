@@ -1,4 +1,4 @@
-"""What MLflow holds of earlier runs: histories, predictions, test accesses, checkpoints and models."""
+"""What MLflow has of earlier runs: histories, predictions, test accesses, checkpoints and models."""
 
 from collections import defaultdict
 from collections.abc import Callable, Iterator
@@ -21,7 +21,7 @@ from skin_resnet.tracking.store import OUTAGES, describe_uri, find_experiment, h
 # Tags of a search's runs: the study, and of a trial's run the trial's number and how it ended.
 STUDY, TRIAL, STATE = "search.study_id", "search.trial", "search.state"
 REPRODUCES = "reproduces"  # the tag of a reproduction: the run that it repeats
-_SCORE = "balanced_accuracy"
+_BEST_SCORE = "best_val_balanced_accuracy"
 _EPOCH_METRICS = (
     *(f"{split}/{field.name}" for split in ("train", "val") for field in fields(Metrics)),
     *("gap", "lr", "epoch_s", "images_per_s"),
@@ -37,7 +37,7 @@ class FinishedRun:
         split_hash: Which split it was trained and evaluated on.
         leaks: Whether that split leaks.
         history: As `read_history` returns it.
-        predictions: A row per image: image_id, lesion_id, dx, prediction, and each class's probability.
+        predictions: As `Assessment.tabulate_predictions` returned them.
     """
 
     run_id: str
@@ -53,15 +53,11 @@ class FinishedRun:
 
 
 def read_run(run_id: str, split: str) -> FinishedRun:
-    """Read a finished training and its predictions on val or test, without evaluating it again.
-
-    Raises:
-        UserError: There is no such run, or it has no predictions on that split.
-    """
+    """Read a finished training and its predictions on val or test; without any it is a UserError."""
     with explain(f"run {run_id} is not a training with predictions on {split}"):
         run = _get_training(run_id)
         path = _download(run_id, f"{split}/predictions.csv")
-        texts = {"image_id": str, "lesion_id": str, "dx": str, "prediction": str}
+        texts = dict.fromkeys(("image_id", "lesion_id", "dx", "prediction"), str)
         return FinishedRun(
             run_id=run_id,
             name=run.info.run_name,
@@ -77,11 +73,7 @@ def read_run(run_id: str, split: str) -> FinishedRun:
 
 
 def read_training(run_id: str, folder: Path) -> tuple[dict[str, Any], Path]:
-    """Read what it takes to repeat a finished training: its options, and its split as a CSV in the folder.
-
-    Raises:
-        UserError: There is no such run, or it is not a finished training.
-    """
+    """Read the options of a finished training, and its split as a CSV in the folder; else a UserError."""
     with explain(f"run {run_id} is not a finished training"):
         _get_training(run_id)
         options = yaml.safe_load(_download(run_id, "config.yaml", folder).read_text(encoding="utf-8"))
@@ -117,8 +109,7 @@ def read_tags(run_id: str) -> dict[str, str]:
 def download_checkpoint(model: str) -> Path:
     """Download the checkpoint of a run (`RUN_ID`, `runs:/RUN_ID`) or a model (`models:/NAME@ALIAS`, ...).
 
-    Raises:
-        UserError: There is no such run or model, or it has no checkpoint.
+    Without a checkpoint, or such a run or model, it is a UserError.
     """
     with explain(f"{model} is not a checkpoint file, a run with a model, or a model (models:/NAME@ALIAS)"):
         if not has_store():
@@ -136,17 +127,17 @@ def find_best_runs(split: str = "test") -> tuple[list[str], str]:
     architectures, then runs, is taken, of those with as many the one that was used last.
 
     Returns:
-        The ids, and a sentence that says among which runs they were chosen, and which are left out.
+        The ids, and a sentence on the runs they were chosen from, and those left out.
 
     Raises:
         UserError: None qualifies.
     """
     experiment = find_experiment()
-    score = f"test_{_SCORE}" if split == "test" else f"val/{_SCORE}"
+    score = "test_balanced_accuracy" if split == "test" else "val/balanced_accuracy"
     found = mlflow.search_runs(
         [experiment.experiment_id] if experiment else None,  # MLflow finds that of the environment
         filter_string="attributes.status = 'FINISHED' AND tags.`split.leaks` = 'false' "
-        f"AND metrics.`best_val_{_SCORE}` >= 0 AND metrics.`{score}` >= 0",
+        f"AND metrics.`{_BEST_SCORE}` >= 0 AND metrics.`{score}` >= 0",
         order_by=["attributes.start_time DESC"],
         output_format="list",
     )
@@ -162,7 +153,7 @@ def find_best_runs(split: str = "test") -> tuple[list[str], str]:
         reverse=True,
     )
     best: dict[str, Run] = {}
-    for run in sorted(of_split[chosen], key=lambda run: -float(run.data.metrics[f"best_val_{_SCORE}"])):
+    for run in sorted(of_split[chosen], key=lambda run: -float(run.data.metrics[_BEST_SCORE])):
         best.setdefault(run.data.params["arch"], run)
     # resnet50 before resnet101
     ids = [best[arch].info.run_id for arch in sorted(best, key=lambda arch: (len(arch), arch))]
@@ -188,17 +179,12 @@ def name_data(param: str) -> str:
 def close_killed(study_id: str, is_alive: Callable[[str, dict[str, str]], bool]) -> list[str]:
     """End the runs of a study that no process works on any more as KILLED, and return their ids.
 
-    Args:
-        study_id: Runs with this tag are considered.
-        is_alive: Returns whether a process works on a running run, by its id and tags.
+    `is_alive` returns whether a process works on a running run, by its id and tags.
     """
-    client = mlflow.MlflowClient()
-    runs: list[Run] = mlflow.search_runs(
-        search_all_experiments=True,
-        filter_string=f"attributes.status = 'RUNNING' AND tags.`{STUDY}` = '{study_id}'",
-        output_format="list",
-    )
+    where = f"attributes.status = 'RUNNING' AND tags.`{STUDY}` = '{study_id}'"
+    runs = mlflow.search_runs(search_all_experiments=True, filter_string=where, output_format="list")
     closed = [run.info.run_id for run in runs if not is_alive(run.info.run_id, run.data.tags)]
+    client = mlflow.MlflowClient()
     for run_id in closed:
         client.set_tag(run_id, STATE, "KILLED")
         client.set_terminated(run_id, "KILLED")
@@ -230,8 +216,7 @@ def read_state(run_id: str) -> tuple[str, float]:
 def log_test_access(run_id: str, split_hash: str, model_run_id: str = "") -> str:
     """Log that a run evaluates the test split of a model's run (by default its own): when, and how often.
 
-    Returns:
-        A warning if other runs of the experiment have evaluated on it before, else nothing.
+    Return a warning if other runs of the experiment have evaluated on it before, else nothing.
     """
     client = mlflow.MlflowClient()
     experiment_id = client.get_run(run_id).info.experiment_id

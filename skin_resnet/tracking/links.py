@@ -24,33 +24,28 @@ _COLUMNS = {
 }  # fmt: skip
 
 
-def build_link(page: str) -> str:
+def build_link(page: str, view: str = "") -> str:
     """Return the link to a page of the MLflow UI, on the tracking server or on a local one."""
     uri = mlflow.get_tracking_uri()
     server = uri.rstrip("/") if uri.startswith("http") else LOCAL_SERVER
-    return f"{server}/{_build_path(page)}"
+    return f"{server}/{_build_path(page, view)}"
 
 
-def _build_path(page: str) -> str:
+def _build_path(page: str, view: str = "") -> str:
     # Without the workflow type, a new browser opens MLflow's pages for language models.
-    return f"#/{page}?workflowType=machine_learning"
-
-
-def _open_view(name: str) -> str:
-    return f"&viewStateShareKey={name}"
+    return f"#/{page}?workflowType=machine_learning" + f"&viewStateShareKey={view}" * bool(view)
 
 
 def link_run(run_id: str, text: str = "") -> str:
     """Return a Markdown link to a run's page for pages of the MLflow UI; its text is the run's name."""
     info = mlflow.get_run(run_id).info
-    page = _build_path(f"experiments/{info.experiment_id}/runs/{run_id}")
-    return f"[{text or info.run_name}]({page})"
+    return f"[{text or info.run_name}]({_build_path(f'experiments/{info.experiment_id}/runs/{run_id}')})"
 
 
 def link_view(run_id: str, view: str, text: str) -> str:
     """Return a Markdown link to a saved view of the runs table in a run's experiment."""
-    page = _build_path(f"experiments/{mlflow.get_run(run_id).info.experiment_id}/runs")
-    return f"[{text}]({page}{_open_view(view)})"
+    experiment_id = mlflow.get_run(run_id).info.experiment_id
+    return f"[{text}]({_build_path(f'experiments/{experiment_id}/runs', view)})"
 
 
 def show_figure(run_id: str, path: str) -> str:
@@ -69,13 +64,8 @@ def save_view(run_id: str, name: str = _RESULTS, where: str = "") -> None:
     """Save a view of the runs in a run's experiment with their data and scores, unless it is there.
 
     MLflow shows neither params nor metrics in the runs table until they are chosen. The view is in its menu
-    "Views", and `describe_experiments` links to the one of all runs.
-
-    Args:
-        run_id: A run of the experiment.
-        name: The view's.
-        where: A condition for runs, which are then shown without their parents, the best on val first; the
-            condition must be in the view, for MLflow ignores a view whose link has one.
+    "Views", and `describe_experiments` links to the one of all runs. Runs under a condition `where` are shown
+    without their parents, the best on val first; it is in the view, for MLflow ignores one in a view's link.
     """
     client = mlflow.MlflowClient()
     experiment_id = client.get_run(run_id).info.experiment_id
@@ -93,18 +83,15 @@ def save_view(run_id: str, name: str = _RESULTS, where: str = "") -> None:
 
 def describe_experiments() -> str:
     """Return a line per experiment that has runs, the newest first, with the link to its table of runs."""
-    links = {"no runs yet": build_link("experiments")}
+    links = {}
     file = find_sqlite_file(mlflow.get_tracking_uri())
     if file is None or has_all_tables(file):  # a client would create it
         client = mlflow.MlflowClient()
-        used = [
-            e for e in client.search_experiments() if client.search_runs([e.experiment_id], max_results=1)
-        ]
-        links = {
-            each.name: build_link(f"experiments/{each.experiment_id}/runs")
-            + _open_view(_RESULTS) * (_VIEW + _RESULTS in each.tags)
-            for each in used
-        } or links
+        for each in client.search_experiments():
+            if client.search_runs([each.experiment_id], max_results=1):
+                view = _RESULTS if _VIEW + _RESULTS in each.tags else ""
+                links[each.name] = build_link(f"experiments/{each.experiment_id}/runs", view)
+    links = links or {"no runs yet": build_link("experiments")}
     return "\n".join(f"{name:12} {link}" for name, link in links.items())
 
 

@@ -37,21 +37,16 @@ def load_model(model: str | Path, device: str = "auto", precision: str = "auto")
 
 
 def read_models(models: str) -> list[dict[str, Any]]:
-    """Read the checkpoints that names stand for, separated by commas; see `read_finished`.
-
-    Raises:
-        UserError: One cannot be read, or they were not trained on one split at one image size.
-    """
-    names = [each.strip() for each in models.split(",") if each.strip()]
-    checkpoints = {name: read_finished(name) for name in names}
+    """Read the checkpoints that names stand for, separated by commas; all must be of one split and size."""
+    checkpoints = {name: read_finished(name) for each in models.split(",") if (name := each.strip())}
     if not checkpoints:
         raise UserError(f"model: {models!r} names no model; pass a run id, models:/NAME@ALIAS or a file")
-    first = checkpoints[names[0]]
-    for name, each in checkpoints.items():
+    (first, expected), *others = checkpoints.items()
+    for name, checkpoint in others:
         for key in ("classes", "split", "image_size"):
-            if each[key] != first[key]:
+            if checkpoint[key] != expected[key]:
                 raise UserError(
-                    f"model: {name} and {names[0]} differ in {key}; average models that were trained on one "
+                    f"model: {name} and {first} differ in {key}; average models that were trained on one "
                     "split at one image size"
                 )
     return list(checkpoints.values())

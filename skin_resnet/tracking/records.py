@@ -34,10 +34,6 @@ class EpochLog:
     What the store does not accept is buffered, and logged before the next epoch is. A killed process loses
     nothing: the next one is given the history in the checkpoint and logs all of it again. To MLflow, the same
     value with the same step and timestamp is the same metric.
-
-    Args:
-        run_id: The run.
-        history: Epochs that may or may not have been logged.
     """
 
     def __init__(self, run_id: str, history: Iterable[EpochResult] = ()) -> None:
@@ -51,11 +47,7 @@ class EpochLog:
         self._try_to_flush()
 
     def finish(self) -> None:
-        """Log all that is pending; wait up to a minute for a store that is away.
-
-        Raises:
-            mlflow.MlflowException: It stays away.
-        """
+        """Log all that is pending; wait up to a minute for a store that is away, then raise its error."""
         deadline = time.monotonic() + _WAIT_S
         while not self._try_to_flush():
             if time.monotonic() > deadline:
@@ -114,13 +106,13 @@ def _read_commit() -> dict[str, str]:
     """Return the commit of the code and whether it has been changed since; nothing outside a checkout."""
     folder = str(Path(skin_resnet.__file__).parent)
 
-    def ask_git(*arguments: str) -> str:
+    def run_git(*arguments: str) -> str:
         command = ["git", "--no-optional-locks", "-C", folder, *arguments]
         return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
 
     try:
-        changes = ask_git("status", "--porcelain", "--", folder)
-        return {"git.commit": ask_git("rev-parse", "HEAD"), "git.dirty": str(bool(changes)).lower()}
+        changes = run_git("status", "--porcelain", "--", folder)
+        return {"git.commit": run_git("rev-parse", "HEAD"), "git.dirty": str(bool(changes)).lower()}
     except (OSError, subprocess.CalledProcessError):
         return {}
 

@@ -1,4 +1,4 @@
-"""The registry: registered models, which version is the champion, and what their pages say."""
+"""The registry: registered models, which version is the champion, and their pages."""
 
 import io
 import shlex
@@ -8,7 +8,7 @@ import mlflow
 
 from skin_resnet.errors import UserError
 from skin_resnet.evaluation.card import CARD
-from skin_resnet.evaluation.metrics import HEADLINES, is_better
+from skin_resnet.evaluation.metrics import HEADLINES
 from skin_resnet.evaluation.page import format_score
 from skin_resnet.tracking.history import explain, find_model, read_card, read_scores
 from skin_resnet.tracking.links import cut, link_run
@@ -37,13 +37,13 @@ def register_run(run_id: str, name: str) -> str:
         for split, each in scores.items():
             value, low, high = each.loc[_SCORE]
             baseline = each.value[f"baseline_{_SCORE}"]
-            if not is_better(low, baseline):
+            if not low > baseline:
                 score = f"{split} balanced accuracy {format_score(value, (low, high))}"
                 always = f"the majority class, {format_score(baseline)}"
                 return f"Not registered: {score} is not better than {always}."
         tags = {f"{split}/{key}": str(each.value[key]) for split, each in scores.items() for key in HEADLINES}
         tags["split.hash"] = run.tags["split.hash"]
-        with redirect_stderr(io.StringIO()):  # on which MLflow says what is returned below
+        with redirect_stderr(io.StringIO()):  # on which MLflow prints what is returned below
             version = str(mlflow.register_model(find_model(run_id), name, tags=tags).version)
         client.update_model_version(name, version, _write_page(run_id, f"models:/{name}/{version}"))
         done = f"Registered: version {version}, models:/{name}@"

@@ -70,12 +70,11 @@ def open_run(
             if not isinstance(error, pruned):
                 interrupts.check()
             raise
-    except OUTAGES as error:
-        _end_early(run, "FAILED", error)
-        raise _explain_outage(error, "; what was trained is kept, so resume the run then") from None
     except BaseException as error:
         is_killed = isinstance(error, (KeyboardInterrupt, SystemExit, *pruned))
         _end_early(run, "KILLED" if is_killed else "FAILED", error)
+        if isinstance(error, OUTAGES):
+            raise _explain_outage(error, "; what was trained is kept, so resume the run then") from None
         raise
     run.remove_checkpoints()
 
@@ -90,13 +89,13 @@ def _set_up(
         if name:
             run.rename(name)
         run.set_tags(tags)
+        return run
     except OUTAGES as error:
         active = mlflow.active_run()
         if active is not None and active is not before:  # it was created, but not completely set up
             with contextlib.suppress(*OUTAGES):
                 _end(active.info.run_id, "FAILED")
         raise _explain_outage(error) from None
-    return run
 
 
 def _start(name: str | None, run_id: str | None, parent_run_id: str | None) -> str:
@@ -104,15 +103,13 @@ def _start(name: str | None, run_id: str | None, parent_run_id: str | None) -> s
     client = mlflow.MlflowClient()
     experiment_id = None
     if run_id:
-        _point_to(client, run_id)
-        _forget_end(client, run_id)
-    elif parent_run_id and not is_project_run():
-        experiment_id = client.get_run(parent_run_id).info.experiment_id
-    elif not is_project_run() and (experiment := find_experiment()):
-        experiment_id = experiment.experiment_id
+        _prepare_resume(client, run_id)
+    elif not is_project_run():
+        parent = client.get_run(parent_run_id).info if parent_run_id else find_experiment()
+        experiment_id = parent.experiment_id if parent else None
     run = mlflow.start_run(
         run_id, run_name=name, experiment_id=experiment_id, nested=True,
-        # On a CPU they say little, and MLflow would open its comparison of runs with them.
+        # On a CPU they are of little use, and MLflow would open its comparison of runs with them.
         log_system_metrics=torch.cuda.is_available() and parent_run_id is None,
     )  # fmt: skip
     if parent_run_id:
@@ -128,29 +125,25 @@ def _end(run_id: str, status: str) -> None:
         mlflow.MlflowClient().set_terminated(run_id, status)
 
 
-def _point_to(client: mlflow.MlflowClient, run_id: str) -> None:
-    """Tag the run that `mlflow run` created with the run that is resumed."""
+def _prepare_resume(client: mlflow.MlflowClient, run_id: str) -> None:
+    """Clear how a run ended; the run that `mlflow run` has created then only points to the resumed one."""
     created = os.environ.get("MLFLOW_RUN_ID")
     if created and created != run_id:
         del os.environ["MLFLOW_RUN_ID"]
         client.set_tag(created, "resumes", run_id)
         client.set_tag(created, "mlflow.note.content", f"Resumes run {run_id}, which holds all results.")
-
-
-def _forget_end(client: mlflow.MlflowClient, run_id: str) -> None:
-    """Remove from a run that is resumed why it failed, and a model whose logging was interrupted."""
     run = client.get_run(run_id)
     if "failure" in run.data.tags:
         client.delete_tag(run_id, "failure")
     for model in client.search_logged_models([run.info.experiment_id], f"source_run_id = '{run_id}'"):
-        if model.status != LoggedModelStatus.READY:
+        if model.status != LoggedModelStatus.READY:  # its logging was interrupted
             client.delete_logged_model(model.model_id)
 
 
 def _explain_outage(error: BaseException, consequence: str = "") -> UserError:
-    uri = describe_uri()
     reason = hide_password(" ".join(str(error).split()))[:240]
-    return UserError(f"MLflow unreachable at {uri} ({reason}); check MLFLOW_TRACKING_URI{consequence}")
+    where = f"MLflow unreachable at {describe_uri()} ({reason})"
+    return UserError(f"{where}; check MLFLOW_TRACKING_URI{consequence}")
 
 
 @interrupts.deferred()
@@ -187,21 +180,20 @@ class TrackedRun:
         self._client.log_batch(self.run_id, params=new)
         self.log_artifacts({"config.yaml": config.model_dump(mode="json")})
 
-    def log_metrics(self, metrics: Mapping[str, float], step: int | None = None) -> None:
+    def log_metrics(self, metrics: Mapping[str, float], step: int = 0) -> None:
         """Log finite metrics, unless the run shows all of them already: it may have been resumed."""
         finite = {name: float(value) for name, value in metrics.items() if np.isfinite(value)}
-        if finite.items() <= self._client.get_run(self.run_id).data.metrics.items():
-            return
-        now = int(1000 * time.time())
-        logged = [Metric(name, value, now, step or 0) for name, value in finite.items()]
-        self._client.log_batch(self.run_id, metrics=logged)
+        if not finite.items() <= self._client.get_run(self.run_id).data.metrics.items():
+            now = int(1000 * time.time())
+            logged = [Metric(name, value, now, step) for name, value in finite.items()]
+            self._client.log_batch(self.run_id, metrics=logged)
 
     def set_tags(self, tags: Mapping[str, Any]) -> None:
         """Set tags, their values as text."""
         self._client.log_batch(self.run_id, tags=[RunTag(name, str(value)) for name, value in tags.items()])
 
     def rename(self, name: str) -> None:
-        """Name the run, unless somebody has: only names that MLflow or we made up are replaced."""
+        """Name the run, unless the user has: only names that MLflow or we made up are replaced."""
         if _MADE_UP_NAME.fullmatch(self._client.get_run(self.run_id).info.run_name or ""):
             self.set_tags({"mlflow.runName": name})
 
@@ -253,17 +245,16 @@ class TrackedRun:
         self._epochs.finish()
         records.log_best(self.run_id, result.best, result.final_gap)
         self.set_tags({"best.sha256": result.weights_sha256})
-        best, val = result.best.epoch, result.data.select(result.data.split.val)
-        self.val_assessment = assessment = assess(
-            result.val_predictions, val, result.data.classes, result.data.baseline_class, result.calibration
-        )
-        notes = [LEAK_BANNER] if result.data.leakage.leaks else []
+        best, data = result.best.epoch, result.data
+        val, majority = data.select(data.split.val), data.baseline_class
+        assessment = assess(result.val_predictions, val, data.classes, majority, result.calibration)
+        notes = [LEAK_BANNER] if data.leakage.leaks else []
         files = list_artifacts(assessment, "val", f"Val, {result.config.arch} epoch {best}", notes)
         if len(result.history) > 1:
             baseline = {name: assessment.get(f"baseline_{name}").value for name in HEADLINES}
-            history, majority = to_frame(result.history), result.data.baseline_class
-            files["figures/curves.png"] = plot_curves(history, best, baseline, majority)
+            files["figures/curves.png"] = plot_curves(to_frame(result.history), best, baseline, majority)
         self.log_artifacts(files)
+        self.val_assessment = assessment
 
     def remove_checkpoints(self, *, keep_state: bool = False) -> None:
         """Remove a training's checkpoints; with `keep_state` only if it cannot be resumed from them."""

@@ -4,10 +4,10 @@ MLflow runs this file as the model's code ("models from code"): nothing is pickl
 is logged with it (`code_paths`), so that the model loads where the package is not installed.
 """
 
-import importlib.metadata
 import io
 import os
 import tempfile
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -53,9 +53,7 @@ def log_model(checkpoint: Path) -> str:
             ),
             input_example=pd.DataFrame({"image": [example.getvalue()]}),
             metadata={"data_license": classifier.facts["license"]},
-            pip_requirements=[
-                f"{name}=={importlib.metadata.version(name).split('+')[0]}" for name in REQUIREMENTS
-            ],
+            pip_requirements=[f"{name}=={version(name).partition('+')[0]}" for name in REQUIREMENTS],
         )
     return str(info.model_uri)
 
@@ -84,8 +82,7 @@ class LesionClassifier(PythonModel):
     ) -> pd.DataFrame:
         """Return a row per image file in the column `image`, as `Classifier.predict` does.
 
-        Raises:
-            MlflowException: A request to a server has more than `MOST_SERVED` images.
+        A request to a server with more than `MOST_SERVED` images is an MlflowException.
         """
         is_served = "_MLFLOW_IS_IN_SERVING_ENVIRONMENT" in os.environ
         if is_served and len(model_input) > MOST_SERVED:

@@ -42,9 +42,7 @@ def prepare_store() -> None:
     """Check the tracking store, and create its sqlite database if there is none; once per process and URI.
 
     Processes may do so at the same time, and be killed at any moment: the database appears when it is whole.
-
-    Raises:
-        UserError: The store cannot be used.
+    A store that cannot be used is a UserError.
     """
     _prepare(mlflow.get_tracking_uri(), Path.cwd())
 
@@ -55,7 +53,7 @@ def _prepare(uri: str, folder: Path) -> None:
     check_store(create=True)
     # Created here, because MLflow fails if two processes create an experiment at once.
     if not {"MLFLOW_RUN_ID", "MLFLOW_EXPERIMENT_ID"} & set(os.environ):
-        with suppress(mlflow.MlflowException):  # it exists, or the run says what is wrong
+        with suppress(mlflow.MlflowException):  # it exists, or opening the run shows what is wrong
             mlflow.MlflowClient().create_experiment(_get_experiment_name())
 
 
@@ -71,13 +69,12 @@ def find_experiment() -> Experiment | None:
 
 
 def check_store(*, create: bool = False) -> str:
-    """Check the tracking store, create its sqlite database only if told to, and return where it is.
+    """Check the tracking store, create its sqlite database only with `create`, and return where it is.
 
     Raises:
         UserError: The store cannot be used.
     """
-    uri = mlflow.get_tracking_uri()
-    shown = hide_password(uri)
+    uri, shown = mlflow.get_tracking_uri(), describe_uri()
     _quiet_mlflow()
     try:
         file = find_sqlite_file(uri)
@@ -86,17 +83,17 @@ def check_store(*, create: bool = False) -> str:
                 return f"{shown}{_LATER}"
             _create_database(make_url(uri), file)
         _connect(uri)
+        return shown
     except UserError:
         raise
-    except Exception as error:  # drivers, servers and damaged files fail in ways that nobody can list
-        reason = " ".join(str(getattr(error, "orig", None) or error).split()) or type(error).__name__
-        if isinstance(error, requests.ConnectionError | requests.Timeout):
-            reason = "no server answers there"
-        raise UserError(
-            f"cannot track runs in {shown}: {hide_password(reason)[:240]}; check MLFLOW_TRACKING_URI, or "
-            "unset it to use ./mlflow.db"
-        ) from None
-    return shown
+    except (requests.ConnectionError, requests.Timeout):
+        reason = "no server answers there"
+    except Exception as error:  # drivers, servers and damaged files fail in countless ways
+        text = " ".join(str(getattr(error, "orig", None) or error).split()) or type(error).__name__
+        reason = hide_password(text)[:240]
+    raise UserError(
+        f"cannot track runs in {shown}: {reason}; check MLFLOW_TRACKING_URI, or unset it to use ./mlflow.db"
+    )
 
 
 def has_store() -> bool:
@@ -143,15 +140,16 @@ def has_all_tables(file: Path) -> bool:
     # Not read-only: what a killed writer left half done is rolled back.
     with closing(sqlite3.connect(f"{file.as_uri()}?mode=rw", uri=True, timeout=_TIMEOUT_S)) as database:
         tables = {name for (name,) in database.execute("SELECT name FROM sqlite_master WHERE type = 'table'")}
-        has_rows = {
-            table: table in tables and bool(database.execute(f"SELECT 1 FROM {table} LIMIT 1").fetchone())
-            for table in ("experiments", "alembic_version")
+        filled = {
+            table
+            for table in tables & {"experiments", "alembic_version"}
+            if database.execute(f"SELECT 1 FROM {table} LIMIT 1").fetchone()
         }
-    if all(has_rows.values()) and tables >= _TABLES:
+    if len(filled) == 2 and tables >= _TABLES:
         return True
     # MLflow creates its tables in many steps, and then an experiment; without one nothing can be lost.
     is_mlflows = "experiments" in tables and (tables >= _TABLES or tables <= _TABLES)
-    if not tables or (is_mlflows and not has_rows["experiments"]):
+    if not tables or (is_mlflows and "experiments" not in filled):
         return False
     raise UserError(
         f"{file} is not a complete MLflow database; restore it from a backup, move it away, or set "
@@ -178,7 +176,7 @@ def _create_database(url: URL, file: Path) -> None:
             store.engine.dispose()
             _remove(file)  # sqlite would apply an old journal to the new database
             partial.replace(file)
-        # Whoever still waits for this lock, or makes a new one, finds the database complete.
+        # A process that still waits for this lock, or makes a new one, finds the database complete.
         with suppress(OSError):
             lock.unlink()
 
@@ -189,11 +187,7 @@ def _remove(database: Path) -> None:
 
 
 def _connect(uri: str) -> None:
-    """Connect once, with a time limit, before MLflow does so, which retries for two minutes.
-
-    Raises:
-        Exception: The store does not answer, or not as MLflow does.
-    """
+    """Connect once, with a time limit, before MLflow does so, which retries for two minutes."""
     scheme = uri.partition(":")[0]
     if scheme in {"http", "https"}:
         # Any answer will do: not every server behind a proxy has this page.

@@ -46,11 +46,7 @@ def save_checkpoint(path: Path, content: dict[str, Any]) -> None:
 
 
 def read_checkpoint(path: Path) -> dict[str, Any]:
-    """Read what `save_checkpoint` wrote, onto the CPU.
-
-    Raises:
-        UserError: There is no such file, or it is not one of our checkpoints.
-    """
+    """Read what `save_checkpoint` wrote, onto the CPU; no file, or another one, is a UserError."""
     if not path.is_file():
         raise UserError(f"there is no checkpoint {path}")
     try:
@@ -78,7 +74,6 @@ class RunFolder:
     """The folder `checkpoint_dir/<run id>` of a run, locked by one process at a time.
 
     Attributes:
-        path: The folder.
         best: The network of the best epoch, which is evaluated, logged and served.
         last: The whole state to resume from.
     """
@@ -92,7 +87,7 @@ class RunFolder:
         """Create the folder if needed, and lock it until `release` or the end of the process.
 
         Raises:
-            UserError: Another process holds it, or it is not writable.
+            UserError: Another process has locked it, or it is not writable.
         """
         try:
             self.path.mkdir(parents=True, exist_ok=True)
@@ -105,12 +100,12 @@ class RunFolder:
             ) from None
 
     def release(self, *, keep_lock_file: bool = False) -> None:
-        """Release the folder, and remove it if it holds nothing."""
+        """Release the folder, and remove it if it is empty."""
         if not keep_lock_file:
             with contextlib.suppress(OSError):
                 (self.path / "running.lock").unlink()
         self._lock.release()
-        with contextlib.suppress(OSError):  # it holds something
+        with contextlib.suppress(OSError):  # it is not empty
             self.path.rmdir()
             self.path.parent.rmdir()
 
@@ -121,11 +116,7 @@ class RunFolder:
         self.release()
 
     def read_state(self) -> dict[str, Any]:
-        """Read the state to resume from.
-
-        Raises:
-            UserError: There is none, or it is damaged.
-        """
+        """Read the state to resume from; none, or a damaged one, is a UserError."""
         if not self.last.is_file():
             raise UserError(
                 f"cannot resume run {self.path.name}: {self.path} has no {self.last.name}. It has finished, "
@@ -146,12 +137,10 @@ def list_interrupted(checkpoint_dir: Path) -> list[RunFolder]:
 def clean_up_killed(checkpoint_dir: Path, end_run: Callable[[str], str]) -> None:
     """End the runs whose process was killed, and remove the checkpoints that none of them needs.
 
-    Args:
-        checkpoint_dir: Where the runs have their folders.
-        end_run: Ends a run in the tracking store if it has not ended, and returns its status; empty if the
-            store does not know it or is unreachable.
+    `end_run` ends a run in the tracking store if it has not ended, and returns its status; empty if the store
+    does not know it or is unreachable.
     """
-    files = [path for name in ("running.lock", "last.pt") for path in checkpoint_dir.glob(f"*/{name}")]
+    files = {*checkpoint_dir.glob("*/running.lock"), *checkpoint_dir.glob("*/last.pt")}
     for path in sorted({file.parent for file in files}):
         folder = RunFolder(path)
         with contextlib.suppress(UserError):  # its process is alive

@@ -14,10 +14,8 @@ from skin_resnet.training import ignore_foreign_ranks
 def build_fabric(device: str, precision: str, devices: int) -> Fabric:
     """Choose device (`auto`, `cpu`, `cuda`, `mps`) and precision (`auto`, `fp32`, `bf16`).
 
-    With several devices, `fabric.launch()` starts a process for each further one.
-
-    Raises:
-        UserError: This machine does not have them.
+    With several devices, `fabric.launch()` starts a process for each further one. Devices that this machine
+    does not have are a UserError.
     """
     has = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
     accelerator = next(name for name in has if has[name]) if device == "auto" else device
@@ -26,7 +24,7 @@ def build_fabric(device: str, precision: str, devices: int) -> Fabric:
     if accelerator == "cuda" and devices > torch.cuda.device_count():
         raise UserError(f"devices={devices}: this machine has {torch.cuda.device_count()} GPUs")
     bf16 = precision == "bf16" or (precision == "auto" and _is_bf16_fast(accelerator))
-    logging.getLogger("lightning_fabric").setLevel(logging.WARNING)  # what it uses is said elsewhere
+    logging.getLogger("lightning_fabric").setLevel(logging.WARNING)  # what it uses is printed elsewhere
     torch.backends.cudnn.benchmark = accelerator == "cuda"
     ignore_foreign_ranks()
     return Fabric(
@@ -47,7 +45,7 @@ def _is_bf16_fast(accelerator: str) -> bool:
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """Return whether an error says that the memory of the GPU or the machine is full."""
+    """Return whether an error means that the memory of the GPU or the machine is full."""
     if isinstance(error, MemoryError | torch.OutOfMemoryError):
         return True
     # The CPU's and Apple's allocators, and CUDA's first call, raise a plain RuntimeError.
@@ -55,7 +53,7 @@ def is_out_of_memory(error: BaseException) -> bool:
 
 
 def explain_out_of_memory(config: TrainConfig) -> UserError:
-    """Build the error that says what to try."""
+    """Build the error that suggests what to try."""
     return UserError(
         f"out of memory at batch_size={config.batch_size}, image_size={config.image_size}; "
         f"try batch_size={max(2, config.batch_size // 2)}"

@@ -85,10 +85,7 @@ def find_best(history: Sequence[EpochResult], metric: str) -> EpochResult:
 
 
 class NonFiniteLossError(UserError):
-    """The loss became NaN or infinite: training stops, since nothing after it can be trusted.
-
-    `positions` are where the images of that batch stand in the training split.
-    """
+    """The loss became NaN or infinite; `positions` are those of the batch's images in the training split."""
 
     def __init__(self, message: str, positions: Sequence[int] = ()) -> None:
         super().__init__(message)
@@ -124,10 +121,8 @@ def fit(
         if not np.isfinite(scored).all():
             # The loss was finite to the end: the last batch broke the network.
             last = next(train.shuffled(state.config.seed, state.epoch, len(train) - 1))
-            raise build_non_finite_error(
-                "a prediction on val", "nan", state.epoch + 1, state.config.lr, last.positions
-            )
-        train_metrics, val_metrics = _measure(*trained), _measure(scored, val.targets)
+            raise build_non_finite_error("a prediction on val", "nan", state, last.positions)
+        train_metrics, val_metrics = measure(*trained), measure(scored, val.targets)
         state.val_probabilities = scored
         state.end_epoch(val_metrics.loss)
         yield EpochResult(
@@ -152,7 +147,9 @@ def _train_epoch(
         # The first column is the target: the larger part's, where images are mixed.
         state.seen = torch.zeros(len(train.rows), 1 + num_classes, device=fabric.device)
     seen = state.seen
-    watch = _LossWatch(state.epoch + 1, config.lr, fabric.device)
+    losses: list[tuple[Tensor, Tensor]] = []
+    # Reading a loss makes a GPU wait, so there it is done rarely.
+    check_every = 1 if fabric.device.type == "cpu" else 50
     batches = train.shuffled(config.seed, state.epoch, state.step)
     for step, batch in enumerate(progress(batches, state.epoch + 1), start=state.step):
         generator = seed_step(config.seed, state.epoch, step, fabric.global_rank)
@@ -170,7 +167,10 @@ def _train_epoch(
         state.update_ema(state.epoch * len(train) + step)
         seen[batch.positions, 0] = targets.argmax(dim=1).to(seen.dtype)
         seen[batch.positions, 1:] = logits.detach().float().softmax(dim=1)
-        watch.note(loss, batch, is_last=step == len(train) - 1)
+        losses.append((loss.detach(), batch.positions))
+        if len(losses) == check_every or step == len(train) - 1:
+            _check_losses(losses, state)
+            losses.clear()
         state.step = step + 1
         on_batch()
     if fabric.world_size > 1:
@@ -189,34 +189,20 @@ def seed_step(seed: int, epoch: int, step: int, rank: int) -> torch.Generator:
     return torch.Generator().manual_seed(step_seed)
 
 
-class _LossWatch:
-    """Stops an epoch whose loss is no longer finite, and names the batch."""
-
-    def __init__(self, epoch: int, lr: float, device: torch.device) -> None:
-        self._epoch, self._lr = epoch, lr
-        # Reading a loss makes a GPU wait, so there it is done rarely.
-        self._check_every = 1 if device.type == "cpu" else 50
-        self._losses: list[tuple[Tensor, Tensor]] = []
-
-    def note(self, loss: Tensor, batch: Batch, *, is_last: bool) -> None:
-        self._losses.append((loss.detach(), batch.positions))
-        if len(self._losses) < self._check_every and not is_last:
-            return
-        finite = torch.stack([loss for loss, _ in self._losses]).isfinite()
-        if not finite.all():
-            loss, positions = self._losses[int(finite.long().argmin())]
-            raise build_non_finite_error("the loss", str(loss.item()), self._epoch, self._lr, positions)
-        self._losses.clear()
+def _check_losses(losses: list[tuple[Tensor, Tensor]], state: TrainingState) -> None:
+    """Stop at the first loss that is not finite; each is given with the positions of its images."""
+    finite = torch.stack([loss for loss, _ in losses]).isfinite()
+    if not finite.all():
+        loss, positions = losses[int(finite.long().argmin())]
+        raise build_non_finite_error("the loss", str(loss.item()), state, positions)
 
 
 def build_non_finite_error(
-    what: str, value: str, epoch: int, lr: float, positions: Tensor
+    what: str, value: str, state: TrainingState, positions: Tensor
 ) -> NonFiniteLossError:
     """Build the error of something that became NaN or infinite; `positions` are those of its images."""
-    return NonFiniteLossError(
-        f"{what} became {value} in epoch {epoch}; try lr below {lr:g}, a longer warm-up, or precision=fp32",
-        positions.tolist(),
-    )
+    hint = f"try lr below {state.config.lr:g}, a longer warm-up, or precision=fp32"
+    return NonFiniteLossError(f"{what} became {value} in epoch {state.epoch + 1}; {hint}", positions.tolist())
 
 
 @torch.no_grad()
@@ -244,14 +230,9 @@ def predict(
             probabilities[batch.positions] += logits.float().softmax(dim=1) / views
         on_batch()
     assert probabilities is not None, "a loader has at least one batch"
-    return _to_probabilities(
-        _sum_over_ranks(probabilities, fabric) if loader.world_size > 1 else probabilities
-    )
-
-
-def measure(network: nn.Module, loader: Loader, fabric: Fabric) -> Metrics:
-    """Measure a network on a loader's images, without augmentation."""
-    return _measure(predict(network, loader, fabric), loader.targets)
+    if loader.world_size > 1:
+        probabilities = _sum_over_ranks(probabilities, fabric)
+    return _to_probabilities(probabilities)
 
 
 @torch.no_grad()
@@ -272,5 +253,6 @@ def _to_probabilities(values: Tensor) -> NDArray[np.float64]:
     return normalized
 
 
-def _measure(probabilities: NDArray[np.float64], targets: Tensor) -> Metrics:
+def measure(probabilities: NDArray[np.float64], targets: Tensor) -> Metrics:
+    """Compute the metrics of predicted probabilities (N, K) and true classes (N,)."""
     return compute_metrics(Predictions(probabilities=probabilities, targets=targets.numpy(), image_ids=()))

@@ -1,4 +1,4 @@
-"""Signals that ask a process to end: noted at once, acted on where nothing is left half done."""
+"""Signals to end a process: recorded at once, handled where nothing is left half done."""
 
 import contextlib
 import os
@@ -7,7 +7,7 @@ import time
 from collections.abc import Iterator
 from types import FrameType
 
-# The last two are Slurm's warning before a job's time limit, if asked for by `--signal`.
+# The last two are Slurm's warning before a job's time limit, where `--signal` sets one.
 _NAMES = ("SIGINT", "SIGTERM", "SIGHUP", "SIGUSR1", "SIGUSR2")
 # Ctrl-C reaches `mlflow run` as well, which then sends SIGTERM: that is no second request.
 _SAME_REQUEST_S = 1.0
@@ -45,11 +45,9 @@ def _note(number: int, frame: FrameType | None) -> None:
         _Noted.number, _Noted.at_s = number, now
         if not _Noted.waits_for_check:
             raise KeyboardInterrupt(number)
-        # Not print, which may have been interrupted itself.
+        text = f"\n{signal.Signals(number).name}: saving and stopping; repeat to stop at once\n"
         with contextlib.suppress(OSError):
-            os.write(
-                2, f"\n{signal.Signals(number).name}: saving and stopping; repeat to stop at once\n".encode()
-            )
+            os.write(2, text.encode())  # not print, which may have been interrupted itself
     elif now - _Noted.at_s > _SAME_REQUEST_S:
         os._exit(128 + number)  # nothing is saved: what was saved before is whole
 
@@ -68,16 +66,12 @@ def deferred() -> Iterator[None]:
         _Noted.waits_for_check = before
 
 
-def is_asked() -> bool:
-    """Return whether the process has been asked to end."""
+def is_requested() -> bool:
+    """Return whether a signal to end the process came."""
     return _Noted.number is not None
 
 
 def check() -> None:
-    """Interrupt if a signal came.
-
-    Raises:
-        KeyboardInterrupt: One did; its argument is the signal's number.
-    """
+    """Raise KeyboardInterrupt with the signal's number if one came."""
     if _Noted.number is not None:
         raise KeyboardInterrupt(_Noted.number)

@@ -72,19 +72,17 @@ class Schedule:
     def set_lr(self, step: int) -> None:
         """Set the learning rate for a step, counted from 0 over the whole training."""
         factor = compute_lr_factor(self._config.lr_schedule, step, self._warmup_steps, self._total_steps)
-        lr = self._config.lr * factor * self._plateau["reduction"]
         for group in self._optimizer.param_groups:
-            group["lr"] = lr
+            group["lr"] = self._config.lr * factor * self._plateau["reduction"]
 
     def end_epoch(self, val_loss: float) -> None:
         """Add the val loss of an epoch."""
         if self._config.lr_schedule != "plateau":
             return
+        self._plateau["epochs_without"] += 1
         if val_loss < self._plateau["lowest_loss"]:
             self._plateau.update(lowest_loss=val_loss, epochs_without=0)
-            return
-        self._plateau["epochs_without"] += 1
-        if self._plateau["epochs_without"] > self.PLATEAU_PATIENCE:
+        elif self._plateau["epochs_without"] > self.PLATEAU_PATIENCE:
             self._plateau["reduction"] *= self.PLATEAU_FACTOR
             self._plateau["epochs_without"] = 0
 
@@ -98,14 +96,10 @@ class Schedule:
 
 
 def compute_class_weights(counts: NDArray[np.int64], weighting: str) -> Tensor:
-    """Compute a loss weight for each class from its training images.
+    """Compute a loss weight for each class, float32 (K,), from its number of training images, int64 (K,).
 
-    Args:
-        counts: int64 (K,), training images of each class; one without any weighs 0.
-        weighting: `none`, `sqrt` (1 / sqrt(images)) or `balanced` (1 / images).
-
-    Returns:
-        float32 (K,), with mean 1 over the training images, so that the learning rate keeps its meaning.
+    By `weighting` it is the same (`none`), 1 / sqrt(images) (`sqrt`) or 1 / images (`balanced`), scaled to a
+    mean of 1 over the training images, so that the learning rate keeps its meaning; 0 without images.
     """
     power = {"none": 0.0, "sqrt": -0.5, "balanced": -1.0}[weighting]
     weights = np.where(counts > 0, np.maximum(counts, 1).astype(np.float64) ** power, 0.0)

@@ -22,7 +22,7 @@ class ResumePoint:
     """Where a run keeps its state, and the state it is resumed from.
 
     Attributes:
-        folder: The run's, held by this process (by its first one, if there are several).
+        folder: The run's, locked by this process (by the first one, if there are several).
         config: The options to train with.
         saved: What `describe_state` returned; None for a new run.
     """
@@ -38,7 +38,7 @@ class ResumePoint:
 
 
 def find_resume_point(config: TrainConfig) -> ResumePoint | None:
-    """Find the run to resume and hold its folder; None if a new run is to be started.
+    """Find the run to resume and lock its folder; None if a new run is to be started.
 
     `resume=auto` takes the latest interrupted run with the same options that no other process is training.
 
@@ -51,19 +51,19 @@ def find_resume_point(config: TrainConfig) -> ResumePoint | None:
     if config.resume != "auto":
         if Path(config.resume).name != config.resume:
             raise UserError(f"resume={config.resume} is not a run id; copy it from the run's page")
-        return _hold_and_read(RunFolder(checkpoint_dir / config.resume), config)
+        return _lock_and_read(RunFolder(checkpoint_dir / config.resume), config)
     for folder in list_interrupted(checkpoint_dir):
         # It may be in training, have finished meanwhile, be damaged, or have other options.
         with contextlib.suppress(UserError):
-            return _hold_and_read(folder, config, takes_defaults=False)
+            return _lock_and_read(folder, config, takes_defaults=False)
     return None
 
 
-def _hold_and_read(folder: RunFolder, config: TrainConfig, *, takes_defaults: bool = True) -> ResumePoint:
-    """Hold a run's folder, read its state, and merge the options that may change into its own.
+def _lock_and_read(folder: RunFolder, config: TrainConfig, *, takes_defaults: bool = True) -> ResumePoint:
+    """Lock a run's folder, read its state, and merge the options that may change into its own.
 
     With `takes_defaults`, an option given at its default is the run's own: `mlflow run` passes every option,
-    so it was probably not asked for.
+    so it was probably not typed.
     """
     folder.acquire()
     try:
@@ -90,17 +90,14 @@ def _hold_and_read(folder: RunFolder, config: TrainConfig, *, takes_defaults: bo
 
 
 def describe_state(state: TrainingState, fingerprint: str, history: list[EpochResult]) -> dict[str, Any]:
-    """Return all that another process needs to continue exactly here.
-
-    The best epoch follows from the history; order, augmentation and dropout from seed, epoch and step.
+    """Return all that another process needs to continue exactly here; the best epoch is in the history.
 
     Raises:
         NonFiniteLossError: The network is broken. A GPU's losses are checked less often than states are
             saved, and the last whole state must not be overwritten.
     """
     if state.seen is not None and not (is_finite := state.seen.isfinite().all(dim=1)).all():
-        positions = (~is_finite).nonzero().flatten()
-        raise build_non_finite_error("the loss", "nan", state.epoch + 1, state.config.lr, positions)
+        raise build_non_finite_error("the loss", "nan", state, (~is_finite).nonzero().flatten())
     return {
         "config": state.config.model_dump(mode="json"),
         "data_fingerprint": fingerprint,

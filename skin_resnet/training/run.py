@@ -30,6 +30,7 @@ from skin_resnet.training.engine import (
     find_best,
     fit,
     measure,
+    predict,
 )
 from skin_resnet.training.progress import describe_epoch, describe_start, show_progress
 from skin_resnet.training.resume import ResumePoint, describe_state, restore
@@ -38,12 +39,7 @@ from skin_resnet.training.state import TrainingState, build_state
 
 @dataclass(frozen=True, kw_only=True)
 class TrainStart:
-    """A training that is about to begin, or to be resumed.
-
-    Attributes:
-        weights: What the network starts from, in words.
-        point: Its options, the epochs that a resumed run had finished, and where its checkpoints are.
-    """
+    """A training that is about to begin, or to be resumed; `weights` is what its network starts from."""
 
     data: PreparedData
     fabric: Fabric
@@ -57,11 +53,9 @@ class TrainResult:
 
     Attributes:
         best: The epoch that val chose.
-        history: All epochs, in order.
         final_train: The last epoch's network on training images, about as many as val has, evaluated as val
             is: without augmentation.
         checkpoint_path: The best epoch's network; a tracked run removes the file when it ends.
-        data: What it was trained on.
         val_predictions: Of the best epoch, before temperature, in the order of the val split.
         calibration: Fitted on them; it is in the checkpoint, too.
         weights_sha256: Digest of the best epoch's weights.
@@ -121,23 +115,20 @@ def run_training(
     data = prepare_data(config)  # before other processes start, which then find the decoded images
     name = tracker.run_id if tracker else f"untracked-{os.getpid()}"
     folder = resume.folder if resume else RunFolder(config.checkpoint_dir.expanduser() / name)
+    point = resume or ResumePoint(folder=folder, config=config)
     fabric = build_fabric(config.device, config.precision, config.devices)
-    task = {
-        "config": config.model_dump_json(),
-        "folder": str(folder.path),
-        "is_resumed": "yes" if resume and resume.saved else "",
-    }
+    is_resumed = "yes" if point.saved else ""
+    task = {"config": config.model_dump_json(), "folder": str(folder.path), "is_resumed": is_resumed}
     with nullcontext() if get_worker_task() else start_workers_with(task):
         fabric.launch()
     if fabric.is_global_zero and not resume:
         folder.acquire()
     try:
-        point = resume or ResumePoint(folder=folder, config=config)
         training = _Training(data, fabric, tracker, point, saves_state=resume is not None)
         training.run(on_epoch)
         return training.conclude()
     except BaseException as error:
-        # The other processes wait for this one in the middle of a step, and would do so for half an hour.
+        # In the middle of a step the other processes wait for this one until they time out, half an hour.
         for process in getattr(fabric.strategy.launcher, "procs", ()):
             process.kill()
         if fabric.is_global_zero and not folder.last.exists():
@@ -172,16 +163,15 @@ class _Training:
         saves_state: bool,
     ) -> None:
         self._config, self._data, self._fabric = point.config, data, fabric
-        self._tracker, self._point = tracker, point
+        self._tracker, self._point, self._history = tracker, point, point.history
         self._loaders = self._train, self._val = data.build_loaders(fabric, self._config.batch_size)
         self._state, weights = _build_state(self._config, data, fabric, self._train)
         restore(point, self._state, data.fingerprint)
-        self._history = point.history
         self._saves_state = saves_state and fabric.is_global_zero
-        self._saved_at_s = time.monotonic()  # a clock that nobody sets back
-        self._say(describe_start(self._config, data, fabric, weights))
+        self._saved_at_s = time.monotonic()
+        self._print(describe_start(self._config, data, fabric, weights))
         if point.saved:
-            self._say(f"resumed   after epoch {self._state.epoch}, batch {self._state.step}")
+            self._print(f"resumed   after epoch {self._state.epoch}, batch {self._state.step}")
         if tracker:
             tracker.on_start(TrainStart(data=data, fabric=fabric, weights=weights, point=point))
 
@@ -197,7 +187,7 @@ class _Training:
                 if is_best and self._fabric.is_global_zero:
                     save_checkpoint(self._point.folder.best, self._describe_checkpoint(result))
                 self._save_state()
-                self._say(describe_epoch(result, self._config, is_best=is_best))
+                self._print(describe_epoch(result, self._config, is_best=is_best))
                 if self._tracker:
                     self._tracker.on_epoch(result)
                 if on_epoch:
@@ -206,27 +196,24 @@ class _Training:
 
     def conclude(self) -> TrainResult:
         """Calibrate the best epoch's network on its val predictions, and complete its checkpoint."""
-        self._fabric.barrier()  # the first process has written it
+        config, data, fabric = self._config, self._data, self._fabric
+        fabric.barrier()  # the first process has written it
         checkpoint = read_checkpoint(path := self._point.folder.best)
         predictions = get_val_predictions(checkpoint)
-        calibration = fit_calibration(
-            predictions, self._data.classes, self._config.coverage, self._data.class_counts
-        )
-        if self._fabric.is_global_zero:
-            network = build_network(checkpoint).to(self._fabric.device)
-            familiarity = fit_familiarity(
-                *(extract_features(network, each.thin(2000)) for each in self._loaders)
-            )
+        calibration = fit_calibration(predictions, data.classes, config.coverage, data.class_counts)
+        if fabric.is_global_zero:
+            network = build_network(checkpoint).to(fabric.device)
+            features = (extract_features(network, each.thin(2000)) for each in self._loaders)
+            familiarity = fit_familiarity(*features)
             save_checkpoint(path, {**checkpoint, "calibration": calibration, "familiarity": familiarity})
+        sample = self._train.thin(len(predictions.targets))
         result = TrainResult(
-            config=self._config,
-            best=find_best(self._history, self._config.best_by),
+            config=config,
+            best=find_best(self._history, config.best_by),
             history=tuple(self._history),
-            final_train=measure(
-                self._state.scored_network, self._train.thin(len(predictions.targets)), self._fabric
-            ),
+            final_train=measure(predict(self._state.scored_network, sample, fabric), sample.targets),
             checkpoint_path=path,
-            data=self._data,
+            data=data,
             val_predictions=predictions,
             calibration=calibration,
             weights_sha256=hash_network(checkpoint["network"]),
@@ -242,24 +229,24 @@ class _Training:
             self._saved_at_s = time.monotonic()
 
     def _on_batch(self) -> None:
-        """Save if it is time to, or the process was asked to end, which it then does."""
+        """Save if it is time to, or a signal to end came, on which the training then stops."""
         pause_s = 60 * self._config.checkpoint_minutes
-        is_due = time.monotonic() - self._saved_at_s >= pause_s or interrupts.is_asked()
+        is_due = time.monotonic() - self._saved_at_s >= pause_s or interrupts.is_requested()
         # Within an epoch, several processes have BatchNorm statistics of their own: only its end is whole.
         if is_due and pause_s > 0 and self._fabric.world_size == 1:
             self._save_state()
         interrupts.check()
 
     def _stops_early(self) -> bool:
-        if not self._history or not self._config.patience:
+        patience = self._config.patience
+        if not self._history or not patience:
             return False
         best = find_best(self._history, self._config.best_by).epoch
-        if self._history[-1].epoch - best < self._config.patience:
-            return False
-        self._say(f"stopped early: no improvement in {self._config.patience} epochs since epoch {best}")
-        return True
+        if stops := self._history[-1].epoch - best >= patience:
+            self._print(f"stopped early: no improvement in {patience} epochs since epoch {best}")
+        return stops
 
-    def _say(self, text: str) -> None:
+    def _print(self, text: str) -> None:
         if self._fabric.is_global_zero:
             print(text, flush=True)
 
@@ -290,9 +277,8 @@ def _build_state(
 ) -> tuple[TrainingState, str]:
     """Return the state at the start of a training, and what the network starts from in words."""
     torch.manual_seed(config.seed)  # in every process the same: all must start from equal weights
-    network = build_resnet(
-        config.arch, len(data.classes), dropout=config.dropout, stochastic_depth=config.stochastic_depth
-    )
+    rates = {"dropout": config.dropout, "stochastic_depth": config.stochastic_depth}
+    network = build_resnet(config.arch, len(data.classes), **rates)
     # Images as simple as the demo's need no download.
     automatic = "none" if config.data == "demo" else "imagenet"
     weights = automatic if config.weights == "auto" else config.weights

@@ -83,8 +83,8 @@ def plot_reliability(assessment: Assessment, title: str, color: str) -> Figure:
     upper, lower = figure.subplots(2, 1, sharex=True, height_ratios=[3, 1])
     before, after = (assessment.get(name).value for name in ("ece_before_temperature", "ece"))
     style_axes(upper, f"Calibration error (ECE) {after:.3f}, before temperature scaling {before:.3f}")
-    bins = assessment.reliability.iloc[len(assessment.reliability) // 2 :]
-    bins = bins[bins.images > 0]
+    after_scaling = assessment.reliability.tail(len(assessment.reliability) // 2)
+    bins = after_scaling[after_scaling.images > 0]
     right = (bins.accuracy * bins.images).round().astype(int)
     # Not by bootstrap, which would be certain of a bin of one image.
     tests = [binomtest(*pair) for pair in zip(right, bins.images, strict=True)]
@@ -160,33 +160,29 @@ def plot_gradcam(
         heats: From `compute_gradcam` for their predicted classes, (M, S, S).
         predictions: Of all N images among which the examples were chosen.
         rows: Which of these the examples are, (M,), from `choose_examples`.
-        classes: The class order.
-        title: What is shown.
     """
     shown = np.unique(predictions.targets[rows])
     names, labels = name_classes(classes, 26), name_classes(classes, 26, lines=2)
-    is_right = predictions.predicted == predictions.targets
+    verdicts = np.where(predictions.predicted == predictions.targets, "right", "wrong")
     if len(shown) < (occurring := len(np.unique(predictions.targets))):
         title += f"\n{len(shown)} of {occurring} classes: those with most images"
     figure = build_figure(1.9 * len(shown) + 0.7, title)
     for panels, target in zip(figure.subplots(len(shown), 2, squeeze=False), shown, strict=True):
-        of_class = predictions.targets == target
-        right, total = (is_right & of_class).sum(), of_class.sum()
-        label = f"{labels[target]}\n{right:,} of {total:,} right"
+        of_class = verdicts[predictions.targets == target]
+        label = f"{labels[target]}\n{(of_class == 'right').sum():,} of {len(of_class):,} right"
         panels[0].set_ylabel(label, fontsize=FONT, rotation=0, ha="right", va="center")
-        for axes, kind in zip(panels, (True, False), strict=True):
+        for axes, verdict in zip(panels, ("right", "wrong"), strict=True):
             axes.set(xticks=[], yticks=[])
             axes.set_box_aspect(0.5)
             axes.spines[:].set_visible(False)
-            word = "right" if kind else "wrong"
-            examples = np.flatnonzero((predictions.targets[rows] == target) & (is_right[rows] == kind))
+            examples = np.flatnonzero((predictions.targets[rows] == target) & (verdicts[rows] == verdict))
             if not len(examples):
-                axes.text(0.5, 0.5, f"none {word}", ha="center", fontsize=FONT, color=QUIET)
+                axes.text(0.5, 0.5, f"none {verdict}", ha="center", fontsize=FONT, color=QUIET)
             for example in examples[:1]:
                 predicted = predictions.predicted[rows[example]]
                 p = predictions.probabilities[rows[example], predicted]
                 axes.imshow(overlay(images[example], heats[example]), aspect="auto")
-                axes.set_title(f"{word}: {names[predicted]}, p {p:.2f}", fontsize=FONT)
+                axes.set_title(f"{verdict}: {names[predicted]}, p {p:.2f}", fontsize=FONT)
     return figure
 
 

@@ -20,7 +20,7 @@ from skin_resnet.evaluation.plots import (
     literal,
     shorten,
     style_axes,
-)  # fmt: skip
+)
 
 FEWEST_EPOCHS = 3  # of a curve beside others; fewer show no course
 _MOST_DOTS = 25  # epochs whose values are marked; on a long run dots only thicken the line
@@ -31,11 +31,7 @@ def plot_curves(
 ) -> Figure:
     """Plot balanced accuracy, accuracy, loss and learning rate over the epochs; mark the best epoch.
 
-    Args:
-        history: Indexed by epoch, with columns `train/loss`, `val/loss`, ..., `lr`.
-        best_epoch: Which epoch val chose.
-        baseline: Val metrics, `accuracy` and `balanced_accuracy`, of always predicting the majority class.
-        baseline_class: The majority class.
+    `baseline` has the val metrics `accuracy` and `balanced_accuracy` of always predicting `baseline_class`.
     """
     figure = build_figure(6.8, f"Best epoch {best_epoch} of {history.index[-1]}, chosen on val")
     (score, loss), (accuracy, lr) = figure.subplots(2, 2, sharex=True)
@@ -61,7 +57,7 @@ def draw_splits(axes: Axes, history: pd.DataFrame, metric: str, best_epoch: int,
     """Draw a metric on train and val with the gap between them shaded; name its values in the best epoch."""
     best = {split: history.loc[best_epoch, f"{split}/{metric}"] for split in ("val", "train")}
     scores = ", ".join(f"{split} {value:.3f}" for split, value in best.items())
-    style_axes(axes, f"{name or metric.replace('_', ' ').capitalize()}: {scores}")
+    style_axes(axes, f"{name or capitalize(spell_metric(metric))}: {scores}")
     axes.axvline(best_epoch, color=QUIET, linewidth=1, linestyle=":", zorder=1)
     marker = _choose_marker(history)
     train, val = (history[f"{split}/{metric}"] for split in ("train", "val"))
@@ -96,12 +92,7 @@ def _limit_loss(axes: Axes, history: pd.DataFrame) -> None:
 
 
 def plot_differences(differences: pd.DataFrame, split: str) -> Figure:
-    """Plot the paired differences of models with their 95 % intervals, a panel per metric, a row per pair.
-
-    Args:
-        differences: From `compare_models`.
-        split: What the models were evaluated on, for the title.
-    """
+    """Plot differences from `compare_models` with their intervals, a panel per metric, a row per pair."""
     metrics = list(differences.metric.unique())
     pairs = len(differences) // len(metrics)
     title = f"{split}: differences in points with 95 % intervals, by paired bootstrap over lesions"
@@ -111,9 +102,8 @@ def plot_differences(differences: pd.DataFrame, split: str) -> Figure:
         value, low, high = (100 * rows[name].to_numpy() for name in ("value", "low", "high"))
         style_axes(axes, capitalize(spell_metric(metric)))
         axes.axvline(0, color=QUIET, linewidth=1, linestyle="--")
-        axes.errorbar(
-            value, range(pairs), xerr=[value - low, high - value], fmt="o", color=HUES[0], capsize=4
-        )
+        errors = value - low, high - value
+        axes.errorbar(value, range(pairs), xerr=errors, fmt="o", color=HUES[0], capsize=4)
         for place, number in enumerate(value):
             axes.annotate(f"{number:+.1f}", (number, place), (0, 7), textcoords="offset points", ha="center")
         names = [literal(f"{row.first}\nminus {row.second}") for row in rows.itertuples()]
@@ -128,7 +118,7 @@ def plot_curves_of_models(histories: Mapping[str, pd.DataFrame]) -> Figure:
     panels = figure.subplots(2, 1, sharex=True)
     longest = max(histories.values(), key=len)
     for axes, metric in zip(panels, ("balanced_accuracy", "loss"), strict=True):
-        style_axes(axes, metric.replace("_", " ").capitalize())
+        style_axes(axes, capitalize(spell_metric(metric)))
         for number, (name, history) in enumerate(histories.items()):
             style = {"color": HUES[number % len(HUES)], "marker": _choose_marker(longest), "markersize": 4}
             axes.plot(history[f"val/{metric}"], "-", linewidth=2, label=literal(name), **style)
