@@ -71,6 +71,13 @@ def get_aliases() -> dict[str, str]:
     return {alias: str(number) for alias, number in MlflowClient().get_registered_model(NAME).aliases.items()}
 
 
+def read_line(capsys: pytest.CaptureFixture[str]) -> str:
+    """Return what was printed, in one line."""
+    printed = capsys.readouterr().out
+    assert max(map(len, printed.splitlines())) <= 80
+    return " ".join(printed.split())
+
+
 def count_runs() -> int:
     return len(mlflow.search_runs(output_format="list", search_all_experiments=True))
 
@@ -81,7 +88,7 @@ def test_a_better_challenger_becomes_the_champion_with_numbers_and_its_card(caps
     add(new, "challenger", text="The card of the new one.")
     runs = count_runs()
     assert promote(PromoteConfig(name=NAME)) == 0
-    (line,) = capsys.readouterr().out.splitlines()
+    line = read_line(capsys)
     scores = [balanced_accuracy_score(each.targets, each.predicted) for each in (new, old)]
     shown = re.search(r"version 2 minus version 1: \+([\d.]+) points \[\+([\d.]+), \+([\d.]+)\]", line)
     assert shown, line
@@ -101,7 +108,7 @@ def test_one_that_is_not_clearly_better_does_not(skill: float, sign: str, capsys
     with pytest.raises(SystemExit) as exit_:
         main(["promote", NAME])
     assert exit_.value.code == 1
-    (line,) = capsys.readouterr().out.splitlines()
+    line = read_line(capsys)
     assert line.startswith("Not promoted: ")
     assert f"version 2 minus version 1: {sign}" in line
     assert line.endswith("Champion version of lesions: 1.")
@@ -113,7 +120,7 @@ def test_one_that_does_not_beat_the_majority_class_does_not_even_without_a_champ
     guessing = replace(predict(0.3), decisions=np.random.default_rng(0).integers(0, 7, 300))
     add(guessing, "challenger")
     assert promote(PromoteConfig(name=NAME)) == 1
-    assert "version 1 minus always nv" in (line := capsys.readouterr().out)
+    assert "version 1 minus always nv" in (line := read_line(capsys))
     assert "Champion version of lesions: none." in line
     assert get_aliases() == {"challenger": "1"}
 
@@ -124,13 +131,13 @@ def test_the_majority_class_comes_before_a_champion_that_is_worse_than_it(capsys
     hardly_better = np.where(np.arange(300) == wrong.targets.argmin(), 0, 5)  # always nv, but for one image
     add(replace(wrong, decisions=hardly_better), "challenger")
     assert promote(PromoteConfig(name=NAME)) == 1
-    assert "version 2 minus always nv: +" in capsys.readouterr().out
+    assert "version 2 minus always nv: +" in read_line(capsys)
 
 
 def test_the_first_that_beats_the_majority_class_becomes_the_champion(capsys) -> None:
     add(predict(0.5), None)
     assert promote(PromoteConfig(name=NAME, challenger="1")) == 0
-    assert "version 1 minus always nv: +" in capsys.readouterr().out
+    assert "version 1 minus always nv: +" in read_line(capsys)
     assert get_aliases() == {"champion": "1"}
 
 
@@ -154,7 +161,7 @@ def test_what_cannot_be_compared_is_not_promoted_and_the_reason_said(reason: str
     }[reason]
     add(other, "challenger", leaks="true" if reason == "leaks" else "false")
     assert promote(PromoteConfig(name=NAME)) == 1
-    assert ("leaks" if reason == "leaks" else "different val images") in capsys.readouterr().out
+    assert ("leaks" if reason == "leaks" else "different val images") in read_line(capsys)
     assert get_aliases() == {"champion": "1", "challenger": "2"}
 
 

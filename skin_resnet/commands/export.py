@@ -1,6 +1,5 @@
 """The command `export`: a trained model as one file that runs without this package."""
 
-from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +10,7 @@ from skin_resnet.model.classifier import describe
 from skin_resnet.model.export import write_exported
 from skin_resnet.tracking.history import read_card
 from skin_resnet.tracking.models import combine, read_models
-from skin_resnet.tracking.run import is_project_run, open_run
+from skin_resnet.tracking.run import open_project_run
 
 
 def export(config: ExportConfig) -> None:
@@ -20,7 +19,7 @@ def export(config: ExportConfig) -> None:
     Raises:
         UserError: The model cannot be used, or the file cannot be written.
     """
-    with open_run(f"export · {config.model}") if is_project_run() else nullcontext() as run:
+    with open_project_run(f"export · {config.model}") as run:
         is_named = config.output != "auto"
         named = Path(config.output).suffix if is_named else ""
         suffix = f".{config.format}" if config.format != "auto" else named or ".onnx"

@@ -4,7 +4,6 @@ import json
 import os
 import re
 import sys
-from contextlib import nullcontext
 from glob import glob
 from pathlib import Path
 
@@ -22,7 +21,7 @@ from skin_resnet.evaluation.artifacts import explain_prediction
 from skin_resnet.evaluation.plots.assessment import overlay
 from skin_resnet.model.classifier import Classifier, Pixels, to_records
 from skin_resnet.tracking.models import load_model
-from skin_resnet.tracking.run import is_project_run, open_run
+from skin_resnet.tracking.run import open_project_run
 
 
 def predict(config: PredictConfig) -> int:
@@ -31,7 +30,7 @@ def predict(config: PredictConfig) -> int:
     Raises:
         UserError: The model cannot be used, there is no image, or a file cannot be written.
     """
-    with open_run(f"predict · {config.model}") if is_project_run() else nullcontext() as run:
+    with open_project_run(f"predict · {config.model}") as run:
         if run:
             run.log_params(config)
         try:

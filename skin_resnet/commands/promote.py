@@ -1,6 +1,6 @@
 """The command `promote`: the challenger of a registered model becomes its champion if it is better on val."""
 
-from contextlib import ExitStack
+import textwrap
 
 from skin_resnet.commands.compare import format_difference, predict_baseline, read_predictions
 from skin_resnet.config import PromoteConfig
@@ -8,7 +8,7 @@ from skin_resnet.data.split import join_lesions
 from skin_resnet.evaluation.metrics import compare_models
 from skin_resnet.tracking.history import FinishedRun, read_run
 from skin_resnet.tracking.registry import find_contenders, make_champion
-from skin_resnet.tracking.run import is_project_run, open_run
+from skin_resnet.tracking.run import open_project_run
 
 
 def promote(config: PromoteConfig) -> int:
@@ -17,19 +17,16 @@ def promote(config: PromoteConfig) -> int:
     Raises:
         UserError: There is no such model or version, or the run of one is gone.
     """
-    with ExitStack() as stack:
-        # Only `mlflow run` opens a run: what came of it is in the registry.
-        run = stack.enter_context(open_run(f"promote · {config.name}")) if is_project_run() else None
+    with open_project_run(f"promote · {config.name}") as run:  # what came of it is in the registry
         versions = find_contenders(config.name, config.challenger)
         wins, why = judge({f"version {key}": read_run(run_id, "val") for key, run_id in versions.items()})
         challenger, *present = versions
         if wins:
             make_champion(config.name, challenger, versions[challenger])
         champion = challenger if wins else "".join(present) or "none"
-        verdict = (
-            f"{'Promoted' if wins else 'Not promoted'}: {why}. Champion version of {config.name}: {champion}."
-        )
-        print(verdict)
+        outcome = "Promoted" if wins else "Not promoted"
+        verdict = f"{outcome}: {why}. Champion version of {config.name}: {champion}."
+        print(textwrap.fill(verdict, 80))
         if run:
             run.log_params(config)
             run.describe(verdict)

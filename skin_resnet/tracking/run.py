@@ -5,7 +5,7 @@ import os
 import re
 import time
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -289,3 +289,8 @@ def _to_plain(value: Any) -> Any:
 def is_project_run() -> bool:
     """Return whether `mlflow run` started this process and created a run for it."""
     return "MLFLOW_RUN_ID" in os.environ
+
+
+def open_project_run(name: str) -> AbstractContextManager["TrackedRun | None"]:
+    """Open the run that `mlflow run` has created, as `open_run` does; without it, open none."""
+    return open_run(name) if is_project_run() else nullcontext()
