@@ -87,7 +87,7 @@ def links(server: dict[str, str], class_folders: Path) -> dict[str, str]:
     return {
         "train": train[0],
         "compare": start("compare", ",".join(run_ids)),
-        "search": start("search", *options, "--n_trials=2", "--seeds=1"),
+        "search": start("search", *options, "--n_trials=2", "--seeds=1", "--register_as=skin-resnet"),
     }
 
 
