@@ -83,7 +83,7 @@ def get_latest() -> Run:
 def test_a_training_ends_with_short_lines_on_what_came_out_and_what_to_do_next(run: Run, store: Path) -> None:
     printed = (store / "printed.txt").read_text()
     end = printed.rpartition("\n\n")[2].splitlines()
-    names = ["test", "verdict", "report", "view", "serve", "compare"]
+    names = ["test", "verdict", "report", "view", "predict", "app", "compare"]
     assert [line.split()[0] for line in end if line[0] != " "] == names
     assert max(len(line) for line in end if "http" not in line and "sqlite" not in line) <= 80
     assert len(end) <= 9
@@ -91,7 +91,8 @@ def test_a_training_ends_with_short_lines_on_what_came_out_and_what_to_do_next(r
     assert (f"[{low:.2f}, {high:.2f}]" in end[0]) == (low < high)
     assert ("not better" in end[0]) == (low <= 1 / 3)
     assert end[2].split()[1].rstrip(",") in list_artifacts(run, "test")
-    assert f"runs:/{run.info.run_id}/model" in printed
+    for command in ("predict", "app"):
+        assert f"skin-resnet {command} --model {run.info.run_id}" in printed
 
 
 def test_every_option_is_a_param_once(run: Run, config: TrainConfig) -> None:

@@ -58,14 +58,15 @@ def train(config: TrainConfig) -> None:
                     options["checkpoint_dir"] = str(config.checkpoint_dir)
                 print(f"\nresume   {_write_command(run, 'train', options, by_project=by_project)}")
             raise
-    print(
-        f"\n{result}\n"
-        # Without the run's name and id.
-        f"{describe_location(run.run_id).partition(chr(10))[2]}\n"
-        f"serve    mlflow models serve --env-manager=local -p 5001 \\\n"
-        f"           -m runs:/{run.run_id}/model\n"
-        f"compare  {_write_command(run, 'compare', {'runs': f'{run.run_id},RUN_ID'}, by_project=by_project)}"
-    )
+    # Without the run's name and id.
+    print(f"\n{result}\n{describe_location(run.run_id).partition(chr(10))[2]}")
+    next_commands = {
+        "predict": {"model": run.run_id, "images": "FOLDER"},
+        **({} if by_project else {"app": {"model": run.run_id}}),  # is no entry point of the project
+        "compare": {"runs": f"{run.run_id},RUN_ID"},
+    }
+    for command, options in next_commands.items():
+        print(f"{command:9}{_write_command(run, command, options, by_project=by_project)}")
     if point.config.register_as != "none":  # the run has ended: it stays finished if the registry fails
         print(_fill("registry", register_run(run.run_id, point.config.register_as)))
 
