@@ -44,6 +44,7 @@ CHANGES: dict[str, dict[str, object]] = {
     "base": {},
     "augment none": {"augment": "none"},
     "augment flips": {"augment": "flips"},
+    "augment colors": {"augment": "colors"},
     "augment light": {"augment": "light"},
     "augment standard": {"augment": "standard"},
     "augment strong": {"augment": "strong"},

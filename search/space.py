@@ -42,7 +42,9 @@ def build_hyperparameters(epochs: int) -> Space:
         "weight_decay" + FACTOR: FloatDistribution(0, 4),
         "lr_schedule": CategoricalDistribution(("constant", "cosine", "onecycle", "plateau")),
         "warmup_epochs": FloatDistribution(0, max(1, min(5, epochs // 5)), step=0.5),
-        "augment": CategoricalDistribution(("none", "flips", "crops", "light", "standard", "strong")),
+        "augment": CategoricalDistribution(
+            ("none", "flips", "crops", "colors", "light", "standard", "strong")
+        ),
         "mixup": FloatDistribution(0, 0.4, step=0.1),
         "cutmix": FloatDistribution(0, 1, step=0.25),
         "label_smoothing": FloatDistribution(0, 0.2, step=0.05),

@@ -13,7 +13,7 @@ from skin_resnet.errors import UserError
 from skin_resnet.options import FolderPath, FrozenConfig, MustExist, Text, Words
 
 Arch = Literal["resnet50", "resnet101", "resnet152"]
-AugmentRecipe = Literal["none", "flips", "crops", "light", "standard", "strong"]
+AugmentRecipe = Literal["none", "flips", "crops", "colors", "light", "standard", "strong"]
 BestMetric = Literal["balanced_accuracy", "loss", "macro_auc"]
 Device = Literal["auto", "cpu", "cuda", "mps"]
 Precision = Literal["auto", "fp32", "bf16"]

@@ -56,6 +56,9 @@ class Recipe:
 
 _FLIPS = Recipe(flip_probability=0.5, right_angles=True)
 _CROPS = replace(_FLIPS, shift_fraction=(-0.1, 0.1))
+_COLORS = replace(
+    _CROPS, brightness=(0.9, 1.1), contrast=(0.9, 1.1), saturation=(0.9, 1.1), hue_degrees=(-3, 3)
+)
 _LIGHT = Recipe(
     shift_fraction=(-0.05, 0.05),
     flip_probability=0.5,
@@ -90,6 +93,7 @@ RECIPES: Mapping[str, Recipe] = {
     "none": Recipe(),
     "flips": _FLIPS,
     "crops": _CROPS,
+    "colors": _COLORS,
     "light": _LIGHT,
     "standard": _STANDARD,
     "strong": _STRONG,
