@@ -57,7 +57,7 @@ def test_a_space_is_narrowed_and_fixed_from_the_command_line() -> None:
         ("lr=0..1", "greater than 0"),
         ("lr=1..0.1", "LOW..HIGH"),
         ("lr=1..2..3", "LOW..HIGH"),
-        ("augment=none..strong", "none|flips|crops|light|standard|strong"),
+        ("augment=none..strong", "none|flips|crops|colors|light|standard|strong"),
     ],
 )
 def test_a_fix_that_cannot_be_is_refused_in_one_line(fix: str, told: str) -> None:
