@@ -71,7 +71,7 @@ def open_image(file: Path | BinaryIO) -> Iterator[Image.Image]:
     except (BadImageError, MemoryError):
         raise
     except FileNotFoundError:
-        raise BadImageError("there is no such file") from None
+        raise BadImageError("the file does not exist") from None
     except (Image.DecompressionBombError, Image.DecompressionBombWarning):
         raise BadImageError(too_large) from None
     except UnidentifiedImageError:
