@@ -92,7 +92,7 @@ def test_a_training_ends_with_short_lines_on_what_came_out_and_what_to_do_next(r
     assert ("not better" in end[0]) == (low <= 1 / 3)
     assert end[2].split()[1].rstrip(",") in list_artifacts(run, "test")
     for command in ("predict", "app"):
-        assert f"skin-resnet {command} --model {run.info.run_id}" in printed
+        assert f"skin-resnet {command} {run.info.run_id}" in printed
 
 
 def test_every_option_is_a_param_once(run: Run, config: TrainConfig) -> None:

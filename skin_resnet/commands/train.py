@@ -75,7 +75,8 @@ def _write_command(run: TrackedRun, command: str, options: dict[str, str], *, by
     """Return a command as it is typed: in the way, and the environment, in which this one was started."""
     if not by_project:
         typed = [part for name, value in options.items() for part in (f"--{name}", value)]
-        return shlex.join(["skin-resnet", command, *typed])
+        # Those of other commands are required ones, which need no names.
+        return shlex.join(["skin-resnet", command, *(typed if command == "train" else options.values())])
     # MLflow names the environment manager unless it is `local`, and the experiment to the process it starts.
     manager = read_tags(run.run_id).get("mlflow.project.env", "local")
     where = [f"--env-manager={manager}", f"--experiment-id={os.environ.get('MLFLOW_EXPERIMENT_ID', '0')}"]

@@ -118,7 +118,7 @@ BAD_IMAGES = [
             with_image(lambda: Image.new("F", (SIZE, SIZE)), "photo_11.tif"),
             "32 bits per",
         ),
-        ("link to nowhere", with_class_folders(lambda path: path.symlink_to("gone.png")), "No such file"),
+        ("link to nowhere", with_class_folders(lambda path: path.symlink_to("gone.png")), "does not exist"),
         ("named pipe", with_class_folders(os.mkfifo), "not a regular file"),
     ]
 ]
