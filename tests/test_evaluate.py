@@ -2,18 +2,24 @@
 
 import shutil
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import mlflow
 import numpy as np
 import pandas as pd
 import pytest
+import torch
 from PIL import Image
 
 from skin_resnet.commands.evaluate import evaluate
 from skin_resnet.commands.train import train
 from skin_resnet.config import EvaluateConfig, TrainConfig
+from skin_resnet.data.prepare import prepare_data
 from skin_resnet.errors import UserError
+from skin_resnet.evaluation.calibration import fit_temperature, get_val_predictions
+from skin_resnet.model.classifier import build_network
+from skin_resnet.model.preprocess import normalize, to_float
 from skin_resnet.tracking.models import combine, load_model, read_finished, read_models
 from tests.conftest import write_class_folders
 
@@ -112,6 +118,28 @@ def test_several_models_are_averaged_and_calibrated_for_their_mean(training: Eva
     with pytest.raises(UserError, match="split"):
         evaluate(training.with_changes(model=f"{training.model},{other.info.run_id}"))
     assert len(mlflow.search_runs(output_format="list")) == before
+
+
+def test_of_several_views_the_calibration_is_fitted_on_views_of_val(training: EvaluateConfig) -> None:
+    evaluate(training.with_changes(tta=8, precision="fp32"))
+    (run,) = mlflow.search_runs(output_format="list", max_results=1)
+    found = read_run_predictions(run.info.run_id)[["blue", "green", "red"]].to_numpy()
+    checkpoint = read_finished(training.model)
+    data = prepare_data(TrainConfig.model_validate(checkpoint["config"]))
+    network = build_network(checkpoint)
+    raw = {}
+    val = get_val_predictions(checkpoint)
+    test_ids = tuple(read_run_predictions(run.info.run_id).image_id)
+    for split, image_ids in (("val", val.image_ids), ("test", test_ids)):
+        pixels = torch.from_numpy(data.store.pixels[data.store.find_rows(image_ids)])
+        images = normalize(to_float(pixels))
+        turned = [images.rot90(k, (2, 3)) for k in range(4)]
+        with torch.inference_mode():
+            views = [network(view).softmax(1) for each in turned for view in (each, each.flip(3))]
+        raw[split] = torch.stack(views).mean(0).double().numpy()
+    temperature = fit_temperature(replace(val, probabilities=raw["val"]))
+    expected = raw["test"] ** (1 / temperature)
+    np.testing.assert_allclose(found, expected / expected.sum(1, keepdims=True), atol=1e-4)
 
 
 def read_run_predictions(run_id: str) -> pd.DataFrame:

@@ -21,7 +21,7 @@ from skin_resnet.evaluation.page import LEAK_BANNER, format_summary, print_markd
 from skin_resnet.model.classifier import build_network, measure_unfamiliarity
 from skin_resnet.tracking.history import log_test_access
 from skin_resnet.tracking.links import describe_location
-from skin_resnet.tracking.models import combine, get_split, read_models
+from skin_resnet.tracking.models import combine, get_split, read_models, recalibrate
 from skin_resnet.tracking.run import TrackedRun, is_project_run, open_run
 from skin_resnet.tracking.store import prepare_store
 from skin_resnet.training.device import build_fabric
@@ -55,7 +55,9 @@ def evaluate(config: EvaluateConfig) -> None:
                 "split.leaks": str(checkpoint["leaks"]).lower(),
             }
         )
-        images, store = _read_images(checkpoint, config)
+        images, val, store = _read_images(checkpoint, config)
+        if config.tta > 1 and len(val):  # the mean of several views is surer than one
+            checkpoint = recalibrate(checkpoint, _predict(members, val, store, config))
         if store.skipped:
             count = len(store.skipped)
             print(f"skipped  {count} unreadable image{'s' * (count > 1)}")
@@ -79,8 +81,13 @@ def _name(members: list[dict[str, Any]], config: EvaluateConfig) -> str:
     return f"{model} · {data}" + " · test" * is_same
 
 
-def _read_images(checkpoint: dict[str, Any], config: EvaluateConfig) -> tuple[pd.DataFrame, ImageStore]:
-    """Read the images to evaluate on: rows of those that the network has not seen, and all pixels."""
+def _read_images(
+    checkpoint: dict[str, Any], config: EvaluateConfig
+) -> tuple[pd.DataFrame, pd.DataFrame, ImageStore]:
+    """Read the images to evaluate on: rows of those the network has not seen, rows of its val, all pixels.
+
+    There are rows of val for the training's own data only.
+    """
     trained_with = TrainConfig.model_validate(checkpoint["config"])
     is_same = config.data == "same"
     data = trained_with.data if is_same else config.data
@@ -90,25 +97,27 @@ def _read_images(checkpoint: dict[str, Any], config: EvaluateConfig) -> tuple[pd
     store = open_store(table, image_size, config.cache_dir, on_bad_image)
     table = table[table.image_id.isin(store.image_ids)].reset_index(drop=True)
     split = get_split(checkpoint)
+    table = _match_classes(table, tuple(checkpoint["classes"]))
+    test, val = (table[table.image_id.isin(ids)].reset_index(drop=True) for ids in (split.test, split.val))
     if is_same:
-        _check_unchanged(checkpoint, table[table.image_id.isin(split.test)], store)
-    unseen = drop_seen(_match_classes(table, tuple(checkpoint["classes"])), split)
-    if is_same:  # without images that were in no split
-        unseen = unseen[unseen.image_id.isin(split.test)].reset_index(drop=True)
+        _check_unchanged(checkpoint, "test", test, store)
+    if is_same and config.tta > 1:
+        _check_unchanged(checkpoint, "val", val, store)
+    unseen, val = (test, val) if is_same else (drop_seen(table, split), val[:0])
     reason = "not in its test split" if is_same else "their lesions were trained on"
     print(f"model    {config.model}: {_describe(checkpoint)}")
     print(f"data     {data}: {len(unseen)} images; {len(table) - len(unseen)} left out: {reason}")
-    return unseen, store
+    return unseen, val, store
 
 
-def _check_unchanged(checkpoint: dict[str, Any], test: pd.DataFrame, store: ImageStore) -> None:
-    """Refuse test images whose ids, pixels or diagnoses are not those of the training."""
-    if fingerprint_images(test, store) == checkpoint["split_fingerprints"]["test"]:
+def _check_unchanged(checkpoint: dict[str, Any], split: str, rows: pd.DataFrame, store: ImageStore) -> None:
+    """Refuse images of a split whose ids, pixels or diagnoses are not those of the training."""
+    if fingerprint_images(rows, store) == checkpoint["split_fingerprints"][split]:
         return
-    missing = sorted(set(checkpoint["split"]["test"]) - set(test.image_id))
+    missing = sorted(set(checkpoint["split"][split]) - set(rows.image_id))
     change = f"{len(missing)} are missing ({missing[0]}, ...)" if missing else "pixels or diagnoses differ"
     raise UserError(
-        f"the test images of {checkpoint['config']['data']} have changed since the training: {change}; "
+        f"the {split} images of {checkpoint['config']['data']} have changed since the training: {change}; "
         "restore them, or pass other data with data=..."
     )
 
@@ -182,11 +191,14 @@ def assess_and_log(
     classes, calibration = tuple(checkpoint["classes"]), checkpoint["calibration"]
     assessment = assess(raw, table, classes, checkpoint["baseline_class"], calibration)
     title = f"Test, {_describe(checkpoint)}"
-    views = getattr(config, "tta", 1)
+    views, only_one = (
+        getattr(config, "tta", 1),
+        "; the calibration was fitted with one" * (config.data != "same"),
+    )
     notes = [
         warning,
         LEAK_BANNER if checkpoint["leaks"] else "",
-        f"Predictions are averaged over {views} views; the calibration was fitted with one." * (views > 1),
+        f"Predictions are averaged over {views} views{only_one}." * (views > 1),
     ]
     run.log_metrics(assessment.metrics("test"), step=checkpoint["epoch"])
     files = list_artifacts(assessment, "test", title, notes)

@@ -10,6 +10,7 @@ from skin_resnet.config import TrainConfig
 from skin_resnet.data.split import Split
 from skin_resnet.errors import UserError, expand
 from skin_resnet.evaluation.calibration import fit_calibration, get_val_predictions
+from skin_resnet.evaluation.metrics import Predictions
 from skin_resnet.model.classifier import Classifier, Scorer, build_classifier
 from skin_resnet.model.export import read_exported
 from skin_resnet.tracking.history import download_checkpoint
@@ -59,9 +60,13 @@ def combine(checkpoints: list[dict[str, Any]]) -> dict[str, Any]:
         return first
     members = [get_val_predictions(each) for each in checkpoints]
     val = replace(members[0], probabilities=np.mean([each.probabilities for each in members], axis=0))
-    counts = np.array(first["class_counts"])
-    calibration = fit_calibration(val, tuple(first["classes"]), first["calibration"]["coverage"], counts)
-    return {**first, "members": checkpoints, "calibration": calibration}
+    return recalibrate({**first, "members": checkpoints}, val)
+
+
+def recalibrate(checkpoint: dict[str, Any], val: Predictions) -> dict[str, Any]:
+    """Return a checkpoint with the calibration fitted anew, on predictions of val before temperature."""
+    counts, coverage = np.array(checkpoint["class_counts"]), checkpoint["calibration"]["coverage"]
+    return {**checkpoint, "calibration": fit_calibration(val, tuple(checkpoint["classes"]), coverage, counts)}
 
 
 def read_finished(model: str) -> dict[str, Any]:
