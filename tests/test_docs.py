@@ -166,7 +166,8 @@ class Project:
         assert done.returncode == 0, done.stdout
 
     def serve(self, text: str) -> None:
-        """Start a block in the background, to the end of the module; return once its address answers."""
+        """Start a block in the background, until the next one starts; return once its address answers."""
+        self.servers.close()
         log = self.folder / "server.log"
         with log.open("w") as output:
             process = subprocess.Popen(
