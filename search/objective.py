@@ -6,7 +6,7 @@ import time
 from collections.abc import Callable
 from contextlib import ExitStack
 from functools import partial
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from optuna import Trial, TrialPruned
 
@@ -68,9 +68,8 @@ def _train(trial: Trial, config: SearchConfig, parent_run_id: str) -> EpochResul
     trial.set_user_attr("config", recipe.model_dump_json())
     name = f"trial {trial.number} · {baseline or f'{recipe.optimizer} {recipe.lr:.2g}'}"
     tags = {STUDY: get_study_id(trial.study), TRIAL: str(trial.number)}
-    open_child = partial(open_run, name, parent_run_id=parent_run_id, tags=tags, pruned=(TrialPruned,))
-    with ExitStack() as stack:  # each attempt opens a run of its own
-        run = wait_for_server(lambda: stack.enter_context(open_child()))
+    with ExitStack() as stack:
+        run = enter_child(stack, name, parent_run_id=parent_run_id, tags=tags, pruned=(TrialPruned,))
         trial.set_user_attr("run_id", run.run_id)
         on_epoch = partial(_report, trial, config)
         return run_training(recipe, tracker=PatientTracker(run), on_epoch=on_epoch).best
@@ -95,6 +94,11 @@ def read_objective(name: str, result: EpochResult) -> float:
     """Return an epoch's value of an objective."""
     value: float = result.gap if name == "gap" else getattr(result.val, name.removeprefix("val_"))
     return value
+
+
+def enter_child(stack: ExitStack, name: str, **options: Any) -> TrackedRun:
+    """Open a child run, with the options of `open_run`, as soon as the tracking server is there."""
+    return wait_for_server(lambda: stack.enter_context(open_run(name, **options)))
 
 
 class PatientTracker:

@@ -10,7 +10,7 @@ from optuna.trial import FrozenTrial, TrialState
 
 from search import plots, report
 from search.config import SearchConfig
-from search.objective import PatientTracker, wait_for_server
+from search.objective import PatientTracker, enter_child, wait_for_server
 from search.report import WINNER, compare_recipes
 from search.space import BASELINE, BASELINE_RECIPE
 from search.study import choose_best, get_study_id, list_ended, lock, open_study, report_storage_errors
@@ -163,8 +163,7 @@ def _retrain(study: Study, recipe: str, config: TrainConfig, parent_run_id: str)
             with suppress(UserError):  # it was killed before it began to train, or elsewhere
                 point = find_resume_point(config.with_changes(resume=kept["run_id"]))
         run_id = point.folder.path.name if point else None
-        open_child = partial(open_run, name, run_id=run_id, parent_run_id=parent_run_id, tags=tags)
-        run = wait_for_server(lambda: stack.enter_context(open_child()))
+        run = enter_child(stack, name, run_id=run_id, parent_run_id=parent_run_id, tags=tags)
         if point is None:
             folder = RunFolder(config.checkpoint_dir.expanduser() / run.run_id)
             point = ResumePoint(folder=folder, config=config)

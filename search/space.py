@@ -3,13 +3,13 @@
 import difflib
 import math
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, get_args
 
 from optuna.distributions import CategoricalDistribution, FloatDistribution
 from optuna.trial import Trial
 
 from search.config import SearchConfig
-from skin_resnet.config import TrainConfig
+from skin_resnet.config import AugmentRecipe, TrainConfig
 from skin_resnet.errors import UserError
 
 # The recipe of the student project that this one grew out of: it overfitted, and is to be beaten.
@@ -42,9 +42,7 @@ def build_hyperparameters(epochs: int) -> Space:
         "weight_decay" + FACTOR: FloatDistribution(0, 4),
         "lr_schedule": CategoricalDistribution(("constant", "cosine", "onecycle", "plateau")),
         "warmup_epochs": FloatDistribution(0, max(1, min(5, epochs // 5)), step=0.5),
-        "augment": CategoricalDistribution(
-            ("none", "flips", "crops", "colors", "light", "standard", "strong")
-        ),
+        "augment": CategoricalDistribution(get_args(AugmentRecipe)),
         "mixup": FloatDistribution(0, 0.4, step=0.1),
         "cutmix": FloatDistribution(0, 1, step=0.25),
         "label_smoothing": FloatDistribution(0, 0.2, step=0.05),

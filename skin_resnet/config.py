@@ -274,7 +274,7 @@ class ReproduceConfig(FrozenConfig):
 class AppConfig(FrozenConfig):
     """Open a page that classifies images with a trained model; others can call it by HTTP."""
 
-    model: Text = Field(description="Run id, models:/NAME@ALIAS, checkpoint (several: a,b) or exported file.")
+    model: Text = PredictConfig.model_fields["model"]  # type: ignore[assignment]
     host: Text = Field("127.0.0.1", description="Address to listen on; 0.0.0.0: for other machines, too.")
     port: int = Field(8000, ge=0, le=65_535, description="Port to listen on; 0: any free one.")
     device: Device = _like_train("device")

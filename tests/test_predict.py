@@ -20,10 +20,11 @@ from skin_resnet.cli import parse_options
 from skin_resnet.commands.predict import find_images, predict
 from skin_resnet.config import PredictConfig
 from skin_resnet.data.decode import decode_image
+from skin_resnet.data.tables import replace_nan
 from skin_resnet.errors import UserError
 from skin_resnet.evaluation.artifacts import compute_gradcam
 from skin_resnet.labels import DIAGNOSES, HAM10000_CLASSES
-from skin_resnet.model.classifier import measure_unfamiliarity, to_records
+from skin_resnet.model.classifier import measure_unfamiliarity
 from skin_resnet.model.preprocess import normalize, to_float
 from skin_resnet.model.resnet import build_resnet
 from skin_resnet.tracking.models import load_model
@@ -286,7 +287,7 @@ def test_a_run_id_where_there_is_no_tracking_store_creates_none(images: Path) ->
 
 def test_a_small_probability_is_no_zero_in_json() -> None:
     table = pd.DataFrame({"mel": [8e-14, np.nan], "error": ["", "no image"]})
-    assert json.loads(json.dumps(to_records(table), allow_nan=False)) == [
+    assert json.loads(json.dumps(replace_nan(table).to_dict("records"), allow_nan=False)) == [
         {"mel": 8e-14, "error": ""},
         {"mel": None, "error": "no image"},
     ]

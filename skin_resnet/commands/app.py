@@ -19,11 +19,12 @@ from PIL import Image
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from skin_resnet.config import AppConfig
+from skin_resnet.data.tables import replace_nan
 from skin_resnet.errors import UserError
 from skin_resnet.evaluation.artifacts import explain_prediction
 from skin_resnet.evaluation.plots.assessment import color_heat
 from skin_resnet.labels import DIAGNOSES
-from skin_resnet.model.classifier import Classifier, to_records
+from skin_resnet.model.classifier import Classifier
 from skin_resnet.tracking.models import load_model
 
 MAX_BODY, MAX_FILE = 64_000_000, 32_000_000  # bytes of a request, of a file
@@ -48,9 +49,8 @@ def app(config: AppConfig) -> None:
         listener = socket.create_server((config.host, config.port))
     except (OSError, UnicodeError) as error:
         reason = str(getattr(error, "strerror", error)).partition(" (while")[0]
-        raise UserError(
-            f"cannot use {config.host}:{config.port} ({reason}); choose another host or port"
-        ) from None
+        where = f"{config.host}:{config.port}"
+        raise UserError(f"cannot use {where} ({reason}); choose another host or port") from None
     with listener:
         classifier = load_model(config.model, config.device, config.precision)
         address, port = listener.getsockname()
@@ -123,7 +123,7 @@ def _classify(classifier: Classifier, files: list[UploadFile], explain: bool) ->
     rows = []
     for file in files:  # one at a time, for the largest takes 1 GB while it is decoded
         [(table, [pixels])] = classifier.predict_batches([file.file.read()])
-        [row] = to_records(table)
+        [row] = replace_nan(table).to_dict("records")
         heat = None
         if explain and not isinstance(pixels, str):
             heat = explain_prediction(classifier, pixels, row["prediction"])

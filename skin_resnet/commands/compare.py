@@ -16,6 +16,7 @@ from skin_resnet.evaluation.metrics import (
     PLAIN,
     Predictions,
     compare_models,
+    is_better,
     predict_always,
 )
 from skin_resnet.evaluation.page import LEAK_BANNER, format_score, format_table, print_markdown, spell_metric
@@ -125,7 +126,7 @@ def _write_page(
     pair = paired[paired["first"].isin([best, second]) & paired.second.isin([best, second])]
     top = scores.loc[(best, "balanced_accuracy")]
     against = differences[(differences.second == always) & (differences.metric == "balanced_accuracy")]
-    weak = [row.first for row in against.itertuples() if not row.low > 0]
+    weak = [row.first for row in against.itertuples() if not is_better(row.low)]
     return "\n".join(
         [
             f"**Highest {split} balanced accuracy: {best}, {format_score(top.value, (top.low, top.high))}; "

@@ -191,10 +191,8 @@ def assess_and_log(
     classes, calibration = tuple(checkpoint["classes"]), checkpoint["calibration"]
     assessment = assess(raw, table, classes, checkpoint["baseline_class"], calibration)
     title = f"Test, {_describe(checkpoint)}"
-    views, only_one = (
-        getattr(config, "tta", 1),
-        "; the calibration was fitted with one" * (config.data != "same"),
-    )
+    views = getattr(config, "tta", 1)
+    only_one = "" if config.data == "same" else "; the calibration was fitted with one"
     notes = [
         warning,
         LEAK_BANNER if checkpoint["leaks"] else "",

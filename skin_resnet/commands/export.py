@@ -1,7 +1,6 @@
 """The command `export`: a trained model as one file that runs without this package."""
 
 from pathlib import Path
-from typing import Any
 
 from skin_resnet.config import ExportConfig
 from skin_resnet.errors import UserError, expand
@@ -30,10 +29,8 @@ def export(config: ExportConfig) -> None:
         file = expand(config.output if is_named else f"{describe(checkpoint)['version']}{suffix}")
         write_exported(checkpoint, file)
         print(f"exported {config.model} to {file} ({file.stat().st_size / 1e6:.0f} MB)")
-        files: dict[str, Any] = {file.name: file}
         if card := "\n".join(filter(None, (read_card(each["run_id"]) for each in members))):
-            files[CARD] = card
             file.with_suffix(".md").write_text(card, encoding="utf-8")
             print(f"its model card is {file.with_suffix('.md')}")
         if run:
-            run.log_artifacts(files)
+            run.log_artifacts({file.name: file, **({CARD: card} if card else {})})

@@ -15,11 +15,11 @@ from tqdm import tqdm
 
 from skin_resnet.config import PredictConfig
 from skin_resnet.data.sources import list_images
-from skin_resnet.data.tables import read_table
+from skin_resnet.data.tables import read_table, replace_nan
 from skin_resnet.errors import UserError, expand
 from skin_resnet.evaluation.artifacts import explain_prediction
 from skin_resnet.evaluation.plots.assessment import overlay
-from skin_resnet.model.classifier import Classifier, Pixels, to_records
+from skin_resnet.model.classifier import Classifier, Pixels
 from skin_resnet.tracking.models import load_model
 from skin_resnet.tracking.run import open_project_run
 
@@ -35,8 +35,8 @@ def predict(config: PredictConfig) -> int:
             run.log_params(config)
         try:
             paths, file = find_images(config.images), expand(config.output)
-            is_table = file.suffix in {".csv", ".jsonl"} and os.access(file.parent, os.W_OK)
-            if config.output != "none" and (not is_table or file.is_dir()):  # refused now, not at the end
+            is_table = file.suffix in {".csv", ".jsonl"} and not file.is_dir()  # refused now, not at the end
+            if config.output != "none" and not (is_table and os.access(file.parent, os.W_OK)):
                 raise UserError(f"output={file} should be FILE.csv or FILE.jsonl, in a writable folder")
             table = _classify(load_model(config.model, config.device, config.precision), paths, config)
             _print(table) if config.output == "none" else _write(table, file)
@@ -124,7 +124,7 @@ def _write(table: pd.DataFrame, file: Path) -> None:
         if file.suffix == ".csv":
             _flatten(table).to_csv(temporary, index=False)
         else:
-            lines = [json.dumps(row, ensure_ascii=False) for row in to_records(table)]
+            lines = [json.dumps(row, ensure_ascii=False) for row in replace_nan(table).to_dict("records")]
             temporary.write_text("\n".join([*lines, ""]), encoding="utf-8")
         temporary.replace(file)
     finally:

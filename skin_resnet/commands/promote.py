@@ -5,7 +5,7 @@ import textwrap
 from skin_resnet.commands.compare import format_difference, predict_baseline, read_predictions
 from skin_resnet.config import PromoteConfig
 from skin_resnet.data.split import join_lesions
-from skin_resnet.evaluation.metrics import compare_models
+from skin_resnet.evaluation.metrics import compare_models, is_better
 from skin_resnet.tracking.history import FinishedRun, read_run
 from skin_resnet.tracking.registry import find_contenders, make_champion
 from skin_resnet.tracking.run import open_project_run
@@ -55,6 +55,6 @@ def judge(runs: dict[str, FinishedRun]) -> tuple[bool, str]:
     order = {always: [baseline], **{key: [read_predictions(tables[key])] for key in (*others, name)}}
     differences = compare_models(order, lesions)[1].query("metric == 'balanced_accuracy' and first == @name")
     rows = list(differences.itertuples())  # that to the majority class first
-    shown = next((row for row in rows if not row.low > 0), rows[-1])
+    shown = next((row for row in rows if not is_better(row.low)), rows[-1])
     images = f"on {len(lesions)} val images of {len(set(lesions))} lesions"
-    return shown.low > 0, f"{images}, {format_difference(shown)}"
+    return is_better(shown.low), f"{images}, {format_difference(shown)}"

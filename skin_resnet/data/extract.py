@@ -58,6 +58,11 @@ def extract(source: str, cache_dir: Path, fewest_classes: int = 2) -> pd.DataFra
     return table.sort_values("image_id", ignore_index=True)
 
 
+def has_lesion_ids(table: pd.DataFrame) -> bool:
+    """Return whether the source of an extracted table says which images show the same lesion."""
+    return not table["lesion_id"].equals(table["image_id"])
+
+
 def _check_identities(raw: pd.DataFrame) -> None:
     """Reject what would let one image or lesion stand for two."""
     for column in ("image_id", "path"):

@@ -8,8 +8,10 @@ import numpy.typing as npt
 import pandas as pd
 from scipy.stats import chi2_contingency
 
+from skin_resnet.data.extract import has_lesion_ids
 from skin_resnet.data.split import SPLITS, Split, join_lesions
 from skin_resnet.data.store import ImageStore
+from skin_resnet.data.tables import replace_nan
 
 # What two splits may share. All but the last prove a leak; a person has to look at the last.
 KINDS = {
@@ -66,7 +68,7 @@ class LeakageReport:
             "test_touched": {name: self.count_touched(some).to_dict() for name, some in kinds.items()},
             **vars(self),
             "class_counts": self.class_counts.to_dict(),
-            "pairs": self.pairs.astype(object).where(self.pairs.notna(), None).to_dict("records"),
+            "pairs": replace_nan(self.pairs).to_dict("records"),
         }
 
 
@@ -110,7 +112,7 @@ def audit_split(table: pd.DataFrame, split: Split, store: ImageStore) -> Leakage
         class_distance={name: float(distance[name]) for name in SPLITS[1:] if counts[name].any()},
         class_p=float(chi2_contingency(observed, correction=False).pvalue),
         lesions=images.joined.nunique(),
-        knows_lesions=not table.lesion_id.equals(table.image_id),
+        knows_lesions=has_lesion_ids(table),
         unused=len(table) - len(used),
         unread=sum(len(getattr(split, name)) for name in SPLITS) - len(used),
     )

@@ -88,3 +88,8 @@ def _read_cells(file: Path) -> pd.DataFrame:
     lines = cells.index[cells.isna().any(axis=1)].tolist()
     reject(lines, f"{file.name} has {cells.shape[1]} columns, but too few cells in line", "correct the row")
     return cells
+
+
+def replace_nan(table: pd.DataFrame) -> pd.DataFrame:
+    """Return a table with None instead of NaN, which JSON does not have."""
+    return table.astype(object).where(table.notna(), None)

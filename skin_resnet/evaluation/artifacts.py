@@ -17,7 +17,7 @@ from skin_resnet.evaluation.operating import find_positives, is_positive, tabula
 from skin_resnet.evaluation.page import format_assessment
 from skin_resnet.evaluation.plots import COLORS, shorten
 from skin_resnet.evaluation.plots import assessment as plots
-from skin_resnet.model.classifier import Classifier
+from skin_resnet.model.classifier import Classifier, Pixels
 from skin_resnet.model.preprocess import normalize, to_float
 from skin_resnet.model.resnet import ResNet
 
@@ -138,9 +138,7 @@ def compute_gradcam(network: ResNet, images: Tensor, classes: Tensor, stage: int
     return scaled
 
 
-def explain_prediction(
-    classifier: Classifier, pixels: NDArray[np.uint8], code: str
-) -> NDArray[np.float32] | None:
+def explain_prediction(classifier: Classifier, pixels: Pixels, code: str) -> NDArray[np.float32] | None:
     """Return the mean Grad-CAM of a classifier's networks, (S, S), for an image (S, S, 3) and a class.
 
     None of an exported model, and of images of 48 pixels or fewer.
@@ -152,5 +150,4 @@ def explain_prediction(
     image = normalize(to_float(torch.from_numpy(pixels[None]).to(device)))
     target = torch.tensor([classifier.classes.index(code)], device=device)
     heats = [compute_gradcam(network, image, target, stage)[0] for network in classifier.networks]
-    mean: NDArray[np.float32] = np.stack(heats).mean(axis=0)
-    return mean
+    return np.asarray(np.mean(heats, axis=0))

@@ -8,6 +8,7 @@ import numpy as np
 import pandas as pd
 from numpy.typing import NDArray
 
+from skin_resnet.data.extract import has_lesion_ids
 from skin_resnet.data.split import join_lesions
 from skin_resnet.evaluation.calibration import (
     Calibration,
@@ -27,6 +28,7 @@ from skin_resnet.evaluation.metrics import (
     compute_metrics,
     compute_scores,
     compute_share,
+    is_better,
     predict_always,
 )
 from skin_resnet.evaluation.operating import apply_threshold, compute_referral, find_positives
@@ -75,7 +77,8 @@ class Assessment:
     def find_not_better(self) -> list[str]:
         """Return the scores whose interval is not above that of always predicting the majority class."""
         names = ("balanced_accuracy", "accuracy")
-        return [name for name in names if not self.get(name).low > self.get(f"baseline_{name}").value]
+        pairs = {name: (self.get(name).low, self.get(f"baseline_{name}").value) for name in names}
+        return [name for name, pair in pairs.items() if not is_better(*pair)]
 
     def metrics(self, split: str) -> dict[str, float]:
         """Return the tracked metrics under their MLflow keys, `test_accuracy`, ...
@@ -139,7 +142,7 @@ def assess(
         referral=compute_referral(calibrated),
         predictions=calibrated,
         lesions=lesions,
-        knows_lesions=not table.lesion_id.equals(table.image_id),
+        knows_lesions=has_lesion_ids(table),
         classes=classes,
         baseline_class=baseline_class,
         calibration=calibration,

@@ -147,6 +147,11 @@ def compute_scores(predictions: Predictions, lesions: NDArray[Any]) -> dict[str,
     return {name: (float(values[name][0]), *compute_percentiles(draws[name])) for name in values}
 
 
+def is_better(low: float, baseline: float = 0.0) -> bool:
+    """Return whether a score beats a baseline's: its interval, from `low` on, lies above it; NaN does not."""
+    return bool(low > baseline)
+
+
 def draw_lesions(lesions: NDArray[Any]) -> Floats:
     """Draw lesions with replacement; return how often each draw has each image, float64 (1000, N).
 

@@ -105,12 +105,6 @@ def describe(checkpoint: Mapping[str, Any]) -> dict[str, Any]:
     }
 
 
-def to_records(table: pd.DataFrame) -> list[dict[str, Any]]:
-    """Return the rows of predictions as dictionaries for JSON, which has no NaN: None instead."""
-    records: list[dict[str, Any]] = table.astype(object).where(table.notna(), None).to_dict("records")
-    return records
-
-
 @dataclass(frozen=True, kw_only=True)
 class Classifier:
     """Classifies images of skin lesions, given as files or their bytes (JPEG, PNG, ...).

@@ -8,7 +8,7 @@ import mlflow
 
 from skin_resnet.errors import UserError
 from skin_resnet.evaluation.card import CARD
-from skin_resnet.evaluation.metrics import HEADLINES
+from skin_resnet.evaluation.metrics import HEADLINES, is_better
 from skin_resnet.evaluation.page import format_score
 from skin_resnet.tracking.history import explain, find_model, read_card, read_scores
 from skin_resnet.tracking.links import cut, link_run
@@ -37,7 +37,7 @@ def register_run(run_id: str, name: str) -> str:
         for split, each in scores.items():
             value, low, high = each.loc[_SCORE]
             baseline = each.value[f"baseline_{_SCORE}"]
-            if not low > baseline:
+            if not is_better(low, baseline):
                 score = f"{split} balanced accuracy {format_score(value, (low, high))}"
                 always = f"the majority class, {format_score(baseline)}"
                 return f"Not registered: {score} is not better than {always}."

@@ -22,6 +22,7 @@ from mlflow.types.schema import Array
 from PIL import Image
 
 import skin_resnet
+from skin_resnet.data.tables import replace_nan
 from skin_resnet.model.classifier import build_classifier
 from skin_resnet.training.checkpoint import read_checkpoint
 
@@ -34,6 +35,8 @@ _KINDS: Any = {"string": DataType.string, "double": DataType.double, "strings": 
 def log_model(checkpoint: Path) -> str:
     """Log a checkpoint and the code that serves it as a model of the active run, and return its URI."""
     classifier = build_classifier(read_checkpoint(checkpoint), torch.device("cpu"))
+    columns = classifier.columns.items()
+    answer: list[Any] = [ColSpec(_KINDS[kind], name, required=name == "error") for name, kind in columns]
     example = io.BytesIO()
     Image.new("RGB", (64, 48), (222, 178, 154)).save(example, "PNG")
     with tempfile.TemporaryDirectory() as folder:
@@ -42,15 +45,7 @@ def log_model(checkpoint: Path) -> str:
             python_model=__file__,
             code_paths=[str(_copy_package(Path(folder)))],
             artifacts={"checkpoint": str(checkpoint)},
-            signature=ModelSignature(
-                Schema([ColSpec(DataType.binary, "image")]),
-                Schema(
-                    [
-                        ColSpec(_KINDS[kind], name, required=name == "error")
-                        for name, kind in classifier.columns.items()
-                    ]
-                ),
-            ),
+            signature=ModelSignature(Schema([ColSpec(DataType.binary, "image")]), Schema(answer)),
             input_example=pd.DataFrame({"image": [example.getvalue()]}),
             metadata={"data_license": classifier.facts["license"]},
             pip_requirements=[f"{name}=={version(name).partition('+')[0]}" for name in REQUIREMENTS],
@@ -91,7 +86,7 @@ class LesionClassifier(PythonModel):
         # Of CSV, MLflow hands over text, which must not be taken for a path on the server.
         files = [each if isinstance(each, bytes) else b"no bytes" for each in model_input["image"]]
         table = self._classifier.predict(files).set_axis(model_input.index)
-        return table.astype(object).where(table.notna(), None) if is_served else table  # JSON has no NaN
+        return replace_nan(table) if is_served else table  # a server answers in JSON
 
 
 mlflow.models.set_model(LesionClassifier())
