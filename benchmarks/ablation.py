@@ -86,8 +86,10 @@ def find_runs() -> dict[tuple[str, int], str]:
         experiment_names=[EXPERIMENT], filter_string="attributes.status = 'FINISHED'", output_format="list"
     )
     found = {}
+    fields = TrainConfig.model_fields
+    unchanged = {key: fields[key].default for changes in CHANGES.values() for key in changes}
     for name, changes in CHANGES.items():
-        wanted = {key: str(value) for key, value in {**BASE, **changes}.items()}
+        wanted = {key: str(value) for key, value in {**unchanged, **BASE, **changes}.items()}
         for run in runs:
             if all(_is_same(run.data.params[key], value) for key, value in wanted.items()):
                 found[name, int(run.data.params["seed"])] = run.info.run_id
