@@ -59,6 +59,7 @@ CHANGES: dict[str, dict[str, object]] = {
     "lr 0.001": {"lr": 0.001},
     "lr 0.002": {"lr": 0.002},
     "lr 0.00025": {"lr": 0.00025},
+    "layer decay 0.7": {"layer_decay": 0.7},
     "batch size 32": {"batch_size": 32},
     "fp32": {"precision": "fp32"},
     "weight decay 0.2": {"weight_decay": 0.2},

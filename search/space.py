@@ -14,9 +14,10 @@ from skin_resnet.errors import UserError
 
 # The recipe of the student project that this one grew out of: it overfitted, and is to be beaten.
 BASELINE_RECIPE: Mapping[str, Any] = {
-    "optimizer": "adam", "lr": 1e-3, "lr_schedule": "constant", "warmup_epochs": 0.0, "weight_decay": 0.0,
-    "grad_clip": 0.0, "class_weighting": "none", "augment": "none", "mixup": 0.0, "cutmix": 0.0,
-    "label_smoothing": 0.0, "dropout": 0.0, "stochastic_depth": 0.0, "ema_decay": 0.0, "patience": 0,
+    "optimizer": "adam", "lr": 1e-3, "layer_decay": 1.0, "lr_schedule": "constant", "warmup_epochs": 0.0,
+    "weight_decay": 0.0, "grad_clip": 0.0, "class_weighting": "none", "augment": "none", "mixup": 0.0,
+    "cutmix": 0.0, "label_smoothing": 0.0, "dropout": 0.0, "stochastic_depth": 0.0, "ema_decay": 0.0,
+    "patience": 0,
 }  # fmt: skip
 BASELINE = "baseline recipe"
 # What trials 0 and 1 change in the given options; trial 1 is the options as given.
@@ -39,6 +40,7 @@ def build_hyperparameters(epochs: int) -> Space:
     return {
         "optimizer": CategoricalDistribution(("adam", "adamw", "sgd")),
         "lr" + FACTOR: FloatDistribution(0.05, 10, log=True),
+        "layer_decay": FloatDistribution(0.4, 1),
         "weight_decay" + FACTOR: FloatDistribution(0, 4),
         "lr_schedule": CategoricalDistribution(("constant", "cosine", "onecycle", "plateau")),
         "warmup_epochs": FloatDistribution(0, max(1, min(5, epochs // 5)), step=0.5),

@@ -4,6 +4,7 @@ The command line, `MLproject`, MLflow params and the search space are derived fr
 """
 
 import re
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
@@ -78,6 +79,13 @@ class TrainingOptions(FrozenConfig):
         "adamw", description="Optimizer; sgd uses Nesterov momentum 0.9."
     )
     lr: float = Field(5e-4, gt=0, le=100, description="Peak learning rate.")
+    layer_decay: float = Field(
+        1.0,
+        gt=0,
+        le=1,
+        description="Learning rate of each stage as a fraction of the next one's, up to the head's; 1: all "
+        "learn alike, as they do in any case from random weights.",
+    )
     lr_schedule: Literal["constant", "cosine", "onecycle", "plateau"] = Field(
         "onecycle", description="Learning-rate schedule; onecycle includes its own warm-up."
     )
@@ -180,6 +188,17 @@ class TrainConfig(RuntimeOptions, EvaluationOptions, TrainingOptions, ModelOptio
         if self.batch_size < 2 * self.devices:
             raise UserError(f"batch_size={self.batch_size} is less than 2 for each of devices={self.devices}")
         return self
+
+    @property
+    def initial_weights(self) -> str:
+        """The option `weights` with `auto` resolved: images as simple as the demo's need no download."""
+        automatic = "none" if self.data == "demo" else "imagenet"
+        return automatic if self.weights == "auto" else self.weights
+
+    @classmethod
+    def from_run(cls, options: Mapping[str, Any]) -> Self:
+        """Validate the options of an earlier run, which may be older than some option."""
+        return cls.model_validate({"layer_decay": 1.0, **options})
 
 
 def _like_train(name: str) -> Any:

@@ -9,6 +9,7 @@ import torch.nn.functional as F
 
 from search.space import build_hyperparameters
 from skin_resnet.config import TrainConfig
+from skin_resnet.model.resnet import build_resnet
 from skin_resnet.training.optim import (
     Schedule,
     build_optimizer,
@@ -63,6 +64,7 @@ def test_plateau_lowers_the_rate_when_val_loss_stops_falling_and_survives_a_rest
         schedule.end_epoch(loss)
         schedule.set_lr(10)
         rates.append(optimizer.param_groups[0]["lr"])
+        optimizer = build_optimizer(network(), config)
         restarted = Schedule(optimizer, config, steps_per_epoch=1)
         restarted.load_state_dict(schedule.state_dict())
         schedule = restarted
@@ -85,6 +87,28 @@ def test_the_schedule_reaches_every_parameter(name: str) -> None:
     optimizer = build_optimizer(network(), config)
     Schedule(optimizer, config, steps_per_epoch=10).set_lr(0)
     assert [group["lr"] for group in optimizer.param_groups] == [0.05, 0.05]
+
+
+def test_each_stage_of_pretrained_weights_learns_at_a_fraction_of_the_next_ones_rate() -> None:
+    config = TrainConfig(lr=1.0, layer_decay=0.5, weights="imagenet", weight_decay=0.1, warmup_epochs=0)
+    resnet = build_resnet("resnet50")
+    names = {parameter: name for name, parameter in resnet.named_parameters()}
+    optimizer = build_optimizer(resnet, config)
+    Schedule(optimizer, config.with_changes(lr_schedule="constant"), steps_per_epoch=1).set_lr(0)
+    rates = {names[p]: group["lr"] for group in optimizer.param_groups for p in group["params"]}
+    assert len(rates) == len(names)
+    assert optimizer.param_groups[0]["lr"] == rates["fc.weight"] == rates["fc.bias"] == 1
+    assert [rates[f"layer{stage}.0.conv1.weight"] for stage in (4, 3, 2, 1)] == [0.5, 0.25, 0.125, 0.0625]
+    assert rates["conv1.weight"] == rates["bn1.bias"] == 0.03125
+    decays = {names[p]: group["weight_decay"] for group in optimizer.param_groups for p in group["params"]}
+    assert (decays["conv1.weight"], decays["fc.weight"], decays["bn1.weight"], decays["fc.bias"]) == (
+        0.1,
+        0.1,
+        0,
+        0,
+    )
+    from_random = build_optimizer(resnet, config.with_changes(weights="none"))
+    assert {group["lr"] for group in from_random.param_groups} == {1.0}
 
 
 def test_class_weights_average_one_over_the_images() -> None:

@@ -142,17 +142,18 @@ def test_a_server_that_is_down_at_the_start_is_one_line_and_exit_code_2(
 class Server:
     """A real `mlflow server` that can be stopped and started again."""
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, database: str = "") -> None:
         self._port = find_free_port()
         self.uri = f"http://127.0.0.1:{self._port}"
         self._folder = folder
+        self._database = database or f"sqlite:///{folder}/mlflow.db"
         self._process: subprocess.Popen[bytes] | None = None
 
     def start(self) -> None:
         with (self._folder / "server.log").open("ab") as log:
             self._process = subprocess.Popen(
                 [sys.executable, "-m", "mlflow", "server", "--port", str(self._port), "--workers", "1",
-                 "--backend-store-uri", f"sqlite:///{self._folder}/mlflow.db",
+                 "--backend-store-uri", self._database,
                  "--artifacts-destination", str(self._folder / "artifacts")],
                 env={**os.environ, "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"},
                 cwd=self._folder, stdout=log, stderr=log, start_new_session=True,

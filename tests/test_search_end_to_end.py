@@ -67,15 +67,15 @@ class Search:
     def read_trials(self) -> list[FrozenTrial]:
         if self.storage.startswith("sqlite") and not (self.folder / "optuna.db").exists():
             return []
+        with lock(self.storage, "schema"):  # or this would create tables, too
+            storage = optuna.storages.RDBStorage(self.storage)
         try:
-            with lock(self.storage, "schema"):  # or this would create tables, too
-                storage = optuna.storages.RDBStorage(self.storage)
-                trials = optuna.load_study(study_name="folders", storage=storage).get_trials()
-            storage.remove_session()
-            storage.engine.dispose()
+            return optuna.load_study(study_name="folders", storage=storage).get_trials()
         except (KeyError, optuna.exceptions.StorageInternalError):
             return []  # not begun yet
-        return trials
+        finally:
+            storage.remove_session()
+            storage.engine.dispose()
 
     def wait_for(self, condition: Callable[[list[FrozenTrial]], bool]) -> list[FrozenTrial]:
         deadline = time.monotonic() + 300  # a busy machine

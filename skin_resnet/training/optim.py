@@ -12,20 +12,33 @@ from skin_resnet.config import TrainConfig
 
 
 def build_optimizer(network: nn.Module, config: TrainConfig) -> torch.optim.Optimizer:
-    """Build the optimizer, fused, with weight decay on convolutions and the head only.
+    """Build the optimizer, fused; its first parameter group has the full learning rate.
 
-    Decaying BatchNorm's scales and the biases does not regularize.
-    Source: He et al., "Bag of Tricks for Image Classification", CVPR 2019, section 3.1.
+    Weight decay is for convolutions and the head only: decaying BatchNorm's scales and the biases does not
+    regularize. Source: He et al., "Bag of Tricks for Image Classification", CVPR 2019, section 3.1.
+
+    What comes with the initial weights learns more slowly, the earlier the more so: its features are general
+    already. Source: Howard, Ruder, "Universal Language Model Fine-tuning", ACL 2018, section 3.2.
     """
-    parameters = [parameter for parameter in network.parameters() if parameter.requires_grad]
-    groups = [
-        {"params": [p for p in parameters if p.ndim > 1], "weight_decay": config.weight_decay},
-        {"params": [p for p in parameters if p.ndim <= 1], "weight_decay": 0.0},
+    decay = config.layer_decay if config.initial_weights != "none" else 1.0
+    groups: dict[tuple[float, bool], list[nn.Parameter]] = {}
+    for name, parameter in network.named_parameters():
+        if parameter.requires_grad:
+            groups.setdefault((decay ** _get_distance(name), parameter.ndim > 1), []).append(parameter)
+    listed = [
+        {"params": groups[key], "lr": config.lr * key[0], "weight_decay": config.weight_decay * key[1]}
+        for key in sorted(groups, reverse=True)
     ]
     if config.optimizer == "sgd":
-        return torch.optim.SGD(groups, lr=config.lr, momentum=0.9, nesterov=True, fused=True)
+        return torch.optim.SGD(listed, lr=config.lr, momentum=0.9, nesterov=True, fused=True)
     optimizer = torch.optim.AdamW if config.optimizer == "adamw" else torch.optim.Adam
-    return optimizer(groups, lr=config.lr, fused=True)
+    return optimizer(listed, lr=config.lr, fused=True)
+
+
+def _get_distance(name: str) -> int:
+    """Return how many stages a parameter's is away from the head's: 0 for `fc`, 5 for `conv1`."""
+    stage = name.partition(".")[0]
+    return {"fc": 0, "layer4": 1, "layer3": 2, "layer2": 3, "layer1": 4}.get(stage, 5)
 
 
 def compute_lr_factor(schedule: str, step: int, warmup_steps: int, total_steps: int) -> float:
@@ -56,13 +69,17 @@ def _one_cycle(step: int, total_steps: int) -> float:
 
 
 class Schedule:
-    """Sets the learning rate of every step, and lowers it when val stops improving (`plateau`)."""
+    """Sets the learning rate of every step, and lowers it when val stops improving (`plateau`).
+
+    The optimizer must be new: its learning rates are the peaks.
+    """
 
     PLATEAU_PATIENCE = 3  # epochs without a lower val loss before the rate falls
     PLATEAU_FACTOR = 0.3
 
     def __init__(self, optimizer: torch.optim.Optimizer, config: TrainConfig, steps_per_epoch: int) -> None:
         self._optimizer = optimizer
+        self._peaks = [group["lr"] for group in optimizer.param_groups]
         self._config = config
         self._warmup_steps = round(config.warmup_epochs * steps_per_epoch)
         self._total_steps = config.epochs * steps_per_epoch
@@ -72,8 +89,8 @@ class Schedule:
     def set_lr(self, step: int) -> None:
         """Set the learning rate for a step, counted from 0 over the whole training."""
         factor = compute_lr_factor(self._config.lr_schedule, step, self._warmup_steps, self._total_steps)
-        for group in self._optimizer.param_groups:
-            group["lr"] = self._config.lr * factor * self._plateau["reduction"]
+        for group, peak in zip(self._optimizer.param_groups, self._peaks, strict=True):
+            group["lr"] = peak * factor * self._plateau["reduction"]
 
     def end_epoch(self, val_loss: float) -> None:
         """Add the val loss of an epoch."""

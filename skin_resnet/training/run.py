@@ -279,8 +279,5 @@ def _build_state(
     torch.manual_seed(config.seed)  # in every process the same: all must start from equal weights
     rates = {"dropout": config.dropout, "stochastic_depth": config.stochastic_depth}
     network = build_resnet(config.arch, len(data.classes), **rates)
-    # Images as simple as the demo's need no download.
-    automatic = "none" if config.data == "demo" else "imagenet"
-    weights = automatic if config.weights == "auto" else config.weights
-    started_from = load_weights(network, weights, config.arch)
+    started_from = load_weights(network, config.initial_weights, config.arch)
     return build_state(config, fabric, network, train_loader, len(data.classes)), started_from
