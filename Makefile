@@ -58,5 +58,5 @@ lock: ## pin the newest versions that pyproject.toml allows (needs uv)
 	uv pip compile --quiet --universal --python-version 3.11 --extra dev --extra export --no-annotate --no-header \
 	  --no-emit-index-url pyproject.toml --output-file requirements.lock
 
-MLproject: skin_resnet/config.py skin_resnet/mlproject.py search/config.py .venv/ready ## write MLproject from the configs
+MLproject: skin_resnet/config.py skin_resnet/commands/config.py skin_resnet/mlproject.py search/config.py .venv/ready ## write MLproject from the configs
 	$(BIN)/python -m skin_resnet.mlproject > $@

@@ -29,16 +29,16 @@ USER_ERROR = 2  # the exit code that shells and argparse use for a wrong call
 COMMANDS = {
     "train": ("skin_resnet.config:TrainConfig", "skin_resnet.commands.train:train"),
     "search": ("search.config:SearchConfig", "search.run:search"),
-    "evaluate": ("skin_resnet.config:EvaluateConfig", "skin_resnet.commands.evaluate:evaluate"),
-    "predict": ("skin_resnet.config:PredictConfig", "skin_resnet.commands.predict:predict"),
-    "compare": ("skin_resnet.config:CompareConfig", "skin_resnet.commands.compare:compare"),
-    "promote": ("skin_resnet.config:PromoteConfig", "skin_resnet.commands.promote:promote"),
-    "audit": ("skin_resnet.config:AuditConfig", "skin_resnet.commands.audit:audit"),
-    "export": ("skin_resnet.config:ExportConfig", "skin_resnet.commands.export:export"),
-    "reproduce": ("skin_resnet.config:ReproduceConfig", "skin_resnet.commands.reproduce:reproduce"),
-    "app": ("skin_resnet.config:AppConfig", "skin_resnet.commands.app:app"),
-    "doctor": ("skin_resnet.config:DoctorConfig", "skin_resnet.commands.doctor:doctor"),
-    "clean": ("skin_resnet.config:CleanConfig", "skin_resnet.commands.clean:clean"),
+    "evaluate": ("skin_resnet.commands.config:EvaluateConfig", "skin_resnet.commands.evaluate:evaluate"),
+    "predict": ("skin_resnet.commands.config:PredictConfig", "skin_resnet.commands.predict:predict"),
+    "compare": ("skin_resnet.commands.config:CompareConfig", "skin_resnet.commands.compare:compare"),
+    "promote": ("skin_resnet.commands.config:PromoteConfig", "skin_resnet.commands.promote:promote"),
+    "audit": ("skin_resnet.commands.config:AuditConfig", "skin_resnet.commands.audit:audit"),
+    "export": ("skin_resnet.commands.config:ExportConfig", "skin_resnet.commands.export:export"),
+    "reproduce": ("skin_resnet.commands.config:ReproduceConfig", "skin_resnet.commands.reproduce:reproduce"),
+    "app": ("skin_resnet.commands.config:AppConfig", "skin_resnet.commands.app:app"),
+    "doctor": ("skin_resnet.commands.config:DoctorConfig", "skin_resnet.commands.doctor:doctor"),
+    "clean": ("skin_resnet.commands.config:CleanConfig", "skin_resnet.commands.clean:clean"),
 }
 
 # Completes in bash and zsh at once, for it starts no Python.

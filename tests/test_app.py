@@ -31,7 +31,8 @@ import uvicorn
 from PIL import Image
 
 from skin_resnet.commands.app import MAX_BODY, MAX_FILE, MAX_FILES, MAX_WAITING, _Protocol, app, build_api
-from skin_resnet.config import AppConfig, TrainConfig
+from skin_resnet.commands.config import AppConfig
+from skin_resnet.config import TrainConfig
 from skin_resnet.errors import UserError
 from skin_resnet.labels import DIAGNOSES, HAM10000_CLASSES
 from skin_resnet.model.classifier import Classifier

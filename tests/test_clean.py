@@ -11,7 +11,7 @@ import pytest
 from filelock import FileLock
 
 from skin_resnet.commands.clean import clean
-from skin_resnet.config import CleanConfig
+from skin_resnet.commands.config import CleanConfig
 from skin_resnet.data.store import open_store
 from skin_resnet.errors import UserError
 from skin_resnet.training.checkpoint import RunFolder

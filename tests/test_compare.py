@@ -13,7 +13,7 @@ import pytest
 from mlflow import MlflowClient
 
 from skin_resnet.commands.compare import compare, format_difference
-from skin_resnet.config import CompareConfig
+from skin_resnet.commands.config import CompareConfig
 from skin_resnet.errors import UserError
 from skin_resnet.evaluation.metrics import HEADLINES, PLAIN, Predictions, compare_models, compute_metrics
 from skin_resnet.labels import HAM10000_CLASSES

@@ -5,7 +5,8 @@ from typing import Any
 import pytest
 
 from skin_resnet.cli import COMMANDS, load_config_type, parse_options
-from skin_resnet.config import EvaluateConfig, TrainConfig
+from skin_resnet.commands.config import EvaluateConfig
+from skin_resnet.config import TrainConfig
 from skin_resnet.errors import UserError
 
 

@@ -15,8 +15,8 @@ import pytest
 import torch
 
 from skin_resnet.commands import doctor as module
+from skin_resnet.commands.config import DoctorConfig
 from skin_resnet.commands.doctor import check_device, check_disk, check_packages, doctor
-from skin_resnet.config import DoctorConfig
 from skin_resnet.errors import UserError
 
 ROOT = Path(__file__).parent.parent

@@ -14,11 +14,13 @@ from unittest.mock import Mock
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 from torch import nn
 
 from skin_resnet.config import TrainConfig
 from skin_resnet.data.loader import Loader
 from skin_resnet.evaluation.metrics import Metrics
+from skin_resnet.model.preprocess import shrink, to_float
 from skin_resnet.training.device import build_fabric
 from skin_resnet.training.engine import EpochResult, NonFiniteLossError, find_best, fit, predict
 from skin_resnet.training.state import TrainingState, build_state
@@ -224,6 +226,27 @@ def test_a_network_that_the_last_batch_breaks_names_it_too() -> None:
         list(fit(state, train, val, on_batch=break_after_the_last))
     (*_, last) = train.shuffled(0, 0)
     assert told.value.positions == last.positions.tolist()
+
+
+def test_progressive_resizing_trains_small_first_and_scores_at_full_size(monkeypatch) -> None:
+    state, train, val = build(epochs=6, start_size=32)
+    wide = torch.zeros(80, 96, 96, 3, dtype=torch.uint8)
+    train, val = (replace(each, pixels=wide) for each in (train, val))
+    sizes: list[tuple[bool, int]] = []
+    state.network.register_forward_pre_hook(
+        lambda net, given: sizes.append((net.training, given[0].shape[2]))
+    )
+    list(fit(state, train, val))
+    trained = [size for is_training, size in sizes if is_training]
+    assert trained[:: len(train)] == [32, 48, 64, 80, 96, 96]
+    assert {size for is_training, size in sizes if not is_training} <= {96}
+
+
+def test_shrinking_is_pillows_up_to_rounding() -> None:
+    pixels = np.random.default_rng(0).integers(0, 256, (96, 96, 3), dtype=np.uint8)
+    expected = np.asarray(Image.fromarray(pixels).resize((48, 48), Image.Resampling.BILINEAR), dtype=float)
+    shrunk = 255 * shrink(to_float(torch.from_numpy(pixels)[None]), 48)[0].permute(1, 2, 0).numpy()
+    assert np.abs(shrunk - expected).max() < 1.01
 
 
 def test_clipping_bounds_the_step() -> None:

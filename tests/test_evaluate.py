@@ -12,9 +12,10 @@ import pytest
 import torch
 from PIL import Image
 
+from skin_resnet.commands.config import EvaluateConfig
 from skin_resnet.commands.evaluate import evaluate
 from skin_resnet.commands.train import train
-from skin_resnet.config import EvaluateConfig, TrainConfig
+from skin_resnet.config import TrainConfig
 from skin_resnet.data.prepare import prepare_data
 from skin_resnet.errors import UserError
 from skin_resnet.evaluation.calibration import fit_temperature, get_val_predictions

@@ -15,8 +15,9 @@ import pytest
 import torch
 from PIL import Image
 
+from skin_resnet.commands.config import ExportConfig
 from skin_resnet.commands.export import export
-from skin_resnet.config import ExportConfig, TrainConfig
+from skin_resnet.config import TrainConfig
 from skin_resnet.errors import UserError
 from skin_resnet.model import export as exporting
 from skin_resnet.model.classifier import Scorer, describe

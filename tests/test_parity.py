@@ -13,9 +13,10 @@ import torch
 from PIL import Image
 
 from benchmarks.serving import Request, send, serve, split, to_text
+from skin_resnet.commands.config import EvaluateConfig
 from skin_resnet.commands.evaluate import evaluate
 from skin_resnet.commands.train import train
-from skin_resnet.config import EvaluateConfig, TrainConfig
+from skin_resnet.config import TrainConfig
 from skin_resnet.model.export import write_exported
 from skin_resnet.tracking.models import load_model, read_finished
 from skin_resnet.tracking.run import TrackedRun

@@ -17,8 +17,8 @@ from PIL import Image
 
 import skin_resnet.model.classifier
 from skin_resnet.cli import parse_options
+from skin_resnet.commands.config import PredictConfig
 from skin_resnet.commands.predict import find_images, predict
-from skin_resnet.config import PredictConfig
 from skin_resnet.data.decode import decode_image
 from skin_resnet.data.tables import replace_nan
 from skin_resnet.errors import UserError

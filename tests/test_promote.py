@@ -12,8 +12,8 @@ from mlflow import MlflowClient
 from sklearn.metrics import balanced_accuracy_score
 
 from skin_resnet.cli import main
+from skin_resnet.commands.config import PromoteConfig
 from skin_resnet.commands.promote import promote
-from skin_resnet.config import PromoteConfig
 from skin_resnet.errors import UserError
 from skin_resnet.evaluation.metrics import Predictions
 from skin_resnet.labels import HAM10000_CLASSES

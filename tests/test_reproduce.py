@@ -11,9 +11,10 @@ import pandas as pd
 import pytest
 from PIL import Image
 
+from skin_resnet.commands.config import ReproduceConfig
 from skin_resnet.commands.reproduce import compare_histories, describe, reproduce
 from skin_resnet.commands.train import train
-from skin_resnet.config import ReproduceConfig, TrainConfig
+from skin_resnet.config import TrainConfig
 from skin_resnet.errors import UserError
 from tests.conftest import write_class_folders
 

@@ -16,9 +16,10 @@ import pytest
 import torch
 from mlflow.entities import Run
 
+from skin_resnet.commands.config import EvaluateConfig
 from skin_resnet.commands.evaluate import evaluate
 from skin_resnet.commands.train import train
-from skin_resnet.config import EvaluateConfig, TrainConfig
+from skin_resnet.config import TrainConfig
 from skin_resnet.data.loader import Loader
 from skin_resnet.data.prepare import HIDDEN, open_test, prepare_data
 from skin_resnet.data.split import Split

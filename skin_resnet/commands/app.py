@@ -18,7 +18,7 @@ from fastapi.responses import FileResponse, JSONResponse
 from PIL import Image
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
-from skin_resnet.config import AppConfig
+from skin_resnet.commands.config import AppConfig
 from skin_resnet.data.tables import replace_nan
 from skin_resnet.errors import UserError
 from skin_resnet.evaluation.artifacts import explain_prediction

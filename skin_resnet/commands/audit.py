@@ -4,7 +4,7 @@ import json
 import logging
 from dataclasses import replace
 
-from skin_resnet.config import AuditConfig
+from skin_resnet.commands.config import AuditConfig
 from skin_resnet.data.extract import extract
 from skin_resnet.data.leakage import LeakageReport, audit_split
 from skin_resnet.data.split import read_split, split_lesions

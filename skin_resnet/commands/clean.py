@@ -8,7 +8,7 @@ from pathlib import Path
 
 from filelock import FileLock
 
-from skin_resnet.config import CleanConfig
+from skin_resnet.commands.config import CleanConfig
 from skin_resnet.errors import UserError, expand, expand_cache
 from skin_resnet.tracking.history import read_state
 from skin_resnet.training.checkpoint import RunFolder

@@ -8,7 +8,8 @@ import numpy as np
 import pandas as pd
 from numpy.typing import NDArray
 
-from skin_resnet.config import CompareConfig, RuntimeOptions
+from skin_resnet.commands.config import CompareConfig
+from skin_resnet.config import RuntimeOptions
 from skin_resnet.data.split import join_lesions
 from skin_resnet.errors import UserError
 from skin_resnet.evaluation.metrics import (

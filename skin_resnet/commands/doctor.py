@@ -10,7 +10,7 @@ import warnings
 from pathlib import Path
 
 import skin_resnet
-from skin_resnet.config import DoctorConfig
+from skin_resnet.commands.config import DoctorConfig
 from skin_resnet.errors import UserError, expand_cache
 
 _SHOWN = ("torch", "torchvision", "lightning-fabric", "mlflow", "optuna")

@@ -8,7 +8,8 @@ import numpy as np
 import pandas as pd
 import torch
 
-from skin_resnet.config import EvaluateConfig, TrainConfig
+from skin_resnet.commands.config import EvaluateConfig
+from skin_resnet.config import TrainConfig
 from skin_resnet.data.extract import extract
 from skin_resnet.data.loader import Loader, place_pixels
 from skin_resnet.data.split import drop_seen

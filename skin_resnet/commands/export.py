@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from skin_resnet.config import ExportConfig
+from skin_resnet.commands.config import ExportConfig
 from skin_resnet.errors import UserError, expand
 from skin_resnet.evaluation.card import CARD
 from skin_resnet.model.classifier import describe

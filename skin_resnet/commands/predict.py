@@ -13,7 +13,7 @@ from rich.console import Console
 from rich.table import Table
 from tqdm import tqdm
 
-from skin_resnet.config import PredictConfig
+from skin_resnet.commands.config import PredictConfig
 from skin_resnet.data.sources import list_images
 from skin_resnet.data.tables import read_table, replace_nan
 from skin_resnet.errors import UserError, expand

@@ -3,7 +3,7 @@
 import textwrap
 
 from skin_resnet.commands.compare import format_difference, predict_baseline, read_predictions
-from skin_resnet.config import PromoteConfig
+from skin_resnet.commands.config import PromoteConfig
 from skin_resnet.data.split import join_lesions
 from skin_resnet.evaluation.metrics import compare_models, is_better
 from skin_resnet.tracking.history import FinishedRun, read_run

@@ -5,7 +5,8 @@ from tempfile import TemporaryDirectory
 
 import pandas as pd
 
-from skin_resnet.config import ReproduceConfig, TrainConfig
+from skin_resnet.commands.config import ReproduceConfig
+from skin_resnet.config import TrainConfig
 from skin_resnet.evaluation.page import format_table, print_markdown
 from skin_resnet.tracking import history as finished_runs
 from skin_resnet.tracking.links import describe_location

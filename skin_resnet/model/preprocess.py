@@ -2,6 +2,7 @@
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 # The mean and standard deviation of ImageNet's channels, which torchvision's weights were trained with.
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
@@ -11,6 +12,13 @@ IMAGENET_STD = (0.229, 0.224, 0.225)
 def to_float(pixels: Tensor) -> Tensor:
     """Convert pixels uint8 (N, H, W, 3) to images float32 (N, 3, H, W) in [0, 1], laid out channels-last."""
     return pixels.permute(0, 3, 1, 2).float().div_(255)
+
+
+def shrink(images: Tensor, size: int) -> Tensor:
+    """Shrink square float32 images (N, 3, H, H) to a side of `size`, antialiased, as decoding does."""
+    if size == images.shape[2]:
+        return images
+    return F.interpolate(images, (size, size), mode="bilinear", align_corners=False, antialias=True)
 
 
 def normalize(images: Tensor) -> Tensor:
