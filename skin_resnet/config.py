@@ -4,9 +4,8 @@ The command line, `MLproject`, MLflow params and the search space are derived fr
 """
 
 import re
-from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated, Any, Literal, Self
+from typing import Annotated, Literal, Self
 
 from pydantic import Field, model_validator
 
@@ -201,8 +200,3 @@ class TrainConfig(RuntimeOptions, EvaluationOptions, TrainingOptions, ModelOptio
         """The option `weights` with `auto` resolved: images as simple as the demo's need no download."""
         automatic = "none" if self.data == "demo" else "imagenet"
         return automatic if self.weights == "auto" else self.weights
-
-    @classmethod
-    def from_run(cls, options: Mapping[str, Any]) -> Self:
-        """Validate the options of an earlier run, which may be older than some option."""
-        return cls.model_validate({"layer_decay": 1.0, **options})

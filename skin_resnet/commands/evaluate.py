@@ -89,7 +89,7 @@ def _read_images(
 
     There are rows of val for the training's own data only.
     """
-    trained_with = TrainConfig.from_run(checkpoint["config"])
+    trained_with = TrainConfig.model_validate(checkpoint["config"])
     is_same = config.data == "same"
     data = trained_with.data if is_same else config.data
     table = extract(data, config.cache_dir, fewest_classes=1)

@@ -32,7 +32,7 @@ def reproduce(config: ReproduceConfig) -> int:
     with TemporaryDirectory() as folder:
         recorded, split = finished_runs.read_training(config.run, Path(folder))
         # The recorded split is used, however it was made.
-        options = TrainConfig.from_run(
+        options = TrainConfig.model_validate(
             {
                 **recorded, "split": str(split), "train_fraction": 1.0, "resume": "none",
                 "cache_dir": config.cache_dir, "checkpoint_dir": config.checkpoint_dir,

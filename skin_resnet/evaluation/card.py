@@ -88,7 +88,7 @@ def write_card(
     checkpoint: Mapping[str, Any], data: PreparedData, assessment: Assessment, split: str, uri: str
 ) -> str:
     """Write the model card of a training with its evaluation on test, or on val if test was not evaluated."""
-    config, facts = TrainConfig.from_run(checkpoint["config"]), describe(checkpoint)
+    config, facts = TrainConfig.model_validate(checkpoint["config"]), describe(checkpoint)
     counts: dict[str, int] = dict(zip(facts["classes"], checkpoint["class_counts"], strict=True))
     names = {each.code: f"{each.code} ({each.name})" for each in DIAGNOSES}
     name, by = Path(config.data).stem, "lesion" if data.leakage.knows_lesions else "image"

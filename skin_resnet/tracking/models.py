@@ -83,7 +83,7 @@ def read_finished(model: str) -> dict[str, Any]:
     if "calibration" not in checkpoint:
         raise UserError(f"{model!r} is not a finished training; wait until it finishes, or resume it.")
     try:
-        TrainConfig.from_run(checkpoint["config"])
+        TrainConfig.model_validate(checkpoint["config"])
         get_split(checkpoint).to_frame()
         Scorer(checkpoint)
     except Exception as error:  # what another version, or a user, has written can raise any

@@ -70,7 +70,7 @@ def _lock_and_read(folder: RunFolder, config: TrainConfig, *, takes_defaults: bo
         saved = folder.read_state()
         if saved["history"]:
             read_checkpoint(folder.best)  # damaged, the best epoch so far would be lost
-        own, default = TrainConfig.from_run(saved["config"]), TrainConfig.model_validate({})
+        own, default = TrainConfig.model_validate(saved["config"]), TrainConfig.model_validate({})
         changes: dict[str, Any] = {}
         for name in TrainConfig.model_fields:
             value, before = getattr(config, name), getattr(own, name)
