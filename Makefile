@@ -35,7 +35,7 @@ app: .venv/ready ## classify images in the browser, with the demo's latest model
 	exec $(BIN)/python -m skin_resnet app "$$model"
 
 test: .venv/ready ## run the tests (under six minutes on two CPU cores)
-	$(BIN)/python -m pytest -q --numprocesses=logical --dist=loadfile
+	$(BIN)/python -m pytest -q --numprocesses=logical --dist=loadfile --durations=15
 
 test-slow: .venv/ready ## run the tests that take minutes each
 	$(BIN)/python -m pytest -q -m slow --durations=20 --numprocesses=logical --dist=loadfile
