@@ -83,8 +83,9 @@ class Machine(Search):
 @pytest.fixture
 def tracking_server(storage: str, tmp_path: Path) -> Iterator[Server]:  # noqa: F811
     with psycopg.connect(storage.replace("+psycopg", ""), autocommit=True) as connection:
-        connection.execute("DROP DATABASE IF EXISTS mlflow WITH (FORCE)")
-        connection.execute("CREATE DATABASE mlflow")
+        for name in ("mlflow", "study"):
+            connection.execute(f"DROP DATABASE IF EXISTS {name} WITH (FORCE)")
+            connection.execute(f"CREATE DATABASE {name}")
     server = Server(tmp_path, storage.replace("/postgres", "/mlflow"))
     server.start()
     yield server
@@ -99,7 +100,13 @@ def test_four_machines_finish_a_study_though_one_dies_one_leaves_and_the_server_
     tmp_path: Path,
     class_folders: Path,
 ) -> None:
-    options = {"storage": storage, "study_name": "folders", "n_trials": 6, "epochs": 10, "heartbeat_s": 2}
+    options = {
+        "storage": storage.replace("/postgres", "/study"),
+        "study_name": "folders",
+        "n_trials": 6,
+        "epochs": 10,
+        "heartbeat_s": 2,
+    }
     machines = [
         Machine(tmp_path / f"machine{number}", class_folders, tracking_server.uri, **options)
         for number in range(4)
@@ -213,7 +220,13 @@ def test_a_job_array_finishes_a_study_though_one_task_is_out_of_time_and_one_can
     tmp_path: Path,
     class_folders: Path,
 ) -> None:
-    options = {"storage": storage, "study_name": "folders", "n_trials": 6, "epochs": 20, "heartbeat_s": 2}
+    options = {
+        "storage": storage.replace("/postgres", "/study"),
+        "study_name": "folders",
+        "n_trials": 6,
+        "epochs": 20,
+        "heartbeat_s": 2,
+    }
     project = Machine(tmp_path / "project", class_folders, tracking_server.uri, **options)
     project.log = project.folder / "search-1.log"
     program = project.folder / ".venv" / "bin" / "skin-resnet"
