@@ -42,10 +42,10 @@ WORKERS = os.cpu_count() or 1
 
 
 class Images(Dataset[tuple[Tensor, int]]):
-    """JPEGs, decoded each time they are asked for."""
+    """JPEGs, decoded each time they are asked for; timm sets `transform` itself."""
 
-    def __init__(self, paths: list[Path], transform: Callable[[Image.Image], Tensor]) -> None:
-        self._paths, self._transform = paths, transform
+    def __init__(self, paths: list[Path], transform: Callable[[Image.Image], Tensor] | None = None) -> None:
+        self._paths, self.transform = paths, transform
 
     def __len__(self) -> int:
         """Count the images."""
@@ -53,51 +53,46 @@ class Images(Dataset[tuple[Tensor, int]]):
 
     def __getitem__(self, index: int) -> tuple[Tensor, int]:
         """Return an image, float32 (3, S, S), and a class."""
+        assert self.transform is not None
         with Image.open(self._paths[index]) as image:
-            return self._transform(image.convert("RGB")), index % 7
+            return self.transform(image.convert("RGB")), index % 7
 
 
-def build_dataset_loader(paths: list[Path], size: int) -> Iterable[tuple[Tensor, Tensor]]:
-    """Build the loader of the usual notebook."""
-    transform = v1.Compose(
+Batches = Iterable[tuple[Tensor, Tensor]]
+
+
+def build_loader(paths: list[Path], transform: Callable[[Image.Image], Tensor]) -> Batches:
+    """Build PyTorch's loader."""
+    return DataLoader(Images(paths, transform), BATCH_SIZE, shuffle=True, num_workers=WORKERS, drop_last=True)
+
+
+def build_dataset_transform(size: int) -> v1.Compose:
+    """Build the transforms of the usual notebook."""
+    return v1.Compose(
         [
             v1.Resize(size), v1.CenterCrop(size), v1.RandomHorizontalFlip(), v1.RandomVerticalFlip(),
             v1.RandomRotation(180), v1.ToTensor(), v1.Normalize(IMAGENET_MEAN, IMAGENET_STD),
         ]
     )  # fmt: skip
-    return DataLoader(Images(paths, transform), BATCH_SIZE, shuffle=True, num_workers=WORKERS, drop_last=True)
 
 
-def build_reference_loader(paths: list[Path], size: int) -> Iterable[tuple[Tensor, Tensor]]:
-    """Build the loader of torchvision's classification reference, with the same changes."""
-    transform = v2.Compose(
+def build_reference_transform(size: int) -> v2.Compose:
+    """Build the transforms of torchvision's classification reference, with the same changes."""
+    return v2.Compose(
         [
             v2.PILToTensor(), v2.Resize(size, antialias=True), v2.CenterCrop(size),
             v2.RandomHorizontalFlip(), v2.RandomVerticalFlip(), v2.RandomRotation(180),
             v2.ToDtype(torch.float32, scale=True), v2.Normalize(IMAGENET_MEAN, IMAGENET_STD),
         ]
     )  # fmt: skip
-    return DataLoader(Images(paths, transform), BATCH_SIZE, shuffle=True, num_workers=WORKERS, drop_last=True)
 
 
-def build_timm_loader(paths: list[Path], size: int) -> Iterable[tuple[Tensor, Tensor]]:
+def build_timm_loader(paths: list[Path], size: int) -> Batches:
     """Build timm's loader, which normalizes batches of uint8 outside the workers."""
     from timm.data import create_loader
 
-    dataset = Images(paths, lambda image: image)  # type: ignore[arg-type, return-value]
-
-    class Transformed(Dataset[tuple[Tensor, int]]):
-        transform: Callable[[Image.Image], Tensor] = staticmethod(lambda image: image)  # set by timm
-
-        def __len__(self) -> int:
-            return len(dataset)
-
-        def __getitem__(self, index: int) -> tuple[Tensor, int]:
-            image, target = dataset[index]
-            return self.transform(image), target  # type: ignore[arg-type]
-
-    loader: Iterable[tuple[Tensor, Tensor]] = create_loader(
-        Transformed(), (3, size, size), BATCH_SIZE, is_training=True, use_prefetcher=True,
+    loader: Batches = create_loader(
+        Images(paths), (3, size, size), BATCH_SIZE, is_training=True, use_prefetcher=True,
         hflip=0.5, vflip=0.5, scale=(0.9, 1.0), color_jitter=None, interpolation="bilinear",
         num_workers=WORKERS, mean=IMAGENET_MEAN, std=IMAGENET_STD, device=choose_device(),
     )  # fmt: skip
@@ -110,7 +105,7 @@ def choose_device() -> torch.device:
 
 
 def train_plainly(
-    loader: Iterable[tuple[Tensor, Tensor]],
+    loader: Batches,
     network: nn.Module,
     optimizer: torch.optim.Optimizer,
     *,
@@ -142,7 +137,7 @@ def train_with_timm(paths: list[Path], size: int) -> Iterator[int]:
     return train_plainly(build_timm_loader(paths, size), network, optimizer, fast=True)
 
 
-def train_with_torchvision(loader: Iterable[tuple[Tensor, Tensor]]) -> Iterator[int]:
+def train_with_torchvision(loader: Batches) -> Iterator[int]:
     """Train torchvision's network with Adam, in fp32."""
     network = resnet50(num_classes=7)
     return train_plainly(loader, network, torch.optim.Adam(network.parameters()), fast=False)
@@ -218,8 +213,10 @@ def main() -> None:
         for size in map(int, given.sizes.split(",")):
             contenders = {
                 "this package": Ours(folder, size, Path(scratch, "cache")),
-                "dataset": Plain(train_with_torchvision(build_dataset_loader(paths, size))),
-                "reference": Plain(train_with_torchvision(build_reference_loader(paths, size))),
+                "dataset": Plain(train_with_torchvision(build_loader(paths, build_dataset_transform(size)))),
+                "reference": Plain(
+                    train_with_torchvision(build_loader(paths, build_reference_transform(size)))
+                ),
                 "timm": Plain(train_with_timm(paths, size)),
             }
             speeds: dict[str, float] = dict.fromkeys(contenders, 0.0)

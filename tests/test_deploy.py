@@ -71,9 +71,12 @@ def test_the_study_file_is_one_that_search_takes(tmp_path: Path) -> None:
 class Machine(Search):
     """A machine with a folder of its own; it shares the study, the tracking server and the images."""
 
-    def __init__(self, folder: Path, data: Path, tracking_uri: str, **options: object) -> None:
+    N_TRIALS = 6
+
+    def __init__(self, folder: Path, data: Path, storage: str, tracking_uri: str, epochs: int) -> None:  # noqa: F811
         folder.mkdir()
-        super().__init__(folder, data, **options)
+        study = {"storage": storage.replace("/postgres", "/study"), "study_name": "folders"}
+        super().__init__(folder, data, **study, n_trials=self.N_TRIALS, epochs=epochs, heartbeat_s=2)
         self.tracking_uri = tracking_uri
         given = dict(each.removeprefix("--").split("=", 1) for each in self.command[4:])
         (folder / "study.yaml").write_text(yaml.safe_dump(given))
@@ -100,15 +103,8 @@ def test_four_machines_finish_a_study_though_one_dies_one_leaves_and_the_server_
     tmp_path: Path,
     class_folders: Path,
 ) -> None:
-    options = {
-        "storage": storage.replace("/postgres", "/study"),
-        "study_name": "folders",
-        "n_trials": 6,
-        "epochs": 10,
-        "heartbeat_s": 2,
-    }
     machines = [
-        Machine(tmp_path / f"machine{number}", class_folders, tracking_server.uri, **options)
+        Machine(tmp_path / f"machine{number}", class_folders, storage, tracking_server.uri, epochs=10)
         for number in range(4)
     ]
     try:
@@ -124,7 +120,7 @@ def test_four_machines_finish_a_study_though_one_dies_one_leaves_and_the_server_
     finally:
         for machine in machines:
             machine.kill()
-    machines[2].check_books(6)
+    machines[2].check_books(Machine.N_TRIALS)
     assert all("Traceback" not in machine.log.read_text() for machine in machines)
 
 
@@ -220,14 +216,7 @@ def test_a_job_array_finishes_a_study_though_one_task_is_out_of_time_and_one_can
     tmp_path: Path,
     class_folders: Path,
 ) -> None:
-    options = {
-        "storage": storage.replace("/postgres", "/study"),
-        "study_name": "folders",
-        "n_trials": 6,
-        "epochs": 20,
-        "heartbeat_s": 2,
-    }
-    project = Machine(tmp_path / "project", class_folders, tracking_server.uri, **options)
+    project = Machine(tmp_path / "project", class_folders, storage, tracking_server.uri, epochs=20)
     project.log = project.folder / "search-1.log"
     program = project.folder / ".venv" / "bin" / "skin-resnet"
     program.parent.mkdir(parents=True)
@@ -246,4 +235,4 @@ def test_a_job_array_finishes_a_study_though_one_task_is_out_of_time_and_one_can
     for task in (1, 2):  # Slurm would wait for two minutes
         cluster.run("scontrol", "update", f"jobid={job}_{task}", "starttime=now")
     cluster.wait_for(job, lambda states: states == ["COMPLETED"] * 2)
-    project.check_books(6)
+    project.check_books(Machine.N_TRIALS)
