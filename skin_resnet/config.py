@@ -191,6 +191,8 @@ class TrainConfig(RuntimeOptions, EvaluationOptions, TrainingOptions, ModelOptio
         # MLflow would refuse the name only after everything has been trained and tested.
         if re.search("[/:]", self.register_as):
             raise UserError(f"register_as: {self.register_as[:60]!r} is no model's name; leave out / and :")
+        if 0 < self.start_size < 32:
+            raise UserError(f"start_size={self.start_size}: should be 0 (off), or 32 or more, as image_size")
         if self.batch_size < 2 * self.devices:
             raise UserError(f"batch_size={self.batch_size} is less than 2 for each of devices={self.devices}")
         return self

@@ -9,7 +9,6 @@ from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
-from unittest.mock import Mock
 
 import numpy as np
 import pytest
@@ -144,44 +143,6 @@ def test_only_our_own_launch_decides_ranks(monkeypatch: pytest.MonkeyPatch) -> N
     script = "from skin_resnet import training; training.ignore_foreign_ranks(); import lightning_fabric"
     variables = {**os.environ, "LOCAL_RANK": "abc"}
     subprocess.run([sys.executable, "-c", script], env=variables, check=True, cwd=ROOT)
-
-
-@pytest.mark.parametrize("ema_decay", [0.0, 0.9])
-def test_after_an_epoch_on_several_devices_all_score_one_network(ema_decay: float) -> None:
-    state, train, val = build(epochs=1, ema_decay=ema_decay)
-    single = state.fabric
-
-    def all_reduce(value: torch.Tensor, reduce_op: str) -> torch.Tensor:
-        return torch.full_like(value, 3.0) if reduce_op == "mean" else value
-
-    state.fabric = Mock(
-        wraps=single, world_size=2, device=single.device, global_rank=0, all_reduce=all_reduce
-    )
-    list(fit(state, train, val))
-    for network in (state.network, state.scored_network):
-        assert all((buffer == 3).all() for buffer in network.buffers() if buffer.is_floating_point())
-
-
-def test_all_devices_average_their_networks_in_the_same_order(monkeypatch: pytest.MonkeyPatch) -> None:
-    state, train, val = build(epochs=1, ema_decay=0.9)
-    averaged: list[torch.Tensor] = []
-
-    def all_reduce(value: torch.Tensor, reduce_op: str) -> torch.Tensor:
-        if reduce_op == "mean":
-            averaged.append(value)
-        return value
-
-    # The order of a set would follow the hash, which is another one in each process.
-    hashes = {id(state.network): 2, id(state.ema): 1}
-    monkeypatch.setattr(type(state.network), "__hash__", lambda self: hashes.get(id(self), 0))
-    single = state.fabric
-    state.fabric = Mock(
-        wraps=single, world_size=2, device=single.device, global_rank=0, all_reduce=all_reduce
-    )
-    list(fit(state, train, val))
-    networks = (state.network, state.scored_network)
-    expected = [b for network in networks for b in network.buffers() if b.is_floating_point()]
-    assert [id(buffer) for buffer in averaged] == [id(buffer) for buffer in expected]
 
 
 def test_the_moving_average_is_that_of_the_definition() -> None:

@@ -1,5 +1,7 @@
 """Batches: every image once, in an order that the seed fixes, shared among processes without overlap."""
 
+import itertools
+
 import numpy as np
 import pytest
 import torch
@@ -49,21 +51,22 @@ def test_batches_are_even_and_never_over_size(size: int, batch_size: int) -> Non
 
 
 @pytest.mark.parametrize(
-    ("size", "batch_size", "world_size"), [(65, 2, 1), (23, 4, 2), (7, 2, 1), (11, 6, 3)]
+    ("size", "batch_size", "world_size"), [(65, 2, 1), (23, 4, 2), (7, 2, 1), (11, 6, 3), (9, 4, 4)]
 )
-def test_no_process_gets_a_batch_of_one(size: int, batch_size: int, world_size: int) -> None:
+def test_each_process_has_an_image_of_each_batch_and_all_have_two(
+    size: int, batch_size: int, world_size: int
+) -> None:
     for rank in range(world_size):
         loader = build(size, batch_size, rank=rank, world_size=world_size)
-        assert min(len(batch.targets) for batch in loader.ordered()) >= 2
+        assert min(len(batch.targets) for batch in loader.ordered()) >= (2 if world_size == 1 else 1)
+        assert min(len(batch.targets) for batch in loader.shuffled(0, 0)) >= 2
 
 
 @pytest.mark.parametrize("world_size", [2, 3])
-def test_processes_share_each_batch_without_overlap(world_size: int) -> None:
-    shares = [
-        list(build(batch_size=8, rank=rank, world_size=world_size).shuffled(0, 3))
-        for rank in range(world_size)
-    ]
-    whole = list(build(batch_size=8).shuffled(0, 3))
-    for step, batch in enumerate(whole):
-        together = torch.cat([share[step].positions for share in shares])
-        assert sorted(together.tolist()) == sorted(batch.positions.tolist())
+def test_processes_share_each_batch_of_val_and_have_each_of_train(world_size: int) -> None:
+    shares = [build(batch_size=8, rank=rank, world_size=world_size) for rank in range(world_size)]
+    for steps in zip(build(batch_size=8).ordered(), *(share.ordered() for share in shares), strict=True):
+        whole, *parts = [batch.positions.tolist() for batch in steps]
+        assert sorted(itertools.chain(*parts)) == whole
+    for steps in zip(*(share.shuffled(0, 3) for share in shares), strict=True):
+        assert len({tuple(batch.positions.tolist()) for batch in steps}) == 1

@@ -35,7 +35,7 @@ def place_pixels(store: ImageStore, device: torch.device) -> Tensor:
 
 @dataclass(frozen=True, kw_only=True)
 class Loader:
-    """The batches of one split, for one of `world_size` processes that share each batch."""
+    """The batches of one split, for one of `world_size` processes."""
 
     pixels: Tensor  # uint8 (M, S, S, 3), of the whole store, from `place_pixels`
     rows: NDArray[np.int64]  # (N,): the split's rows of the store
@@ -48,9 +48,11 @@ class Loader:
     def __len__(self) -> int:
         """Count the batches of an epoch: as few as the batch size allows, with at least two images each.
 
-        BatchNorm cannot train on one image per process, so some batches of a tiny size have one image more.
+        BatchNorm cannot train on one image, and each process needs one of its own, so some batches of a tiny
+        size have an image more.
         """
-        return max(1, min(-(-len(self.rows) // self.batch_size), len(self.rows) // (2 * self.world_size)))
+        smallest = max(2, self.world_size)
+        return max(1, min(-(-len(self.rows) // self.batch_size), len(self.rows) // smallest))
 
     def thin(self, count: int) -> "Loader":
         """Return a loader of about `count` of the images, evenly spaced in the split's order."""
@@ -60,19 +62,19 @@ class Loader:
     def shuffled(self, seed: int, epoch: int, first_step: int = 0) -> Iterator[Batch]:
         """Yield every image once, in the order that `seed` and `epoch` fix: for training.
 
-        A resumed epoch starts at batch `first_step`.
+        Every process gets whole batches. A resumed epoch starts at batch `first_step`.
         """
         order = np.random.default_rng((seed, epoch)).permutation(len(self.rows))
-        return self._build_batches(order, first_step)
+        return self._build_batches(np.array_split(order, len(self))[first_step:])
 
     def ordered(self) -> Iterator[Batch]:
-        """Yield every image once, in the split's order: for val and test."""
-        return self._build_batches(np.arange(len(self.rows)))
+        """Yield every image once, in the split's order, each in one of the processes: for val and test."""
+        batches = np.array_split(np.arange(len(self.rows)), len(self))
+        return self._build_batches([batch[self.rank :: self.world_size] for batch in batches])
 
-    def _build_batches(self, order: NDArray[np.int64], first_step: int = 0) -> Iterator[Batch]:
+    def _build_batches(self, batches: list[NDArray[np.int64]]) -> Iterator[Batch]:
         # Batches of almost equal size instead of full ones and a rest: no image is dropped or weighs more.
-        for whole_step in np.array_split(order, len(self))[first_step:]:
-            positions = torch.from_numpy(whole_step[self.rank :: self.world_size])
+        for positions in map(torch.from_numpy, batches):
             rows = torch.from_numpy(self.rows)[positions]
             yield Batch(
                 pixels=self.pixels[rows.to(self.pixels.device)].to(self.device),

@@ -1,14 +1,18 @@
 """What a training runs on: devices and precision, and what to do when memory is full."""
 
 import logging
+import time
+from contextlib import nullcontext
+from subprocess import Popen
 
 import torch
 from lightning_fabric import Fabric
 from lightning_fabric.plugins.environments.lightning import LightningEnvironment
+from torch import Tensor, nn
 
 from skin_resnet.config import TrainConfig
 from skin_resnet.errors import UserError
-from skin_resnet.training import ignore_foreign_ranks
+from skin_resnet.training import get_worker_task, ignore_foreign_ranks, start_workers_with
 
 
 def build_fabric(device: str, precision: str, devices: int) -> Fabric:
@@ -42,6 +46,82 @@ def _is_bf16_fast(accelerator: str) -> bool:
         units = torch.cpu.get_capabilities()
         return bool(units.get("avx512_bf16") or units.get("amx_bf16"))
     return accelerator == "cuda" and torch.cuda.is_bf16_supported()
+
+
+def launch(fabric: Fabric, task: dict[str, str]) -> list[Popen[bytes]]:
+    """Start the processes of the further devices, with the training they take part in, and return them."""
+    with nullcontext() if get_worker_task() else start_workers_with(task):
+        fabric.launch()
+    started = getattr(fabric.strategy.launcher, "procs", [])
+    processes = list(started)
+    if fabric.device.type == "cpu":
+        # Lightning watches these, and kills this process at any moment when one has ended. On a CPU the next
+        # batch fails anyway; NCCL would wait for ten minutes.
+        started.clear()
+    return processes
+
+
+def end_processes(processes: list[Popen[bytes]], error: BaseException) -> str:
+    """Kill the processes of the further devices; return which had ended and so caused the error, if any.
+
+    In the middle of a step they would wait for this one until they time out.
+    """
+    if processes and isinstance(error, RuntimeError):
+        time.sleep(1)  # the connection is lost a moment before the process has ended
+    codes = [process.poll() for process in processes]
+    for process in processes:
+        process.kill()
+    lost = [f"{rank} (exit code {code})" for rank, code in enumerate(codes, start=1) if code]
+    caused = lost and isinstance(error, RuntimeError)
+    return f"lost process {', '.join(lost)} of {1 + len(processes)}; continue with resume" if caused else ""
+
+
+class _SumOverRanks(torch.autograd.Function):
+    """The sum over all processes of a tensor, and of its gradient."""
+
+    @staticmethod
+    def forward(context: object, values: Tensor) -> Tensor:
+        total = values.clone(memory_format=torch.contiguous_format)
+        torch.distributed.all_reduce(total)
+        return total
+
+    @staticmethod
+    def backward(context: object, gradient: Tensor) -> Tensor:
+        return _SumOverRanks.forward(context, gradient)
+
+
+class _SharedBatchNorm(nn.BatchNorm2d):
+    """What `nn.SyncBatchNorm` is on GPUs, for CPUs: statistics are those of all processes' images."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        if not self.training:
+            return super().forward(x)
+        shape, dims = (1, -1, 1, 1), (0, 2, 3)
+        with torch.autocast(x.device.type, enabled=False):
+            values = x.float()
+            count = _SumOverRanks.apply(values.new_tensor(values.numel() / values.shape[1]))
+            mean = _SumOverRanks.apply(values.sum(dims)) / count
+            centered = values - mean.view(shape)
+            variance = _SumOverRanks.apply(centered.square().sum(dims)) / count
+            scale = self.weight * (variance + self.eps).rsqrt()
+            result = centered * scale.view(shape) + self.bias.view(shape)
+        with torch.no_grad():
+            averages, momentum = dict(self.named_buffers()), self.momentum or 0.0
+            averages["running_mean"].lerp_(mean, momentum)
+            averages["running_var"].lerp_(variance * count / (count - 1), momentum)
+            averages["num_batches_tracked"].add_(1)
+        output: Tensor = result.type_as(x)
+        return output
+
+
+def share_batchnorm(network: nn.Module, fabric: Fabric) -> nn.Module:
+    """Make BatchNorm see the images of all processes, so that a batch has one result however it is shared."""
+    if fabric.world_size > 1 and fabric.device.type != "cpu":
+        return nn.SyncBatchNorm.convert_sync_batchnorm(network)  # type: ignore[no-any-return, no-untyped-call]
+    for module in network.modules():
+        if fabric.world_size > 1 and type(module) is nn.BatchNorm2d:
+            module.__class__ = _SharedBatchNorm  # the same attributes
+    return network
 
 
 def is_out_of_memory(error: BaseException) -> bool:

@@ -152,6 +152,8 @@ def _train_epoch(
     # Reading a loss makes a GPU wait, so there it is done rarely.
     check_every = 1 if fabric.device.type == "cpu" else 50
     size = compute_train_size(config, state.epoch, train.pixels.shape[1])
+    # Each process changes the whole batch, so that as many as there are train the same network.
+    own = slice(fabric.global_rank, None, fabric.world_size)
     batches = train.shuffled(config.seed, state.epoch, state.step)
     for step, batch in enumerate(progress(batches, state.epoch + 1), start=state.step):
         generator = seed_step(config.seed, state.epoch, step, fabric.global_rank)
@@ -159,29 +161,26 @@ def _train_epoch(
         images = shrink(to_float(batch.pixels), size)
         images = augment(images, RECIPES[config.augment], generator)
         images, targets = mix(images, batch.targets, num_classes, config.mixup, config.cutmix, generator)
-        logits = state.model(normalize(images))
-        loss = compute_loss(logits, targets, state.class_weights, config.label_smoothing)
-        fabric.backward(loss)
+        logits = state.model(normalize(images[own]))
+        loss = compute_loss(logits, targets[own], state.class_weights, config.label_smoothing)
+        # DDP averages over the processes, some of which may have an image less.
+        fabric.backward(loss * (len(logits) * fabric.world_size / len(images)))
         if config.grad_clip > 0:
             norm = config.grad_clip
             fabric.clip_gradients(state.model, state.optimizer, max_norm=norm, error_if_nonfinite=False)
         state.optimizer.step()
         state.optimizer.zero_grad()
         state.update_ema(state.epoch * len(train) + step)
+        seen[batch.positions[own], 1:] = logits.detach().float().softmax(dim=1)
+        if fabric.world_size > 1:
+            seen[batch.positions] = _sum_over_ranks(seen[batch.positions], fabric)
         seen[batch.positions, 0] = targets.argmax(dim=1).to(seen.dtype)
-        seen[batch.positions, 1:] = logits.detach().float().softmax(dim=1)
         losses.append((loss.detach(), batch.positions))
         if len(losses) == check_every or step == len(train) - 1:
             _check_losses(losses, state)
             losses.clear()
         state.step = step + 1
         on_batch()
-    if fabric.world_size > 1:
-        seen = _sum_over_ranks(seen, fabric)
-        # BatchNorm's statistics: each rank has seen its own images only. On all ranks in the same order.
-        for network in dict.fromkeys((state.network, state.scored_network)):
-            for buffer in filter(Tensor.is_floating_point, network.buffers()):
-                buffer.copy_(fabric.all_reduce(buffer, reduce_op="mean"))  # type: ignore[arg-type]
     return _to_probabilities(seen[:, 1:]), seen[:, 0].long().cpu()
 
 
@@ -197,10 +196,14 @@ def compute_train_size(config: TrainConfig, epoch: int, full_size: int) -> int:
 
 
 def seed_step(seed: int, epoch: int, step: int, rank: int) -> torch.Generator:
-    """Seed every random number of a step: the returned generator, and torch's own for dropout."""
-    step_seed = int(np.random.SeedSequence((seed, epoch, step, rank)).generate_state(1, np.uint64)[0] >> 1)
-    torch.manual_seed(step_seed)
-    return torch.Generator().manual_seed(step_seed)
+    """Seed a step's random numbers: torch's own, for dropout, and the returned generator's, for all ranks."""
+
+    def draw(rank: int) -> int:
+        sequence = np.random.SeedSequence((seed, epoch, step, rank))
+        return int(sequence.generate_state(1, np.uint64)[0] >> 1)
+
+    torch.manual_seed(draw(rank))
+    return torch.Generator().manual_seed(draw(0))
 
 
 def _check_losses(losses: list[tuple[Tensor, Tensor]], state: TrainingState) -> None:

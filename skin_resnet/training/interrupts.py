@@ -39,6 +39,13 @@ def handled() -> Iterator[None]:
             signal.signal(number, handler)
 
 
+def ignore() -> None:
+    """Ignore these signals from now on."""
+    for name in _NAMES:
+        if hasattr(signal, name):
+            signal.signal(getattr(signal, name), signal.SIG_IGN)
+
+
 def _note(number: int, frame: FrameType | None) -> None:
     now = time.monotonic()
     if _Noted.number is None:

@@ -57,6 +57,6 @@ def show_progress(state: TrainingState, loader: Loader) -> Progress:
         ) as bar:
             for batch in batches:
                 yield batch
-                bar.update(len(batch.targets) * state.fabric.world_size)
+                bar.update(len(batch.targets))
 
     return show

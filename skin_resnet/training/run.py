@@ -3,7 +3,6 @@
 import os
 import time
 from collections.abc import Callable
-from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -15,14 +14,15 @@ from skin_resnet.config import TrainConfig
 from skin_resnet.data.loader import Loader
 from skin_resnet.data.prepare import PreparedData, prepare_data
 from skin_resnet.data.split import SPLITS
+from skin_resnet.errors import UserError
 from skin_resnet.evaluation.calibration import Calibration, fit_calibration, get_val_predictions
 from skin_resnet.evaluation.metrics import Metrics, Predictions
 from skin_resnet.model.classifier import build_network, fit_familiarity
 from skin_resnet.model.resnet import build_resnet
 from skin_resnet.model.weights import load_weights
-from skin_resnet.training import get_worker_task, interrupts, start_workers_with
+from skin_resnet.training import get_worker_task, interrupts
 from skin_resnet.training.checkpoint import RunFolder, hash_network, read_checkpoint, save_checkpoint
-from skin_resnet.training.device import build_fabric
+from skin_resnet.training.device import build_fabric, end_processes, launch
 from skin_resnet.training.engine import (
     EpochResult,
     NonFiniteLossError,
@@ -119,8 +119,7 @@ def run_training(
     fabric = build_fabric(config.device, config.precision, config.devices)
     is_resumed = "yes" if point.saved else ""
     task = {"config": config.model_dump_json(), "folder": str(folder.path), "is_resumed": is_resumed}
-    with nullcontext() if get_worker_task() else start_workers_with(task):
-        fabric.launch()
+    processes = launch(fabric, task)
     if fabric.is_global_zero and not resume:
         folder.acquire()
     try:
@@ -128,14 +127,14 @@ def run_training(
         training.run(on_epoch)
         return training.conclude()
     except BaseException as error:
-        # In the middle of a step the other processes wait for this one until they time out, half an hour.
-        for process in getattr(fabric.strategy.launcher, "procs", ()):
-            process.kill()
+        lost = end_processes(processes, error)
         if fabric.is_global_zero and not folder.last.exists():
             folder.remove()
         if isinstance(error, NonFiniteLossError):
             ids = [data.split.train[position] for position in error.positions]
             raise NonFiniteLossError(f"{error}. Its batch: {', '.join(ids)}", error.positions) from None
+        if lost:
+            raise UserError(lost) from None
         raise
 
 
@@ -145,6 +144,7 @@ def take_part() -> bool:
     if task is None:
         return False
     config, folder = TrainConfig.model_validate_json(task["config"]), RunFolder(Path(task["folder"]))
+    interrupts.ignore()  # they are for the process that started this one, which then ends it
     saved = folder.read_state() if task["is_resumed"] else None
     run_training(config, resume=ResumePoint(folder=folder, config=config, saved=saved))
     return True
@@ -232,8 +232,7 @@ class _Training:
         """Save if it is time to, or a signal to end came, on which the training then stops."""
         pause_s = 60 * self._config.checkpoint_minutes
         is_due = time.monotonic() - self._saved_at_s >= pause_s or interrupts.is_requested()
-        # Within an epoch, several processes have BatchNorm statistics of their own: only its end is whole.
-        if is_due and pause_s > 0 and self._fabric.world_size == 1:
+        if is_due and pause_s > 0:
             self._save_state()
         interrupts.check()
 

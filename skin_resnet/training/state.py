@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from skin_resnet.config import TrainConfig
 from skin_resnet.data.loader import Loader
+from skin_resnet.training.device import share_batchnorm
 from skin_resnet.training.optim import Schedule, build_optimizer, compute_class_weights
 
 
@@ -95,7 +96,7 @@ def build_state(
     config: TrainConfig, fabric: Fabric, network: nn.Module, train: Loader, num_classes: int
 ) -> TrainingState:
     """Move a network to the device and set up its training."""
-    network = network.to(fabric.device).to(memory_format=torch.channels_last)
+    network = share_batchnorm(network, fabric).to(fabric.device).to(memory_format=torch.channels_last)
     ema = copy.deepcopy(network).requires_grad_(False) if config.ema_decay > 0 else None
     model, optimizer = fabric.setup(network, build_optimizer(network, config))
     counts = np.bincount(train.targets.numpy(), minlength=num_classes)
