@@ -398,10 +398,10 @@ def start_two(config: TrainConfig, *options: str) -> subprocess.Popen[str]:
 def test_two_processes_train_the_network_of_one_in_one_run_and_reproduce_it(
     config: TrainConfig, store: Path
 ) -> None:
-    # Batches of 9 are shared unequally. Adam would make large steps of the smallest differences.
+    # Batches of 5 are shared unequally. Adam would make large steps of the smallest differences.
     config = config.with_changes(
-        epochs=1, batch_size=9, optimizer="sgd", augment="strong", mixup=0.2, cutmix=1.0, ema_decay=0.9,
-        class_weighting="sqrt", label_smoothing=0.1, grad_clip=1.0, precision="fp32",
+        epochs=1, image_size=64, batch_size=5, optimizer="sgd", augment="strong", mixup=0.2, cutmix=1.0,
+        ema_decay=0.9, class_weighting="sqrt", label_smoothing=0.1, grad_clip=1.0, precision="fp32",
     )  # fmt: skip
     before = len(mlflow.search_runs(output_format="list"))
     train(config)
@@ -414,9 +414,11 @@ def test_two_processes_train_the_network_of_one_in_one_run_and_reproduce_it(
     assert two.info.status == "FINISHED"
     networks = [read_checkpoint(download_checkpoint(run.info.run_id))["network"] for run in (one, two)]
     for name, values in networks[0].items():
-        # Batches of other sizes are convolved in another order, which moves the variances of layer4 most.
-        relative = 2e-6 if "running" in name else 0.0
-        torch.testing.assert_close(networks[1][name], values, rtol=relative, atol=1e-6, msg=name)
+        # Batches of other sizes are convolved in another order, which moves the largest variances most.
+        limit = 2e-6 if "running" in name else 1e-6
+        assert (networks[1][name].double() - values.double()).abs().max() <= limit * max(1, values.max()), (
+            name
+        )
     for key, value in one.data.metrics.items():
         if key.startswith(("train/", "val/", "test_")):
             assert two.data.metrics[key] == pytest.approx(value, abs=1e-5), key
