@@ -1,11 +1,16 @@
 """What several test modules share: small real data."""
 
 import os
+import sqlite3
+from collections.abc import Iterator
+from contextlib import closing
 from pathlib import Path
 
+import mlflow.store.db.utils
 import numpy as np
 import pandas as pd
 import pytest
+import sqlalchemy
 from PIL import Image
 
 from skin_resnet.labels import HAM10000_CLASSES
@@ -46,3 +51,25 @@ def write_class_folders(folder: Path, images_per_class: int = 12, size: int = 32
 @pytest.fixture(scope="session")
 def class_folders(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_class_folders(tmp_path_factory.mktemp("data") / "folders")
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _migrate_once(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """Copy the tracking stores of this process from a first one: MLflow's migrations take seconds."""
+    first = tmp_path_factory.mktemp("first") / "mlflow.db"
+    migrate = mlflow.store.db.utils._initialize_tables
+
+    def copy(engine: sqlalchemy.Engine) -> None:
+        if engine.dialect.name != "sqlite" or not engine.url.database:
+            migrate(engine)
+            return
+        if not first.exists():
+            own = sqlalchemy.create_engine(f"sqlite:///{first}")
+            migrate(own)
+            own.dispose()
+        with closing(sqlite3.connect(first)) as source, closing(sqlite3.connect(engine.url.database)) as new:
+            source.backup(new)
+
+    mlflow.store.db.utils._initialize_tables = copy
+    yield
+    mlflow.store.db.utils._initialize_tables = migrate

@@ -266,7 +266,7 @@ def test_what_nobody_should_send_gets_a_sentence(server: Any, kind: str) -> None
     assert not any(part in text for part in ("\n", "Traceback", "passwd/", "../"))
 
 
-@pytest.mark.parametrize("number", [300, pytest.param(5_000, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("number", [100, pytest.param(5_000, marks=pytest.mark.slow)])
 def test_any_number_of_them_takes_no_memory_and_the_next_image_is_classified(
     server: Any, number: int
 ) -> None:
@@ -373,6 +373,7 @@ def test_an_address_that_cannot_be_had_is_a_users_error(server: Any, host: str) 
         app(AppConfig(model="never read", host=host, port=port))
 
 
+@pytest.mark.slow
 def test_ctrl_c_ends_it_even_while_somebody_uploads(checkpoint: Path, tmp_path: Path) -> None:
     process, url = start(checkpoint, tmp_path / "log")
     host, port = url.removeprefix("http://").split(":")

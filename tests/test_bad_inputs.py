@@ -176,6 +176,7 @@ def run_process(store: Path, *arguments: str) -> subprocess.CompletedProcess[str
     )
 
 
+@pytest.mark.slow
 def test_in_a_process_of_its_own_no_library_adds_a_word(store: Path, tmp_path: Path) -> None:
     huge = next(bad for bad in BAD_IMAGES if bad.name == "100 megapixels").make(tmp_path)  # Pillow would warn
     (tmp_path / "code").mkdir()

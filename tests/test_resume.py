@@ -131,9 +131,16 @@ def kill_at(training: Training, moment: str, rng: random.Random) -> None:
 MOMENTS = ("any", "writing a checkpoint", "writing to MLflow")
 
 
-def check_kills(training: Training, unbroken: Training, kills: int) -> None:
-    rng = random.Random(kills)
-    for number in range(kills):
+@pytest.mark.slow
+@pytest.mark.timeout(3000)
+def test_a_run_killed_twenty_one_times_is_the_unbroken_one_to_the_bit(
+    training: Training, class_folders: Path, tmp_path: Path
+) -> None:
+    training.options["epochs"] = 40
+    unbroken = Training(tmp_path / "unbroken", class_folders, epochs=40)
+    assert unbroken.start().wait(300) == 0
+    rng = random.Random(0)
+    for number in range(21):
         kill_at(training, MOMENTS[number % len(MOMENTS)], rng)
         assert len(training.read_runs()) == 1, "all are resumed in one run"
     last = training.start(resume="auto")
@@ -143,23 +150,6 @@ def check_kills(training: Training, unbroken: Training, kills: int) -> None:
     assert run.data.tags["best.sha256"] == first_run.data.tags["best.sha256"]
     assert training.read_history(run) == unbroken.read_history(first_run)
     assert "Traceback" not in training.log.read_text()
-
-
-def test_a_run_killed_again_and_again_is_the_unbroken_one_to_the_bit(
-    training: Training, unbroken: Training
-) -> None:
-    check_kills(training, unbroken, kills=3)
-
-
-@pytest.mark.slow
-@pytest.mark.timeout(3000)
-def test_a_run_killed_twenty_one_times_is_the_unbroken_one_to_the_bit(
-    training: Training, class_folders: Path, tmp_path: Path
-) -> None:
-    training.options["epochs"] = 40
-    unbroken = Training(tmp_path / "unbroken", class_folders, epochs=40)
-    assert unbroken.start().wait(300) == 0
-    check_kills(training, unbroken, kills=21)
 
 
 def test_a_finished_run_leaves_no_checkpoints(unbroken: Training) -> None:

@@ -140,14 +140,14 @@ def test_trials_0_and_1_are_the_baseline_recipe_and_the_options_as_given(tmp_pat
     assert {each.augment for each in configs[2:]} == {"strong"}
 
 
-@pytest.mark.parametrize("sampler", ["random", "tpe", "gp"])
+@pytest.mark.parametrize("sampler", ["random", "tpe", pytest.param("gp", marks=pytest.mark.slow)])
 def test_a_resumed_study_replays_no_draws(tmp_path: Path, parent: str, sampler: str) -> None:
-    config = make_config(tmp_path, sampler=sampler)
+    config = make_config(tmp_path, sampler=sampler, n_trials=3)
     run(config, parent)
-    trials = run(config.with_changes(n_trials=6), parent)
+    trials = run(config.with_changes(n_trials=4), parent)
     drawn = [tuple(trial.params.values()) for trial in trials]
-    assert len(set(drawn)) == 6
-    again = run(make_config(tmp_path, study_name="again", sampler=sampler, n_trials=6), parent)
+    assert len(set(drawn)) == 4
+    again = run(make_config(tmp_path, study_name="again", sampler=sampler, n_trials=4), parent)
     assert [trial.params for trial in again] == [trial.params for trial in trials], "same seed, same study"
 
 

@@ -114,6 +114,7 @@ case "$1 $2" in "env list") echo '{"envs": []}' ;; esac
 """
 
 
+@pytest.mark.slow
 def test_the_default_environment_is_made_by_conda(
     start: Start, client: MlflowClient, class_folders, tmp_path
 ) -> None:
