@@ -18,6 +18,9 @@ import termios
 import time
 from pathlib import Path
 
+from benchmarks.results import keep
+from skin_resnet.evaluation.page import format_table
+
 ROOT = Path(__file__).parent.parent
 FIRST_BATCH = re.compile(rb"epoch 1/.*\| *[1-9][0-9.]*[kM]?/")
 TIMES = 5
@@ -57,8 +60,17 @@ def measure(command: list[str], folder: Path) -> float:
         os.close(terminal)
 
 
+def measure_exit(*arguments: str) -> float:
+    """Return the seconds that the command line takes to end by itself."""
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    start = time.perf_counter()
+    command = [sys.executable, "-m", "skin_resnet", *arguments]
+    subprocess.run(command, env=environment, capture_output=True, check=False)
+    return time.perf_counter() - start
+
+
 def main() -> None:
-    """Measure and print."""
+    """Measure and keep the table."""
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         options = {"image_size": 64, "cache_dir": folder / "cache", "checkpoint_dir": folder / "checkpoints"}
@@ -66,11 +78,21 @@ def main() -> None:
         project = ["mlflow", "run", str(ROOT), "--env-manager=local", *typed]
         own = [f"--{option}={value}" for option, value in options.items()]
         direct = [sys.executable, "-m", "skin_resnet", "train", *own]
-        print(f"first `mlflow run`, images and database yet to be made: {measure(project, folder):.1f} s")
-        for title, command in (("mlflow run", project), ("skin-resnet train", direct)):
-            seconds = [measure(command, folder) for _ in range(TIMES)]
-            spread = f"{min(seconds):.1f} to {max(seconds):.1f}"
-            print(f"{title}: {statistics.median(seconds):.1f} s (median of {TIMES}, {spread})")
+        first = measure(project, folder)
+        seconds = {
+            "first step of `mlflow run . --env-manager=local`": [
+                measure(project, folder) for _ in range(TIMES)
+            ],
+            "first step of `skin-resnet train`": [measure(direct, folder) for _ in range(TIMES)],
+            "`skin-resnet train --help`": [measure_exit("train", "--help") for _ in range(TIMES)],
+            "`skin-resnet train --learning_rate 1`, an error": [
+                measure_exit("train", "--learning_rate", "1") for _ in range(TIMES)
+            ],
+        }
+    rows = [["first `mlflow run`, images and database yet to be made", f"{first:.2f}", ""]]
+    for title, taken in seconds.items():
+        rows.append([title, f"{statistics.median(taken):.2f}", f"{min(taken):.2f} to {max(taken):.2f}"])
+    keep("start", format_table(["", "seconds", f"of {TIMES}"], rows))
 
 
 if __name__ == "__main__":

@@ -1,6 +1,6 @@
 """Images a second from disk to float batches: the image store beside a usual PIL data set in a DataLoader.
 
-`python -m benchmarks.store [FOLDER]`; without a folder of images it draws some as large as HAM10000's.
+`python -m benchmarks.store [FOLDER]`: on images drawn as large as HAM10000's, and on those of a folder.
 """
 
 import sys
@@ -8,16 +8,20 @@ import time
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from typing import Literal
 
 import numpy as np
 import pandas as pd
 import torch
+from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 from torchvision.transforms import v2
 
+from benchmarks.results import keep
 from skin_resnet.data.store import ImageStore, open_store
+from skin_resnet.evaluation.page import format_table
 
 DRAWN_IMAGES = 1000
 IMAGE_SIDES = (600, 450)
@@ -69,33 +73,57 @@ def measure(batches: Iterable[Tensor]) -> float:
     return images / (time.perf_counter() - start)
 
 
-def compare(folder: Path, cache_dir: Path) -> None:
-    """Build the store of a folder's images, read it and the images once each, and print the ratio."""
+def decode_all(paths: list[str], image_size: int) -> NDArray[np.uint8]:
+    """Decode images one after the other, as a loop over PIL does, to uint8 (N, S, S, 3)."""
+    crop = v2.Compose([v2.Resize(image_size), v2.CenterCrop(image_size)])
+    pixels = []
+    for path in paths:
+        with Image.open(path) as image:
+            pixels.append(np.asarray(crop(image.convert("RGB"))))
+    return np.stack(pixels)
+
+
+def compare(folder: Path, cache_dir: Path, size: int | Literal["auto"]) -> list[list[str]]:
+    """Build the store of a folder's images, read it and the images, and return the rows of the table."""
     paths = sorted(path for path in folder.rglob("*") if path.suffix.lower() in {".jpg", ".jpeg", ".png"})
     table = pd.DataFrame({"image_id": map(str, range(len(paths))), "path": map(str, paths)})
     start = time.perf_counter()
-    store = open_store(table, "auto", cache_dir, "stop")
-    build_s = time.perf_counter() - start
-    size, count = store.image_size, len(paths)
-    print(f"{count} images to {size} px in {build_s:.1f} s, once: {count / build_s:.0f} img/s")
-    dataset = PilDataset(list(table["path"]), size)
+    store = open_store(table, size, cache_dir, "stop")
+    built = len(paths) / (time.perf_counter() - start)
+    start = time.perf_counter()
+    decoded = decode_all(list(table["path"]), store.image_size)
+    looped = len(paths) / (time.perf_counter() - start)
+    difference = np.abs(decoded.astype(int) - store.pixels).max()
+    order = np.random.default_rng(0).integers(0, len(paths), 2000)
+    start = time.perf_counter()
+    for row in order:
+        store.pixels[row].copy()
+    read = len(order) / (time.perf_counter() - start)
+    dataset = PilDataset(list(table["path"]), store.image_size)
     loader = DataLoader(dataset, BATCH_SIZE, shuffle=True, num_workers=WORKERS, persistent_workers=True)
     next(iter(loader))  # the workers start here, which an epoch of many would not notice
     theirs, ours = measure(loader), measure(read_batches(store))
-    print(
-        f"store {ours:.0f} img/s, DataLoader with {WORKERS} workers {theirs:.0f} img/s, {ours / theirs:.0f}x"
-    )
+    rows = [
+        (f"build the store, beside decoding in a loop (largest difference {difference}/255)", built, looped),
+        ("read an image from the store, beside decoding it", read, looped),
+        (f"batches of the store, beside a DataLoader of PIL images with {WORKERS} workers", ours, theirs),
+    ]
+    shown = f"{len(paths)} images to {store.image_size} px: "
+    return [[shown + name, f"{a:,.0f}", f"{b:,.0f}", f"{a / b:.1f}x"] for name, a, b in rows]
 
 
 def main() -> None:
     """Compare on the folder of the command line, or on drawn images."""
     torch.set_num_threads(1)
+    rows = []
     with TemporaryDirectory() as scratch:
-        folder = Path(sys.argv[1]) if len(sys.argv) > 1 else Path(scratch, "images")
-        if len(sys.argv) == 1:
-            folder.mkdir()
-            draw_images(folder)
-        compare(folder, Path(scratch, "cache"))
+        drawn = Path(scratch, "images")
+        drawn.mkdir()
+        draw_images(drawn)
+        rows += compare(drawn, Path(scratch, "cache"), 224)
+        if len(sys.argv) > 1:
+            rows += compare(Path(sys.argv[1]), Path(scratch, "cache2"), "auto")
+    keep("store", format_table(["", "ours [img/s]", "theirs [img/s]", ""], rows))
 
 
 if __name__ == "__main__":
