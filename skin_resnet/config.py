@@ -109,8 +109,8 @@ class TrainingOptions(FrozenConfig):
         0,
         ge=0,
         le=1024,
-        description="Progressive resizing: side in pixels at which training starts; it grows to image_size "
-        "in the first two thirds of the epochs. 0: off.",
+        description="Progressive resizing: side in pixels at which training starts; it grows to image_size, "
+        "which the last epoch has. 0: off.",
     )
     best_by: BestMetric = Field("loss", description="Val metric that selects the best epoch.")
     patience: int = Field(0, ge=0, description="Stop after this many epochs without improvement; 0: never.")

@@ -199,7 +199,7 @@ def test_progressive_resizing_trains_small_first_and_scores_at_full_size() -> No
     )
     list(fit(state, train, val))
     trained = [size for is_training, size in sizes if is_training]
-    assert trained[:: len(train)] == [32, 48, 64, 80, 96, 96]
+    assert trained[:: len(train)] == [32, 32, 48, 48, 80, 96]
     assert {size for is_training, size in sizes if not is_training} == {96}
 
 

@@ -189,10 +189,12 @@ def compute_train_size(config: TrainConfig, epoch: int, full_size: int) -> int:
 
     Source: Howard, "fastai DAWNBench" (2018); Tan, Le, "EfficientNetV2" (ICML 2021), section 4.
     """
-    grown = 1.5 * epoch / config.epochs
-    if not config.start_size or grown >= 1 or config.start_size >= full_size:
+    start_size = config.start_size or full_size
+    if start_size >= full_size or epoch + 1 >= config.epochs:
         return full_size
-    return min(full_size, 16 * round((config.start_size + (full_size - config.start_size) * grown) / 16))
+    # Slowly at first: an epoch's time grows with the square of the side.
+    grown = (epoch / (config.epochs - 1)) ** 2
+    return min(full_size, 16 * round((start_size + (full_size - start_size) * grown) / 16))
 
 
 def seed_step(seed: int, epoch: int, step: int, rank: int) -> torch.Generator:
