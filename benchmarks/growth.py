@@ -31,7 +31,7 @@ CASES = (
 
 
 def run_case(file: Path, arch: str, images: int, epochs: int) -> None:
-    """Train, and print seconds of the last epoch and the memory in MB after the first and the last one."""
+    """Train; print images a second of the last epoch, and the memory in MB after the first and last one."""
     shape = (images, SIZE, SIZE, 3)
     pixels = torch.from_numpy(np.memmap(file, np.uint8, "c", shape=shape))
     device = torch.device("cpu")
@@ -47,7 +47,7 @@ def run_case(file: Path, arch: str, images: int, epochs: int) -> None:
         )
     )  # fmt: skip
     state = build_state(config, fabric, build_resnet(arch), train, 7)
-    results = [(result.seconds, read_memory_mb()) for result in fit(state, train, warm.thin(64))]
+    results = [(result.images_per_s, read_memory_mb()) for result in fit(state, train, warm.thin(64))]
     print(results[-1][0], results[0][1], results[-1][1])
 
 
@@ -70,14 +70,14 @@ def main() -> None:
         for arch, images, epochs in CASES:
             command = [sys.executable, "-m", "benchmarks.growth", str(file), arch, str(images), str(epochs)]
             done = subprocess.run(command, capture_output=True, text=True, check=True)
-            seconds, first_mb, last_mb = map(float, done.stdout.split())
+            rate, first_mb, last_mb = map(float, done.stdout.split())
             rows.append(
-                [arch, f"{images:,}", str(epochs), f"{seconds:.1f}", f"{1e6 * seconds / images:.0f}",
+                [arch, f"{images:,}", str(epochs), f"{images / rate:.1f}", f"{1e6 / rate:.0f}",
                  f"{first_mb:.0f}", f"{last_mb:.0f}"]
             )  # fmt: skip
     names = ["network", "images", "epochs", "epoch [s]", "an image [µs]"]
     table = format_table([*names, "memory after the first [MB]", "after the last [MB]"], rows)
-    keep("growth", f"{SIZE} x {SIZE} pixels; val is 64 images.\n\n{table}")
+    keep("growth", f"{SIZE} x {SIZE} pixels, without val.\n\n{table}")
 
 
 if __name__ == "__main__":

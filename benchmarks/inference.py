@@ -1,6 +1,7 @@
-"""How fast images are scored by ONNX Runtime and by PyTorch: `python -m benchmarks.inference [SECONDS]`.
+"""How fast images are scored by ONNX Runtime, by PyTorch, and by torchvision's network in PyTorch.
 
-ResNet-50 on one CPU thread, decoding left out. The three take turns, so that what else the machine does slows
+`python -m benchmarks.inference [SECONDS]`
+ResNet-50 on one CPU thread, decoding left out. They take turns, so that what else the machine does slows
 them alike. Images per second are of the thread's own time, latencies are of the clock and include waiting.
 """
 
@@ -27,7 +28,7 @@ from skin_resnet.training.device import build_fabric
 
 
 def build_scores(image_size: int, folder: Path) -> dict[str, Callable[[NDArray[np.uint8]], object]]:
-    """Return what scores images in each of the three ways; the weights are random."""
+    """Return what scores images in each way; the weights are random."""
     checkpoint = {
         "arch": "resnet50", "classes": HAM10000_CLASSES, "image_size": image_size, "license": "none",
         "network": build_resnet("resnet50", 7).state_dict(), "run_id": "benchmark", "epoch": 1,
@@ -41,7 +42,7 @@ def build_scores(image_size: int, folder: Path) -> dict[str, Callable[[NDArray[n
     @torch.inference_mode()
     def score_plainly(pixels: NDArray[np.uint8]) -> NDArray[np.float32]:
         probabilities: NDArray[np.float32] = (
-            plain(normalize(to_float(torch.from_numpy(pixels)))).softmax(1).numpy()
+            plain(normalize(to_float(torch.from_numpy(pixels)).contiguous())).softmax(1).numpy()
         )
         return probabilities
 

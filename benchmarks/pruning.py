@@ -4,8 +4,8 @@ The studies are made without pruning and with draws that do not depend on result
 
     skin-resnet search --storage STORAGE --study_name NAME --seed SEED --sampler random --pruner none ...
 
-Their trials are then told to each pruner again, epoch by epoch: it does to them what it would have done in
-the search, as the same options and seed give the same epochs.
+Their trials are then replayed with each pruner, epoch by epoch: it does to them what it would have done in a
+search with one worker, as the same options and seed give the same epochs. The objective is val loss.
 """
 
 import sys
@@ -48,6 +48,7 @@ def main() -> None:
     for name in names:
         trials = drop_retried(optuna.load_study(study_name=name, storage=storage).trials)
         done = [trial for trial in trials if trial.state == TrialState.COMPLETE]
+        assert len(done) == len(trials), f"{name} has trials that did not end, or failed"
         all_epochs = max(len(trial.intermediate_values) for trial in done)
         notes.append(f"{name}: {len(done)} trials of {all_epochs} epochs")
         for pruner in PRUNERS:

@@ -60,13 +60,15 @@ def measure(command: list[str], folder: Path) -> float:
         os.close(terminal)
 
 
-def measure_exit(*arguments: str) -> float:
-    """Return the seconds that the command line takes to end by itself."""
+def measure_exit(code: int, *arguments: str) -> float:
+    """Return the seconds that the command line takes to end by itself with an exit code."""
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
     start = time.perf_counter()
     command = [sys.executable, "-m", "skin_resnet", *arguments]
-    subprocess.run(command, env=environment, capture_output=True, check=False)
-    return time.perf_counter() - start
+    done = subprocess.run(command, env=environment, capture_output=True, check=False)
+    seconds = time.perf_counter() - start
+    assert done.returncode == code, done.stderr
+    return seconds
 
 
 def main() -> None:
@@ -84,9 +86,9 @@ def main() -> None:
                 measure(project, folder) for _ in range(TIMES)
             ],
             "first step of `skin-resnet train`": [measure(direct, folder) for _ in range(TIMES)],
-            "`skin-resnet train --help`": [measure_exit("train", "--help") for _ in range(TIMES)],
+            "`skin-resnet train --help`": [measure_exit(0, "train", "--help") for _ in range(TIMES)],
             "`skin-resnet train --learning_rate 1`, an error": [
-                measure_exit("train", "--learning_rate", "1") for _ in range(TIMES)
+                measure_exit(2, "train", "--learning_rate", "1") for _ in range(TIMES)
             ],
         }
     rows = [["first `mlflow run`, images and database yet to be made", f"{first:.2f}", ""]]

@@ -20,7 +20,7 @@ import skin_resnet
 from skin_resnet.config import GROUPS
 from skin_resnet.errors import UserError, expand
 from skin_resnet.options import SEVERAL, FrozenConfig, format_value
-from skin_resnet.training import ignore_foreign_ranks, interrupts
+from skin_resnet.training import get_worker_task, ignore_foreign_ranks, interrupts
 
 _PR_SET_PDEATHSIG = 1  # linux/prctl.h
 USER_ERROR = 2  # the exit code that shells and argparse use for a wrong call
@@ -58,11 +58,13 @@ complete -o default -F _skin_resnet skin-resnet
 def main(arguments: Sequence[str] | None = None) -> NoReturn:
     """Run a command and exit: 0 when done, 2 after a user's mistake, 128 + n after signal n."""
     ignore_foreign_ranks()
+    if is_worker := get_worker_task() is not None:
+        interrupts.ignore()  # they are for its parent, which ends it
     with protect_output():
         logging.basicConfig(level=logging.WARNING, format="%(message)s")
         logging.getLogger("skin_resnet").setLevel(logging.INFO)
         try:
-            with interrupts.handled():
+            with contextlib.nullcontext() if is_worker else interrupts.handled():
                 code = _run_command(sys.argv[1:] if arguments is None else list(arguments))
         except UserError as error:
             print(f"error: {error}", file=sys.stderr)
@@ -86,8 +88,10 @@ def _run_command(arguments: list[str]) -> int:
         print(_build_parser(load_config_type(command), command).format_help(), end="")
     else:
         config = parse_options(command, options)
-        if "MLFLOW_RUN_ID" in os.environ:  # started by `mlflow run`, which has opened a run for us
-            _end_with_parent()
+        if get_worker_task():
+            _end_with_parent(signal.SIGKILL)
+        elif "MLFLOW_RUN_ID" in os.environ:  # started by `mlflow run`, which has opened a run for us
+            _end_with_parent(signal.SIGTERM)
         else:
             config.check_paths()  # within a run the command does, and the run shows the reason
         return resolve_name(COMMANDS[command][1])(config) or 0
@@ -260,7 +264,7 @@ def _protect(descriptor: int) -> TextIO:
     return io.TextIOWrapper(file, errors="backslashreplace", line_buffering=True)
 
 
-def _end_with_parent() -> None:
-    """Let the kernel send SIGTERM to this process when its parent dies (Linux only)."""
+def _end_with_parent(number: int) -> None:
+    """Let the kernel send a signal to this process when its parent dies (Linux only)."""
     if sys.platform == "linux":
-        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
+        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, number)

@@ -109,8 +109,8 @@ class TrainingOptions(FrozenConfig):
         0,
         ge=0,
         le=1024,
-        description="Progressive resizing: side in pixels at which training starts; it grows to image_size, "
-        "which the last epoch has. 0: off.",
+        description="Progressive resizing: side in pixels at which training starts; it reaches image_size "
+        "in the last epoch. 0: off.",
     )
     best_by: BestMetric = Field("loss", description="Val metric that selects the best epoch.")
     patience: int = Field(0, ge=0, description="Stop after this many epochs without improvement; 0: never.")
@@ -192,7 +192,14 @@ class TrainConfig(RuntimeOptions, EvaluationOptions, TrainingOptions, ModelOptio
         if re.search("[/:]", self.register_as):
             raise UserError(f"register_as: {self.register_as[:60]!r} is no model's name; leave out / and :")
         if 0 < self.start_size < 32:
-            raise UserError(f"start_size={self.start_size}: should be 0 (off), or 32 or more, as image_size")
+            raise UserError(f"start_size={self.start_size} is below 32, the least image_size; 0 is off")
+        if self.image_size != "auto" and self.start_size >= self.image_size:
+            raise UserError(f"start_size={self.start_size} is not below image_size={self.image_size}")
+        if self.start_size and self.patience:
+            raise UserError(
+                f"patience={self.patience} may end a training before its last epoch, the only one at full "
+                f"size with start_size={self.start_size}; set one of them to 0"
+            )
         if self.batch_size < 2 * self.devices:
             raise UserError(f"batch_size={self.batch_size} is less than 2 for each of devices={self.devices}")
         return self

@@ -15,7 +15,9 @@ from skin_resnet.errors import UserError
     [
         ({"epochs": 2, "warmup_epochs": 3.0}, "warmup_epochs=3.0 .* epochs=2"),
         ({"val_fraction": 0.45, "test_fraction": 0.45}, "test_fraction=0.45"),
-        ({"start_size": 31}, "start_size=31.* 32 "),
+        ({"start_size": 31}, "start_size=31 is below 32"),
+        ({"start_size": 64, "image_size": 64}, "start_size=64 .* image_size=64"),
+        ({"start_size": 64, "patience": 3}, "patience=3 .* start_size=64"),
         ({"devices": 4, "batch_size": 7}, "batch_size=7 .* devices=4"),
     ],
 )

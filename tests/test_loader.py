@@ -53,7 +53,7 @@ def test_batches_are_even_and_never_over_size(size: int, batch_size: int) -> Non
 @pytest.mark.parametrize(
     ("size", "batch_size", "world_size"), [(65, 2, 1), (23, 4, 2), (7, 2, 1), (11, 6, 3), (9, 4, 4)]
 )
-def test_each_process_has_an_image_of_each_batch_and_all_have_two(
+def test_each_process_has_an_image_of_each_batch_and_every_batch_has_two(
     size: int, batch_size: int, world_size: int
 ) -> None:
     for rank in range(world_size):

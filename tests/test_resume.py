@@ -128,7 +128,24 @@ def kill_at(training: Training, moment: str, rng: random.Random) -> None:
     assert process.wait(30) == -signal.SIGKILL, "it got to its end before: more epochs are needed"
 
 
-MOMENTS = ("any", "writing a checkpoint", "writing to MLflow")
+def check_kills(training: Training, unbroken: Training, moments: list[str]) -> None:
+    rng = random.Random(0)
+    for moment in moments:
+        kill_at(training, moment, rng)
+        assert len(training.read_runs()) == 1, "all are resumed in one run"
+    last = training.start(resume="auto")
+    assert last.wait(300) == 0, training.log.read_text()
+    first_run, run = unbroken.read_runs()[0], training.read_runs()[0]
+    assert run.info.status == "FINISHED"
+    assert run.data.tags["best.sha256"] == first_run.data.tags["best.sha256"]
+    assert training.read_history(run) == unbroken.read_history(first_run)
+    assert "Traceback" not in training.log.read_text()
+
+
+def test_a_run_killed_while_it_saves_is_the_unbroken_one_to_the_bit(
+    training: Training, unbroken: Training
+) -> None:
+    check_kills(training, unbroken, ["writing a checkpoint"])
 
 
 @pytest.mark.slow
@@ -139,17 +156,7 @@ def test_a_run_killed_twenty_one_times_is_the_unbroken_one_to_the_bit(
     training.options["epochs"] = 40
     unbroken = Training(tmp_path / "unbroken", class_folders, epochs=40)
     assert unbroken.start().wait(300) == 0
-    rng = random.Random(0)
-    for number in range(21):
-        kill_at(training, MOMENTS[number % len(MOMENTS)], rng)
-        assert len(training.read_runs()) == 1, "all are resumed in one run"
-    last = training.start(resume="auto")
-    assert last.wait(300) == 0, training.log.read_text()
-    first_run, run = unbroken.read_runs()[0], training.read_runs()[0]
-    assert run.info.status == "FINISHED"
-    assert run.data.tags["best.sha256"] == first_run.data.tags["best.sha256"]
-    assert training.read_history(run) == unbroken.read_history(first_run)
-    assert "Traceback" not in training.log.read_text()
+    check_kills(training, unbroken, 7 * ["any", "writing a checkpoint", "writing to MLflow"])
 
 
 def test_a_finished_run_leaves_no_checkpoints(unbroken: Training) -> None:

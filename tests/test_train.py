@@ -3,9 +3,11 @@
 import itertools
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
+import time
 from contextlib import redirect_stdout
 from pathlib import Path
 from typing import Any
@@ -428,8 +430,14 @@ def test_two_processes_train_the_network_of_one_in_one_run_and_reproduce_it(
 
 
 @pytest.mark.slow
-def test_a_run_whose_second_process_is_killed_ends_and_resumes(config: TrainConfig, store: Path) -> None:
-    config = config.with_changes(epochs=50)
+def test_a_run_whose_second_process_is_killed_ends_and_resumes_to_the_bit(
+    config: TrainConfig, store: Path
+) -> None:
+    config = config.with_changes(epochs=6, batch_size=4)
+    unbroken = start_two(config)
+    unbroken.communicate(timeout=300)
+    assert unbroken.returncode == 0
+    expected = get_latest().data.tags["best.sha256"]
     process = start_two(config)
     assert process.stdout is not None
     next(line for line in process.stdout if line.startswith("epoch 2/"))
@@ -437,15 +445,25 @@ def test_a_run_whose_second_process_is_killed_ends_and_resumes(config: TrainConf
     worker.kill()
     _, stderr = process.communicate(timeout=120)
     assert process.returncode == 2
-    assert [line for line in stderr.splitlines() if "lost process 1" in line], stderr
+    assert [line for line in stderr.splitlines() if "rank 1" in line], stderr
     assert "Traceback" not in stderr
-    run = get_latest()
-    assert run.info.status == "FAILED"
-    resumed = start("train", f"--resume={run.info.run_id}", f"--checkpoint_dir={config.checkpoint_dir}")
-    assert resumed.stdout is not None
-    next(line for line in resumed.stdout if line.startswith("epoch 4/"))
-    resumed.send_signal(signal.SIGTERM)
-    _, stderr = resumed.communicate(timeout=120)
-    assert resumed.returncode == 128 + signal.SIGTERM, stderr
-    assert get_latest().info.run_id == run.info.run_id
-    assert get_latest().info.status == "KILLED"
+    run_id = get_latest().info.run_id
+    assert get_latest().info.status == "FAILED"
+
+    def resume() -> subprocess.Popen[str]:
+        return start("train", f"--resume={run_id}", f"--checkpoint_dir={config.checkpoint_dir}")
+
+    interrupted = resume()
+    assert interrupted.stdout is not None
+    next(line for line in interrupted.stdout if line.startswith("epoch 3/"))
+    time.sleep(0.8)  # into the next epoch
+    interrupted.send_signal(signal.SIGTERM)
+    _, stderr = interrupted.communicate(timeout=120)
+    assert interrupted.returncode == 128 + signal.SIGTERM, stderr
+    last = resume()
+    stdout, stderr = last.communicate(timeout=300)
+    assert last.returncode == 0, stderr
+    assert re.search("resumed   after epoch 3, batch [1-9]", stdout), stdout
+    run = mlflow.get_run(run_id)
+    assert run.info.status == "FINISHED"
+    assert run.data.tags["best.sha256"] == expected

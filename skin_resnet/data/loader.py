@@ -48,8 +48,8 @@ class Loader:
     def __len__(self) -> int:
         """Count the batches of an epoch: as few as the batch size allows, with at least two images each.
 
-        BatchNorm cannot train on one image, and each process needs one of its own, so some batches of a tiny
-        size have an image more.
+        BatchNorm cannot train on one image, and each process needs one of its own, so with a tiny batch
+        size, some batches have one image more.
         """
         smallest = max(2, self.world_size)
         return max(1, min(-(-len(self.rows) // self.batch_size), len(self.rows) // smallest))

@@ -50,30 +50,36 @@ def _is_bf16_fast(accelerator: str) -> bool:
 
 def launch(fabric: Fabric, task: dict[str, str]) -> list[Popen[bytes]]:
     """Start the processes of the further devices, with the training they take part in, and return them."""
-    with nullcontext() if get_worker_task() else start_workers_with(task):
-        fabric.launch()
-    started = getattr(fabric.strategy.launcher, "procs", [])
+    started: list[Popen[bytes]] = getattr(fabric.strategy.launcher, "procs", [])
+    try:
+        with nullcontext() if get_worker_task() else start_workers_with(task):
+            fabric.launch()
+    except BaseException as error:
+        end_processes(fabric, list(started), error)
+        raise
     processes = list(started)
     if fabric.device.type == "cpu":
-        # Lightning watches these, and kills this process at any moment when one has ended. On a CPU the next
-        # batch fails anyway; NCCL would wait for ten minutes.
+        # Lightning watches the processes in this list: when one has ended, it kills this one within 5 s,
+        # whatever it is doing. On a CPU the next batch fails anyway; NCCL would wait for half an hour.
         started.clear()
     return processes
 
 
-def end_processes(processes: list[Popen[bytes]], error: BaseException) -> str:
+def end_processes(fabric: Fabric, processes: list[Popen[bytes]], error: BaseException) -> str:
     """Kill the processes of the further devices; return which had ended and so caused the error, if any.
 
     In the middle of a step they would wait for this one until they time out.
     """
-    if processes and isinstance(error, RuntimeError):
+    getattr(fabric.strategy.launcher, "procs", []).clear()  # see `launch`
+    may_be_lost = isinstance(error, RuntimeError) and not is_out_of_memory(error)
+    if processes and may_be_lost:
         time.sleep(1)  # the connection is lost a moment before the process has ended
     codes = [process.poll() for process in processes]
     for process in processes:
         process.kill()
-    lost = [f"{rank} (exit code {code})" for rank, code in enumerate(codes, start=1) if code]
-    caused = lost and isinstance(error, RuntimeError)
-    return f"lost process {', '.join(lost)} of {1 + len(processes)}; continue with resume" if caused else ""
+    lost = [f"rank {rank} (exit code {code})" for rank, code in enumerate(codes, start=1) if code]
+    caused = f"lost the process of {' and '.join(lost)}; what it said, if anything, is above"
+    return caused if lost and may_be_lost else ""
 
 
 class _SumOverRanks(torch.autograd.Function):

@@ -152,7 +152,7 @@ def _train_epoch(
     # Reading a loss makes a GPU wait, so there it is done rarely.
     check_every = 1 if fabric.device.type == "cpu" else 50
     size = compute_train_size(config, state.epoch, train.pixels.shape[1])
-    # Each process changes the whole batch, so that as many as there are train the same network.
+    # Each process augments the whole batch, so that any number of them train the same network.
     own = slice(fabric.global_rank, None, fabric.world_size)
     batches = train.shuffled(config.seed, state.epoch, state.step)
     for step, batch in enumerate(progress(batches, state.epoch + 1), start=state.step):
@@ -172,10 +172,12 @@ def _train_epoch(
         state.optimizer.zero_grad()
         state.update_ema(state.epoch * len(train) + step)
         seen[batch.positions[own], 1:] = logits.detach().float().softmax(dim=1)
+        loss = loss.detach()
         if fabric.world_size > 1:
-            seen[batch.positions] = _sum_over_ranks(seen[batch.positions], fabric)
+            loss = _sum_over_ranks(loss)  # none is finite if one is not: all processes stop
+            seen[batch.positions] = _sum_over_ranks(seen[batch.positions])
         seen[batch.positions, 0] = targets.argmax(dim=1).to(seen.dtype)
-        losses.append((loss.detach(), batch.positions))
+        losses.append((loss, batch.positions))
         if len(losses) == check_every or step == len(train) - 1:
             _check_losses(losses, state)
             losses.clear()
@@ -185,20 +187,22 @@ def _train_epoch(
 
 
 def compute_train_size(config: TrainConfig, epoch: int, full_size: int) -> int:
-    """Return the side in pixels at which an epoch, counted from 0, trains: a multiple of 16, or the full one.
+    """Return the side in pixels at which an epoch, counted from 0, trains: about a multiple of 16.
 
-    Source: Howard, "fastai DAWNBench" (2018); Tan, Le, "EfficientNetV2" (ICML 2021), section 4.
+    The square is our own. Source: Howard, "fastai DAWNBench" (2018); Tan, Le, "EfficientNetV2" (ICML 2021),
+    section 4.
     """
     start_size = config.start_size or full_size
     if start_size >= full_size or epoch + 1 >= config.epochs:
         return full_size
     # Slowly at first: an epoch's time grows with the square of the side.
     grown = (epoch / (config.epochs - 1)) ** 2
-    return min(full_size, 16 * round((start_size + (full_size - start_size) * grown) / 16))
+    size = start_size + (full_size - start_size) * grown
+    return min(full_size, max(start_size, 16 * round(size / 16)))
 
 
 def seed_step(seed: int, epoch: int, step: int, rank: int) -> torch.Generator:
-    """Seed a step's random numbers: torch's own, for dropout, and the returned generator's, for all ranks."""
+    """Seed a step's random numbers: torch's own, for dropout, by rank; the generator's, the same for all."""
 
     def draw(rank: int) -> int:
         sequence = np.random.SeedSequence((seed, epoch, step, rank))
@@ -250,7 +254,7 @@ def predict(
         on_batch()
     assert probabilities is not None, "a loader has at least one batch"
     if loader.world_size > 1:
-        probabilities = _sum_over_ranks(probabilities, fabric)
+        probabilities = _sum_over_ranks(probabilities)
     return _to_probabilities(probabilities)
 
 
@@ -261,9 +265,10 @@ def extract_features(network: ResNet, loader: Loader) -> Tensor:
     return torch.cat([network.begin(normalize(to_float(each.pixels))).mean((2, 3)).cpu() for each in batches])
 
 
-def _sum_over_ranks(values: Tensor, fabric: Fabric) -> Tensor:
+def _sum_over_ranks(values: Tensor) -> Tensor:
     # Each rank has filled the rows of its own images and left the others zero.
-    return fabric.all_reduce(values, reduce_op="sum")  # type: ignore[return-value]
+    torch.distributed.all_reduce(values)  # Fabric's own waits for the device first
+    return values
 
 
 def _to_probabilities(values: Tensor) -> NDArray[np.float64]:

@@ -113,6 +113,10 @@ def run_training(
         NonFiniteLossError: The loss became NaN or infinite; the message names the images of the batch.
     """
     data = prepare_data(config)  # before other processes start, which then find the decoded images
+    if task := get_worker_task():
+        folder = RunFolder(Path(task["folder"]))
+        saved = folder.read_state() if task["is_resumed"] else None
+        resume = ResumePoint(folder=folder, config=config, saved=saved)
     name = tracker.run_id if tracker else f"untracked-{os.getpid()}"
     folder = resume.folder if resume else RunFolder(config.checkpoint_dir.expanduser() / name)
     point = resume or ResumePoint(folder=folder, config=config)
@@ -127,7 +131,7 @@ def run_training(
         training.run(on_epoch)
         return training.conclude()
     except BaseException as error:
-        lost = end_processes(processes, error)
+        lost = end_processes(fabric, processes, error)
         if fabric.is_global_zero and not folder.last.exists():
             folder.remove()
         if isinstance(error, NonFiniteLossError):
@@ -143,10 +147,7 @@ def take_part() -> bool:
     task = get_worker_task()
     if task is None:
         return False
-    config, folder = TrainConfig.model_validate_json(task["config"]), RunFolder(Path(task["folder"]))
-    interrupts.ignore()  # they are for the process that started this one, which then ends it
-    saved = folder.read_state() if task["is_resumed"] else None
-    run_training(config, resume=ResumePoint(folder=folder, config=config, saved=saved))
+    run_training(TrainConfig.model_validate_json(task["config"]))
     return True
 
 
