@@ -110,7 +110,7 @@ def compare(folder: Path, cache_dir: Path, size: int | Literal["auto"]) -> list[
         (f"batches of the store vs. a DataLoader of PIL images with {WORKERS} workers", ours, theirs),
     ]
     shown = f"{len(paths)} images to {store.image_size} px: "
-    return [[shown + name, f"{a:,.0f}", f"{b:,.0f}", f"{a / b:.1f}x"] for name, a, b in rows]
+    return [[shown + name, f"{a:,.0f}", f"{b:,.0f}", f"{a / b:.2f}x"] for name, a, b in rows]
 
 
 def main() -> None:
