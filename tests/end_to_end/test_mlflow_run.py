@@ -92,6 +92,7 @@ def test_a_misspelled_option_is_refused_with_the_near_name(start: Start, client:
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="only Linux tells a process that its parent died")
+@pytest.mark.slow
 def test_sigterm_to_mlflow_run_alone_ends_the_training_too(
     environment: dict[str, str], client: MlflowClient, class_folders, tmp_path
 ) -> None:
