@@ -46,9 +46,7 @@ lint: .venv/ready ## check style, formatting and types
 	$(BIN)/mypy
 
 bench: .venv/ready ## measure the speeds in docs/scale.md
-	$(BIN)/python -m benchmarks.epoch
-	$(BIN)/python -m benchmarks.store
-	$(BIN)/python -m benchmarks.augment
+	for name in epoch store augment start growth inference coordination predict; do $(BIN)/python -m benchmarks.$$name || exit; done
 
 ui: .venv/ready ## start the MLflow UI on http://127.0.0.1:5000, after links to the experiments in it
 	@MLFLOW_TRACKING_URI=sqlite:///mlflow.db $(BIN)/python -m skin_resnet.tracking.links
