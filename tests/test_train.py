@@ -433,7 +433,7 @@ def test_two_processes_train_the_network_of_one_in_one_run_and_reproduce_it(
 def test_a_run_whose_second_process_is_killed_ends_and_resumes_to_the_bit(
     config: TrainConfig, store: Path
 ) -> None:
-    config = config.with_changes(epochs=6, batch_size=4)
+    config = config.with_changes(epochs=4, batch_size=4)
     unbroken = start_two(config)
     unbroken.communicate(timeout=300)
     assert unbroken.returncode == 0
