@@ -52,7 +52,9 @@ def test_processes_that_start_together_all_find_a_whole_store(folder: Path) -> N
     assert [path.name for path in folder.iterdir()] == ["mlflow.db"]
 
 
-@pytest.mark.parametrize("delay_s", [0, 0.15])
+@pytest.mark.parametrize(
+    "delay_s", [0, 0.15, *(pytest.param(each, marks=pytest.mark.slow) for each in (0.05, 0.3))]
+)
 @pytest.mark.parametrize("code", [PREPARE, CREATE_AS_MLFLOW_DOES])
 def test_a_kill_during_the_creation_does_not_break_the_next_start(
     code: str, delay_s: float, folder: Path

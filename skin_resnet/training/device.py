@@ -2,6 +2,7 @@
 
 import logging
 import time
+from collections.abc import Callable
 from contextlib import nullcontext
 from subprocess import Popen
 
@@ -96,6 +97,9 @@ class _SumOverRanks(torch.autograd.Function):
         return _SumOverRanks.forward(context, gradient)
 
 
+sum_over_ranks: Callable[[Tensor], Tensor] = _SumOverRanks.apply
+
+
 class _SharedBatchNorm(nn.BatchNorm2d):
     """What `nn.SyncBatchNorm` is on GPUs, for CPUs: statistics are those of all processes' images."""
 
@@ -105,10 +109,10 @@ class _SharedBatchNorm(nn.BatchNorm2d):
         shape, dims = (1, -1, 1, 1), (0, 2, 3)
         with torch.autocast(x.device.type, enabled=False):
             values = x.float()
-            count = _SumOverRanks.apply(values.new_tensor(values.numel() / values.shape[1]))
-            mean = _SumOverRanks.apply(values.sum(dims)) / count
+            count = sum_over_ranks(values.new_tensor(values.numel() / values.shape[1]))
+            mean = sum_over_ranks(values.sum(dims)) / count
             centered = values - mean.view(shape)
-            variance = _SumOverRanks.apply(centered.square().sum(dims)) / count
+            variance = sum_over_ranks(centered.square().sum(dims)) / count
             scale = self.weight * (variance + self.eps).rsqrt()
             result = centered * scale.view(shape) + self.bias.view(shape)
         with torch.no_grad():
@@ -122,10 +126,12 @@ class _SharedBatchNorm(nn.BatchNorm2d):
 
 def share_batchnorm(network: nn.Module, fabric: Fabric) -> nn.Module:
     """Make BatchNorm see the images of all processes, so that a batch has one result however it is shared."""
-    if fabric.world_size > 1 and fabric.device.type != "cpu":
+    if fabric.world_size == 1:
+        return network
+    if fabric.device.type != "cpu":
         return nn.SyncBatchNorm.convert_sync_batchnorm(network)  # type: ignore[no-any-return, no-untyped-call]
     for module in network.modules():
-        if fabric.world_size > 1 and type(module) is nn.BatchNorm2d:
+        if type(module) is nn.BatchNorm2d:
             module.__class__ = _SharedBatchNorm  # the same attributes
     return network
 

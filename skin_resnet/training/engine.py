@@ -19,6 +19,7 @@ from skin_resnet.errors import UserError
 from skin_resnet.evaluation.metrics import Metrics, Predictions, compute_metrics
 from skin_resnet.model.preprocess import normalize, shrink, to_float
 from skin_resnet.model.resnet import ResNet
+from skin_resnet.training.device import sum_over_ranks
 from skin_resnet.training.optim import compute_loss
 from skin_resnet.training.state import TrainingState
 
@@ -174,8 +175,9 @@ def _train_epoch(
         seen[batch.positions[own], 1:] = logits.detach().float().softmax(dim=1)
         loss = loss.detach()
         if fabric.world_size > 1:
-            loss = _sum_over_ranks(loss)  # none is finite if one is not: all processes stop
-            seen[batch.positions] = _sum_over_ranks(seen[batch.positions])
+            loss = sum_over_ranks(loss)  # none is finite if one is not: all processes stop
+            # Each rank has filled the rows of its own images and left the others zero; so in `predict`.
+            seen[batch.positions] = sum_over_ranks(seen[batch.positions])
         seen[batch.positions, 0] = targets.argmax(dim=1).to(seen.dtype)
         losses.append((loss, batch.positions))
         if len(losses) == check_every or step == len(train) - 1:
@@ -254,7 +256,7 @@ def predict(
         on_batch()
     assert probabilities is not None, "a loader has at least one batch"
     if loader.world_size > 1:
-        probabilities = _sum_over_ranks(probabilities)
+        probabilities = sum_over_ranks(probabilities)
     return _to_probabilities(probabilities)
 
 
@@ -263,12 +265,6 @@ def extract_features(network: ResNet, loader: Loader) -> Tensor:
     """Return the mean features of the first stage of a loader's images, float32 (N, 256) on the CPU."""
     batches = replace(loader, rank=0, world_size=1).ordered()
     return torch.cat([network.begin(normalize(to_float(each.pixels))).mean((2, 3)).cpu() for each in batches])
-
-
-def _sum_over_ranks(values: Tensor) -> Tensor:
-    # Each rank has filled the rows of its own images and left the others zero.
-    torch.distributed.all_reduce(values)  # Fabric's own waits for the device first
-    return values
 
 
 def _to_probabilities(values: Tensor) -> NDArray[np.float64]:

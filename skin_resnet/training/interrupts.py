@@ -9,6 +9,7 @@ from types import FrameType
 
 # The last two are Slurm's warning before a job's time limit, where `--signal` sets one.
 _NAMES = ("SIGINT", "SIGTERM", "SIGHUP", "SIGUSR1", "SIGUSR2")
+_NUMBERS = [getattr(signal, name) for name in _NAMES if hasattr(signal, name)]
 # Ctrl-C reaches `mlflow run` as well, which then sends SIGTERM: that is no second request.
 _SAME_REQUEST_S = 1.0
 
@@ -29,8 +30,7 @@ def handled() -> Iterator[None]:
     second one ends the process at once with exit code 128 + n.
     """
     # SIGINT too, which background jobs of a shell script start with ignored.
-    numbers = [getattr(signal, name) for name in _NAMES if hasattr(signal, name)]
-    before = {number: signal.signal(number, _note) for number in numbers}
+    before = {number: signal.signal(number, _note) for number in _NUMBERS}
     try:
         yield
     finally:
@@ -41,9 +41,8 @@ def handled() -> Iterator[None]:
 
 def ignore() -> None:
     """Ignore these signals from now on."""
-    for name in _NAMES:
-        if hasattr(signal, name):
-            signal.signal(getattr(signal, name), signal.SIG_IGN)
+    for number in _NUMBERS:
+        signal.signal(number, signal.SIG_IGN)
 
 
 def _note(number: int, frame: FrameType | None) -> None:
