@@ -35,7 +35,7 @@ from skin_resnet.training.engine import predict
 EXPERIMENT = "ablation"
 METRICS = ("loss", "balanced_accuracy", "accuracy", "macro_auc")
 BASE: dict[str, object] = {
-    "image_size": 64, "train_fraction": 0.4, "epochs": 5, "batch_size": 64, "optimizer": "adamw",
+    "image_size": 64, "train_fraction": 1, "epochs": 10, "batch_size": 64, "optimizer": "adamw",
     "lr": 0.0005, "weight_decay": 0.05, "lr_schedule": "onecycle", "warmup_epochs": 0,
     "class_weighting": "none", "label_smoothing": 0, "ema_decay": 0.99, "augment": "crops",
     "precision": "bf16", "test": "never",
@@ -108,31 +108,40 @@ def report() -> None:
     """Print the tables: each recipe's means over the seeds that it shares with the base, and their signal."""
     runs = find_runs()
     models: dict[str, list[Predictions]] = {}
-    gaps, base = {}, []
+    pairs: dict[str, list[Predictions]] = {}  # the base's, of a recipe's seeds
+    gaps = {}
+    seeds = sorted(seed for name, seed in runs if name == "base")
+    base = [read_run(runs["base", seed], "val") for seed in seeds]
     for name in CHANGES:
-        shared = [seed for seed in range(100) if {("base", seed), (name, seed)} <= set(runs)]
+        shared = [seed for seed in seeds if (name, seed) in runs]
         found = [read_run(runs[name, seed], "val") for seed in shared]
         if found:
             models[name] = [read_predictions(run.predictions).plain for run in found]
+            pairs[name] = [models["base"][seeds.index(seed)] for seed in shared]
             gaps[name] = f"{np.mean([run.metrics['final_gap'] for run in found]):+.3f}"
-            base = base if name != "base" else found
     lesions = join_lesions(base[0].predictions).to_numpy(str)
     counts = np.array(read_finished(base[0].run_id)["class_counts"])
     models["base, adjusted decision"] = [_adjust_crosswise(each, counts, lesions) for each in models["base"]]
     models["base, 8 views (TTA)"] = [_predict_views(run.run_id) for run in base]
     mean = np.mean([each.probabilities for each in models["base"]], axis=0)
     models["base, ensemble of the seeds"] = [replace(models["base"][0], probabilities=mean)]
-    print(_tabulate(models, gaps, lesions), "\n", _tabulate_signal(models), sep="\n")
+    print(_tabulate(models, pairs, gaps, lesions), "\n", _tabulate_signal(models), sep="\n")
 
 
-def _tabulate(models: dict[str, list[Predictions]], gaps: dict[str, str], lesions: np.ndarray) -> str:
+def _tabulate(
+    models: dict[str, list[Predictions]],
+    pairs: dict[str, list[Predictions]],
+    gaps: dict[str, str],
+    lesions: np.ndarray,
+) -> str:
     rows = []
     for name, trainings in models.items():
         scores = pd.DataFrame([vars(compute_metrics(each)) for each in trainings]).mean()
         cells = [name, str(len(trainings)), *(f"{scores[metric]:.3f}" for metric in METRICS)]
         differences = ["", ""]
         if name != "base":
-            pair = compare_models({"base": models["base"], name: trainings}, lesions)[1].set_index("metric")
+            base = pairs.get(name, models["base"])
+            pair = compare_models({"base": base, name: trainings}, lesions)[1].set_index("metric")
             differences = [
                 f"{100 * row.value:+.1f} [{100 * row.low:+.1f}, {100 * row.high:+.1f}]"
                 for row in pair.loc[["macro_auc", "balanced_accuracy"]].itertuples()
@@ -184,9 +193,9 @@ def _predict_views(run_id: str) -> Predictions:
     checkpoint = read_finished(run_id)
     config = TrainConfig.model_validate(checkpoint["config"])
     data = prepare_data(config)
-    fabric = build_fabric("cpu", "auto", devices=1)
+    fabric = build_fabric("auto", config.precision, devices=1)
     _, val = data.build_loaders(fabric, config.batch_size)
-    probabilities = predict(build_network(checkpoint), val, fabric, views=8)
+    probabilities = predict(build_network(checkpoint).to(fabric.device), val, fabric, views=8)
     predictions = replace(get_val_predictions(checkpoint), probabilities=probabilities)
     return apply_temperature(predictions, checkpoint["calibration"]["temperature"])
 

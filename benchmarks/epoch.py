@@ -1,8 +1,9 @@
-"""The share of its steps in an epoch, on a CPU: `python -m benchmarks.epoch [FOLDER] [SIZE:PRECISION ...]`.
+"""The share of its steps in an epoch: `python -m benchmarks.epoch [FOLDER] [SIZE:PRECISION ...]`.
 
-Timed within the epoch is what any loop must do: forward and backward pass, loss, clipping, optimizer, EMA,
-and the forward pass on val. The rest is what the product adds: loading, augmentation, metrics, tracking in
-MLflow, and saving the whole state after each epoch and the best network after each better one.
+The steps are what any loop must do: forward and backward pass, loss, clipping, optimizer, EMA, and the
+forward pass on val. The rest is what the product adds: loading, augmentation, metrics, tracking in MLflow,
+and saving the whole state after each epoch and the best network after each better one. On a CPU, the steps
+are timed within the epoch; on a GPU, which works in the background, beside it, on one batch in its memory.
 """
 
 import statistics
@@ -15,19 +16,25 @@ from pathlib import Path
 from typing import Any
 
 import mlflow
+import torch
+from torch.nn import functional as F
 
 from benchmarks.results import keep
 from skin_resnet.config import TrainConfig
+from skin_resnet.data.prepare import prepare_data
 from skin_resnet.evaluation.page import format_table
+from skin_resnet.model.preprocess import normalize, to_float
+from skin_resnet.model.resnet import build_resnet
 from skin_resnet.tracking.run import open_run
 from skin_resnet.training import engine, run
 from skin_resnet.training.checkpoint import RunFolder
+from skin_resnet.training.device import build_fabric
 from skin_resnet.training.engine import EpochResult
 from skin_resnet.training.resume import ResumePoint
-from skin_resnet.training.state import TrainingState
+from skin_resnet.training.state import TrainingState, build_state
 
 CASES = ("64:fp32", "64:bf16", "128:fp32", "128:bf16")
-EPOCHS = 3
+EPOCHS = 6 if torch.cuda.is_available() else 3
 
 
 class Clock:
@@ -49,7 +56,7 @@ class Clock:
         setattr(owner, name, timed)
 
     def watch(self, state: TrainingState) -> None:
-        """Count the time of a training's steps, and of the forward passes of its networks."""
+        """Count the time of a training's steps, and of the forward passes of its networks, on a CPU."""
         for owner, name in (
             (state.fabric, "backward"), (state.fabric, "clip_gradients"), (state.optimizer, "step"),
             (state.optimizer, "zero_grad"), (state, "update_ema"),
@@ -64,6 +71,38 @@ class Clock:
 
     def _end(self) -> None:
         self.seconds += time.perf_counter() - self._began
+
+
+def time_steps_alone(config: TrainConfig) -> float:
+    """Return the seconds of an epoch's steps on one batch in the memory of a GPU."""
+    data, fabric = prepare_data(config), build_fabric("cuda", config.precision, 1)
+    train, val = data.build_loaders(fabric, config.batch_size)
+    network = build_resnet(config.arch, len(data.classes))
+    state = build_state(config, fabric, network, train, len(data.classes))
+    batch = next(train.shuffled(config.seed, 0))
+    images = normalize(to_float(batch.pixels))
+    targets = F.one_hot(batch.targets, len(data.classes)).float()
+
+    def run_epoch() -> float:
+        state.model.train()
+        start = time.perf_counter()
+        for step in range(len(train)):
+            loss = engine.compute_loss(state.model(images), targets, state.class_weights, 0)
+            fabric.backward(loss)
+            fabric.clip_gradients(
+                state.model, state.optimizer, max_norm=config.grad_clip, error_if_nonfinite=False
+            )
+            state.optimizer.step()
+            state.optimizer.zero_grad()
+            state.update_ema(step)
+        state.scored_network.eval()
+        with torch.no_grad(), fabric.autocast():
+            for _ in range(len(val)):
+                state.scored_network(images)
+        torch.cuda.synchronize()
+        return time.perf_counter() - start
+
+    return statistics.median([run_epoch() for _ in range(EPOCHS)][1:])
 
 
 def measure(config: TrainConfig) -> tuple[float, float]:
@@ -94,8 +133,8 @@ def measure(config: TrainConfig) -> tuple[float, float]:
         run.build_state, engine.compute_loss = build_state, compute_loss
     # Not the first epoch, which includes the start of the network.
     pairs = list(pairwise(readings))
-    whole_s, step_s = ([after[i] - before[i] for before, after in pairs] for i in (0, 1))
-    return statistics.median(whole_s), statistics.median(step_s)
+    whole_s, step_s = (statistics.median([after[i] - before[i] for before, after in pairs]) for i in (0, 1))
+    return whole_s, time_steps_alone(config) if torch.cuda.is_available() else step_s
 
 
 def main() -> None:
@@ -110,7 +149,7 @@ def main() -> None:
             size, precision = case.split(":")
             config = TrainConfig(
                 data=data, weights="none", image_size=int(size), precision=precision, epochs=EPOCHS,
-                device="cpu", checkpoint_dir=Path(folder),
+                checkpoint_dir=Path(folder),
             )  # fmt: skip
             whole_s, step_s = measure(config)
             rows.append(

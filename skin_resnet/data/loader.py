@@ -76,8 +76,11 @@ class Loader:
         # Batches of almost equal size instead of full ones and a rest: no image is dropped or weighs more.
         for positions in map(torch.from_numpy, batches):
             rows = torch.from_numpy(self.rows)[positions]
+            # Without `non_blocking`, each copy would wait until a GPU has done all the steps before.
             yield Batch(
-                pixels=self.pixels[rows.to(self.pixels.device)].to(self.device),
-                targets=self.targets[positions].to(self.device),
-                positions=positions.to(self.device),
+                pixels=self.pixels[rows.to(self.pixels.device, non_blocking=True)].to(
+                    self.device, non_blocking=True
+                ),
+                targets=self.targets[positions].to(self.device, non_blocking=True),
+                positions=positions.to(self.device, non_blocking=True),
             )
