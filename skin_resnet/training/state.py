@@ -2,6 +2,7 @@
 
 import copy
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -56,9 +57,15 @@ class TrainingState:
             return
         # A short memory at first: a short training would otherwise end near its random start.
         decay = min(self.config.ema_decay, (1 + step) / (10 + step))
-        averages, current = self.ema.state_dict(), self.network.state_dict()
-        floats = [name for name, value in averages.items() if value.is_floating_point()]
-        torch._foreach_lerp_([averages[n] for n in floats], [current[n] for n in floats], 1 - decay)
+        torch._foreach_lerp_(*self._averaged, 1 - decay)
+
+    @cached_property
+    def _averaged(self) -> tuple[list[Tensor], list[Tensor]]:
+        """The tensors of the EMA and of the network: listing them takes a tenth of a fast GPU step."""
+        assert self.ema is not None
+        pairs = zip(self.ema.state_dict().values(), self.network.state_dict().values(), strict=True)
+        averages, current = zip(*(pair for pair in pairs if pair[0].is_floating_point()), strict=True)
+        return list(averages), list(current)
 
     def end_epoch(self, val_loss: float) -> None:
         """Move on to the next epoch."""

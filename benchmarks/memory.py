@@ -1,0 +1,51 @@
+"""Memory over epochs and over trials: `python -m benchmarks.memory [DATA] [--option VALUE ...]`.
+
+Trains for 20 epochs and searches with 20 trials of two epochs, and reads the resident memory of the process
+and of those it started each time that it says that an epoch or a trial is done.
+"""
+
+import re
+import subprocess
+import sys
+import tempfile
+
+import psutil
+
+from benchmarks.results import keep
+from skin_resnet.evaluation.page import format_table
+
+SHOWN = (1, 2, 5, 10, 20)
+
+
+def follow(command: list[str], pattern: str, folder: str) -> dict[int, float]:
+    """Run a command of the package in a folder; return its memory in MB at each line that has a number."""
+    found = {}
+    full = [sys.executable, "-u", "-m", "skin_resnet", *command]
+    with subprocess.Popen(full, cwd=folder, stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None
+        for line in process.stdout:
+            if match := re.match(pattern, line):
+                parent = psutil.Process(process.pid)
+                family = [parent, *parent.children(recursive=True)]
+                found[int(match[1])] = sum(each.memory_info().rss for each in family) / 1e6
+    assert process.returncode == 0, f"{' '.join(full)} failed"
+    return found
+
+
+def main() -> None:
+    """Measure both and keep the table."""
+    options = ["--data", "demo"] if len(sys.argv) == 1 else ["--data", *sys.argv[1:]]
+    rows = []
+    with tempfile.TemporaryDirectory() as folder:
+        options += ["--checkpoint_dir", f"{folder}/checkpoints", "--weights", "none", "--test", "never"]
+        train = follow(["train", *options, "--epochs", "20"], r"epoch (\d+)/", folder)
+        search = ["search", *options, "--epochs", "2", "--n_trials", "20", "--seeds", "0", "--pruner", "none"]
+        trials = follow(search, r"(\d+)/20 trial", folder)
+    for name, found in (("epochs", train), ("trials", trials)):
+        rows.append([name, *(f"{found[n]:.0f}" for n in SHOWN), f"{found[20] / found[2]:.2f}x"])
+    header = ["MB after", *map(str, SHOWN), "20th / 2nd"]
+    keep("memory", format_table(header, rows))
+
+
+if __name__ == "__main__":
+    main()
