@@ -45,7 +45,7 @@ lint: .venv/ready ## check style, formatting and types
 	$(BIN)/ruff format --check
 	$(BIN)/mypy
 
-bench: .venv/ready ## measure the speeds in docs/scale.md
+bench: .venv/ready ## measure speeds as in docs/scale.md, on demo and drawn images
 	for name in epoch store augment start growth inference coordination predict; do $(BIN)/python -m benchmarks.$$name || exit; done
 
 ui: .venv/ready ## start the MLflow UI on http://127.0.0.1:5000, after links to the experiments in it

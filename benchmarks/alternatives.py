@@ -216,7 +216,7 @@ def main() -> None:
     given = parser.parse_args()
     rows = []
     with tempfile.TemporaryDirectory() as scratch:
-        folder = Path(given.folder or scratch, "" if given.folder else "images")
+        folder = Path(given.folder or scratch, "" if given.folder else "drawn")
         if not given.folder:
             for name in ("a", "b", "c"):
                 (folder / name).mkdir(parents=True)
@@ -237,7 +237,8 @@ def main() -> None:
                     speeds[name] = max(speeds[name], contender.measure())
             for name, speed in speeds.items():
                 rows.append([f"{size} px", name, f"{speed:.1f}", f"{speeds['this package'] / speed:.2f}x"])
-    keep("alternatives", format_table(["images", "trained with", "img/s", "this package is"], rows))
+    table = format_table(["images", "trained with", "img/s", "this package is"], rows)
+    keep("alternatives", table, data=folder)
 
 
 if __name__ == "__main__":

@@ -77,7 +77,8 @@ def main() -> None:
     ]
     kind = storage.partition(":")[0]
     table = format_table(["workers", "trials", "seconds", "share of linear"], rows)
-    keep("coordination", f"{kind}; {EPOCHS} epochs of {EPOCH_S} s a trial\n\n{table}")
+    text = f"{kind}; {EPOCHS} epochs of {EPOCH_S} s a trial\n\n{table}"
+    keep("coordination", text, data=kind.partition("+")[0])
 
 
 if __name__ == "__main__":

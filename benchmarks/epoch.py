@@ -155,7 +155,7 @@ def main() -> None:
             rows.append(
                 [f"{size} px, {precision}", f"{whole_s:.1f}", f"{step_s:.1f}", f"{step_s / whole_s:.3f}"]
             )
-    keep("epoch", format_table(["case", "whole epoch [s]", "its steps [s]", "share"], rows))
+    keep("epoch", format_table(["case", "whole epoch [s]", "its steps [s]", "share"], rows), data=data)
 
 
 if __name__ == "__main__":

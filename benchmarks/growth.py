@@ -77,7 +77,7 @@ def main() -> None:
             )  # fmt: skip
     names = ["network", "images", "epochs", "epoch [s]", "an image [µs]"]
     table = format_table([*names, "memory after the first [MB]", "after the last [MB]"], rows)
-    keep("growth", f"{SIZE} x {SIZE} pixels, without val.\n\n{table}")
+    keep("growth", f"{SIZE} x {SIZE} pixels, without val.\n\n{table}", data="random pixels")
 
 
 if __name__ == "__main__":

@@ -57,7 +57,7 @@ def main() -> None:
             whole = len(done) * all_epochs
             rows.append([name, pruner, str(epochs), f"{whole / epochs:.2f}x", f"{best:.4f}"])
     table = format_table(["study", "pruner", "epochs", "fewer", "best value"], rows)
-    keep("pruning", f"{'; '.join(notes)}. The values are val losses.\n\n{table}")
+    keep("pruning", f"{'; '.join(notes)}. The values are val losses.\n\n{table}", data=" ".join(names))
 
 
 if __name__ == "__main__":

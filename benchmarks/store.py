@@ -1,6 +1,7 @@
 """Images a second from disk to float batches: the image store beside a usual PIL data set in a DataLoader.
 
-`python -m benchmarks.store [FOLDER]`: on images drawn as large as HAM10000's, and on those of a folder.
+`python -m benchmarks.store [FOLDER]`: on images drawn as large as HAM10000's, and on those of a folder,
+with a table for each.
 """
 
 import sys
@@ -13,7 +14,6 @@ from typing import Literal
 import numpy as np
 import pandas as pd
 import torch
-from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
@@ -33,9 +33,9 @@ class PilDataset(Dataset[Tensor]):
     """Decode, resize and crop an image each time it is asked for."""
 
     def __init__(self, paths: list[str], image_size: int) -> None:
-        to_tensor = v2.Compose([v2.ToImage(), v2.ToDtype(torch.float32, scale=True)])
         self.paths = paths
-        self.transform = v2.Compose([v2.Resize(image_size), v2.CenterCrop(image_size), to_tensor])
+        self.crop = v2.Compose([v2.Resize(image_size), v2.CenterCrop(image_size)])
+        self.to_tensor = v2.Compose([v2.ToImage(), v2.ToDtype(torch.float32, scale=True)])
 
     def __len__(self) -> int:
         """Count the images."""
@@ -43,9 +43,14 @@ class PilDataset(Dataset[Tensor]):
 
     def __getitem__(self, index: int) -> Tensor:
         """Return an image, float32 (3, S, S) in [0, 1]."""
-        with Image.open(self.paths[index]) as image:
-            pixels: Tensor = self.transform(image.convert("RGB"))
+        pixels: Tensor = self.to_tensor(self.decode(index))
         return pixels
+
+    def decode(self, index: int) -> Image.Image:
+        """Return an image of S x S pixels."""
+        with Image.open(self.paths[index]) as image:
+            square: Image.Image = self.crop(image.convert("RGB"))
+        return square
 
 
 def draw_images(folder: Path) -> None:
@@ -73,16 +78,6 @@ def measure(batches: Iterable[Tensor]) -> float:
     return images / (time.perf_counter() - start)
 
 
-def decode_all(paths: list[str], image_size: int) -> NDArray[np.uint8]:
-    """Decode images one after the other, as a loop over PIL does, to uint8 (N, S, S, 3)."""
-    crop = v2.Compose([v2.Resize(image_size), v2.CenterCrop(image_size)])
-    pixels = []
-    for path in paths:
-        with Image.open(path) as image:
-            pixels.append(np.asarray(crop(image.convert("RGB"))))
-    return np.stack(pixels)
-
-
 def compare(folder: Path, cache_dir: Path, size: int | Literal["auto"]) -> list[list[str]]:
     """Build the store of a folder's images, read it and the images, and return the rows of the table."""
     paths = sorted(path for path in folder.rglob("*") if path.suffix.lower() in {".jpg", ".jpeg", ".png"})
@@ -90,8 +85,9 @@ def compare(folder: Path, cache_dir: Path, size: int | Literal["auto"]) -> list[
     start = time.perf_counter()
     store = open_store(table, size, cache_dir, "stop")
     built = len(paths) / (time.perf_counter() - start)
+    dataset = PilDataset(list(table["path"]), store.image_size)
     start = time.perf_counter()
-    decoded = decode_all(list(table["path"]), store.image_size)
+    decoded = np.stack([np.asarray(dataset.decode(index)) for index in range(len(paths))])
     looped = len(paths) / (time.perf_counter() - start)
     pairs = zip(decoded, store.pixels, strict=True)
     difference = max(int(np.abs(theirs.astype(np.int16) - ours).max()) for theirs, ours in pairs)
@@ -100,7 +96,6 @@ def compare(folder: Path, cache_dir: Path, size: int | Literal["auto"]) -> list[
     for row in order:
         store.pixels[row].copy()
     read = len(order) / (time.perf_counter() - start)
-    dataset = PilDataset(list(table["path"]), store.image_size)
     loader = DataLoader(dataset, BATCH_SIZE, shuffle=True, num_workers=WORKERS, persistent_workers=True)
     next(iter(loader))  # the workers start here, which an epoch of many would not notice
     theirs, ours = measure(loader), measure(read_batches(store))
@@ -114,17 +109,17 @@ def compare(folder: Path, cache_dir: Path, size: int | Literal["auto"]) -> list[
 
 
 def main() -> None:
-    """Compare on the folder of the command line, or on drawn images."""
+    """Compare on drawn images, and on the folder of the command line, and keep a table of each."""
     torch.set_num_threads(1)
-    rows = []
     with TemporaryDirectory() as scratch:
-        drawn = Path(scratch, "images")
+        drawn = Path(scratch, "drawn")
         drawn.mkdir()
         draw_images(drawn)
-        rows += compare(drawn, Path(scratch, "cache"), 224)
-        if len(sys.argv) > 1:
-            rows += compare(Path(sys.argv[1]), Path(scratch, "cache2"), "auto")
-    keep("store", format_table(["", "ours [img/s]", "theirs [img/s]", ""], rows))
+        cases: list[tuple[Path, int | Literal["auto"]]] = [(drawn, 224)]
+        cases += [(Path(folder), "auto") for folder in sys.argv[1:2]]
+        for folder, size in cases:
+            rows = compare(folder, Path(scratch, "cache"), size)
+            keep("store", format_table(["", "ours [img/s]", "theirs [img/s]", ""], rows), data=folder)
 
 
 if __name__ == "__main__":
