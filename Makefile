@@ -46,7 +46,7 @@ lint: .venv/ready ## check style, formatting and types
 	$(BIN)/mypy
 
 bench: .venv/ready ## measure speeds as in docs/scale.md, on demo and drawn images
-	for name in epoch store augment start growth inference coordination predict; do $(BIN)/python -m benchmarks.$$name || exit; done
+	for name in epoch store augment start growth inference memory coordination predict; do $(BIN)/python -m benchmarks.$$name || exit; done
 
 ui: .venv/ready ## start the MLflow UI on http://127.0.0.1:5000, after links to the experiments in it
 	@MLFLOW_TRACKING_URI=sqlite:///mlflow.db $(BIN)/python -m skin_resnet.tracking.links

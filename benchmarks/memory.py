@@ -44,7 +44,7 @@ def main() -> None:
     for name, found in (("epochs", train), ("trials", trials)):
         rows.append([name, *(f"{found[n]:.0f}" for n in SHOWN), f"{found[20] / found[2]:.2f}x"])
     header = ["MB after", *map(str, SHOWN), "20th / 2nd"]
-    keep("memory", format_table(header, rows))
+    keep("memory", format_table(header, rows), data=options[1])
 
 
 if __name__ == "__main__":

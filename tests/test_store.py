@@ -1,14 +1,20 @@
+import ctypes
 import json
 import logging
+import mmap
 import os
 import shutil
+import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pandas as pd
 import pytest
 import torch
+from numpy.typing import NDArray
 from PIL import Image
 from torchvision.transforms.v2 import functional as F
 
@@ -139,6 +145,33 @@ def test_a_store_is_built_once(table: pd.DataFrame, cache: Path, monkeypatch: py
     second = open_store(table, 32, cache, "stop")
     assert first.key == second.key
     np.testing.assert_array_equal(first.pixels, second.pixels)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="asks Linux what is in memory")
+def test_read_ahead_brings_the_images_asked_for_into_memory(tmp_path: Path, cache: Path) -> None:
+    table = draw_images(tmp_path / "large", 20, (300, 300))
+    folder = cache / "stores" / open_store(table, 224, cache, "stop").key
+    store = open_store(table, 224, cache, "stop")
+    mapped: Any = store.pixels.base
+
+    def find_in_memory() -> NDArray[np.bool_]:
+        start = store.pixels.ctypes.data - 128
+        pages = np.zeros(-(-len(mapped) // mmap.PAGESIZE), np.uint8)
+        ctypes.CDLL(None).mincore(ctypes.c_void_p(start), ctypes.c_size_t(len(mapped)), pages.ctypes)
+        loaded = np.repeat(pages & 1, mmap.PAGESIZE)[128 : len(mapped)]
+        return loaded.reshape(len(store.pixels), -1).all(axis=1)
+
+    with (folder / "pixels.npy").open("rb") as file:
+        os.fsync(file.fileno())
+        mapped.madvise(mmap.MADV_DONTNEED)  # what is mapped is not dropped
+        os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+    if find_in_memory().any():
+        pytest.skip("this file system keeps its files in memory")
+    store.read_ahead(np.array([5, 12]))
+    deadline = time.monotonic() + 20
+    while not (found := find_in_memory())[[5, 12]].all():
+        assert time.monotonic() < deadline
+    assert np.flatnonzero(found).tolist() == [5, 12]
 
 
 def test_a_moved_folder_keeps_its_store(table: pd.DataFrame, tmp_path: Path, cache: Path) -> None:

@@ -1,7 +1,7 @@
 """Batches of pixels and targets, on the device, in an order that a seed fixes."""
 
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -41,6 +41,7 @@ class Loader:
     rows: NDArray[np.int64]  # (N,): the split's rows of the store
     targets: Tensor  # int64 (N,), on the CPU
     device: torch.device  # where the batches go
+    read_ahead: Callable[[NDArray[np.int64]], None] = lambda rows: None  # given the next batch's rows
     batch_size: int  # images per step, over all processes
     rank: int = 0
     world_size: int = 1
@@ -74,13 +75,16 @@ class Loader:
 
     def _build_batches(self, batches: list[NDArray[np.int64]]) -> Iterator[Batch]:
         # Batches of almost equal size instead of full ones and a rest: no image is dropped or weighs more.
-        for positions in map(torch.from_numpy, batches):
-            rows = torch.from_numpy(self.rows)[positions]
-            # Without `non_blocking`, each copy would wait until a GPU has done all the steps before.
+        for number, positions in enumerate(batches):
+            if self.pixels.device.type == "cpu" and number + 1 < len(batches):
+                self.read_ahead(self.rows[batches[number + 1]])
+            rows, indices = (torch.from_numpy(each) for each in (self.rows[positions], positions))
             yield Batch(
-                pixels=self.pixels[rows.to(self.pixels.device, non_blocking=True)].to(
-                    self.device, non_blocking=True
-                ),
-                targets=self.targets[positions].to(self.device, non_blocking=True),
-                positions=positions.to(self.device, non_blocking=True),
+                pixels=self._place(self.pixels[rows.to(self.pixels.device, non_blocking=True)]),
+                targets=self._place(self.targets[indices]),
+                positions=self._place(indices),
             )
+
+    def _place(self, values: Tensor) -> Tensor:
+        # Otherwise each copy would wait until a GPU has done all the steps before.
+        return values.to(self.device, non_blocking=True)

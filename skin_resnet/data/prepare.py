@@ -76,6 +76,7 @@ class PreparedData:
                 rows=rows,
                 targets=torch.tensor(self.table.target.to_numpy()[rows]),
                 device=fabric.device,
+                read_ahead=self.store.read_ahead,
                 batch_size=batch_size,
                 rank=fabric.global_rank,
                 world_size=fabric.world_size,
