@@ -55,8 +55,8 @@ class SearchConfig(TrainConfig):
     sampler: Literal["tpe", "gp", "random"] = Field(
         "tpe", description="Optuna sampler; gp does not learn from pruned trials."
     )
-    pruner: Literal["median", "hyperband", "halving", "none"] = Field(
-        "median", description="Optuna pruner; the two baselines are never pruned."
+    pruner: Literal["halving", "median", "hyperband", "none"] = Field(
+        "halving", description="Optuna pruner; the two baselines are never pruned."
     )
     objectives: str = Field(
         "val_loss",

@@ -172,11 +172,12 @@ class PatientMedianPruner(MedianPruner):
 def build_pruner(config: SearchConfig) -> BasePruner:
     """Build the pruner; none stops a trial in its first epoch."""
     first = max(2, config.epochs // 8)
+    # Before, a rising learning rate hides what a recipe will reach: see docs/experiments.md.
+    quarter = max(3, config.epochs // 4)
     pruners: dict[str, BasePruner] = {
-        # Before half of a schedule, a high learning rate hides what a recipe will reach: docs/experiments.md.
+        "halving": SuccessiveHalvingPruner(min_resource=quarter),
         "median": PatientMedianPruner(n_startup_trials=4, n_warmup_steps=max(1, config.epochs // 2)),
         "hyperband": HyperbandPruner(min_resource=first, max_resource=max(first, config.epochs)),
-        "halving": SuccessiveHalvingPruner(min_resource=first),
         "none": NopPruner(),
     }
     return pruners[config.pruner]

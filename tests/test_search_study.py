@@ -159,7 +159,7 @@ def test_a_pruned_trial_ends_killed_and_baselines_are_never_pruned(tmp_path: Pat
 
     config = make_config(tmp_path, n_trials=7, epochs=6)
     trials = run(config, parent, train_ever_worse)
-    assert [trial.state for trial in trials] == [State.COMPLETE] * 4 + [State.PRUNED] * 3
+    assert [trial.state for trial in trials] == [State.COMPLETE] * 3 + [State.PRUNED] * 4
     children = read_children(parent)
     for trial in trials[4:]:
         (child,) = children[str(trial.number)]
@@ -436,6 +436,21 @@ def test_every_pruner_is_built_and_lets_a_first_epoch_be(tmp_path: Path, pruner:
         study.tell(trial, score)
 
 
+def test_halving_keeps_a_quarter_of_the_trials_after_a_quarter_of_the_epochs(tmp_path: Path) -> None:
+    config = make_config(tmp_path, epochs=16)
+    study = optuna.create_study(pruner=build_pruner(config), sampler=build_sampler(config, 0))
+    pruned_at: dict[int, list[int]] = {}
+    for loss in (*range(8), -1):
+        trial = study.ask()
+        for step in range(1, 17):
+            trial.report(loss, step)
+            if trial.should_prune():
+                pruned_at.setdefault(step, []).append(loss)
+                break
+        study.tell(trial, loss)
+    assert pruned_at == {4: [1, 2, 3, 4, 5, 6, 7]}
+
+
 @pytest.mark.parametrize(
     ("losses", "pruned_at"),
     [((-1, -2, -2, -4.5, -4.5, -6), []), ((-1, -2, -2, -2, -2), [5]), ((-9,) * 8, [])],
@@ -443,7 +458,7 @@ def test_every_pruner_is_built_and_lets_a_first_epoch_be(tmp_path: Path, pruner:
 def test_two_epochs_in_a_row_on_the_wrong_side_of_the_median_prune_from_half_of_the_epochs_on(
     tmp_path: Path, losses: tuple[float, ...], pruned_at: list[int]
 ) -> None:
-    config = make_config(tmp_path, epochs=8)
+    config = make_config(tmp_path, epochs=8, pruner="median")
     study = optuna.create_study(pruner=build_pruner(config), sampler=build_sampler(config, 0))
     for _ in range(5):
         trial = study.ask()
