@@ -12,6 +12,7 @@ from PIL import Image, ImageEnhance
 from scipy.stats import chi2_contingency
 
 from skin_resnet.cli import main
+from skin_resnet.data import leakage
 from skin_resnet.data.extract import extract
 from skin_resnet.data.leakage import LeakageReport, audit_split
 from skin_resnet.data.split import SPLITS, Split, read_split, split_lesions
@@ -137,6 +138,22 @@ def test_a_changed_copy_is_shown_but_no_proof(change: object, is_found: bool) ->
     report = audit(table, CLEAN, pixels)
     assert list_pairs(report) == ([("near", "nv_002_0", "mel_000_0")] if is_found else [])
     assert not report.leaks
+
+
+def test_no_pair_that_is_alike_is_missed() -> None:
+    rng = np.random.default_rng(0)
+    axis = np.linspace(-1, 1, 16)
+    blobs = [np.exp(-((axis - x) ** 2)[:, None] * w - (axis - y) ** 2) for x, y, w in rng.random((120, 3))]
+    turned = [np.rot90(blob, rng.integers(4))[:: rng.choice([-1, 1])] for blob in blobs]
+    drawn = np.array([*blobs, *turned]) + rng.normal(0, 0.02, (240, 16, 16))
+    thumbnails = leakage._normalize_thumbnails((drawn * 99).astype(np.uint8))
+    order = rng.integers(0, 3, 240)
+    views = [np.rot90(m, k, (1, 2)) for m in (thumbnails, thumbnails[:, :, ::-1]) for k in range(4)]
+    similarity = np.max([np.einsum("nij,mij->nm", view, thumbnails) for view in views], axis=0)
+    expected = np.argwhere((similarity >= 0.98) & (order[:, None] > order))
+    assert 50 < len(expected) < 20_000
+    found = leakage._find_alike(order, thumbnails)
+    np.testing.assert_array_equal(found[["row", "seen_row"]].sort_values(["row", "seen_row"]), expected)
 
 
 def test_class_shift_agrees_with_scipy() -> None:
