@@ -172,7 +172,7 @@ class PatientMedianPruner(MedianPruner):
 def build_pruner(config: SearchConfig) -> BasePruner:
     """Build the pruner; none stops a trial in its first epoch."""
     first = max(2, config.epochs // 8)
-    # Before, a rising learning rate hides what a recipe will reach: see docs/experiments.md.
+    # Earlier, a high learning rate hides what a recipe will reach: see docs/experiments.md.
     quarter = max(3, config.epochs // 4)
     pruners: dict[str, BasePruner] = {
         "halving": SuccessiveHalvingPruner(min_resource=quarter),

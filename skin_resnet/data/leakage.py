@@ -160,19 +160,24 @@ def _match(images: pd.DataFrame, key: str) -> pd.DataFrame:
 
 def _find_alike(order: npt.NDArray[np.int64], thumbnails: npt.NDArray[np.float32]) -> pd.DataFrame:
     """Pair the rows of images in different splits that correlate in any of eight orientations."""
-    mirrored = (thumbnails, thumbnails[:, :, ::-1])
-    views = [np.rot90(one, turns, (1, 2)).reshape(len(one), -1) for one in mirrored for turns in range(4)]
-    turned = np.stack(views)
-    bounds = _bound_similarity(turned)
+    some = np.array_split(thumbnails, len(thumbnails) // 4096 + 1)
+    bounds = np.concatenate([_bound_similarity(_turn(each)) for each in some])
     later = np.flatnonzero(order > 0)
     found = []
     for block in np.array_split(later, len(later) // _COMPARED_AT_ONCE + 1):
         others = np.flatnonzero((bounds[block] @ bounds.T > _NEAR_SIMILARITY - 1e-4).any(axis=0))
-        similarity = np.max([view[block] @ turned[0][others].T for view in turned], axis=0)
+        similarity = (_turn(thumbnails[block]) @ thumbnails[others].reshape(-1, 256).T).max(axis=0)
         one, other = np.nonzero((similarity >= _NEAR_SIMILARITY) & (order[block, None] > order[others]))
         similar = {"row": block[one], "seen_row": others[other], "similarity": similarity[one, other]}
         found.append(pd.DataFrame(similar))
     return pd.concat(found, ignore_index=True)
+
+
+def _turn(thumbnails: npt.NDArray[np.float32]) -> npt.NDArray[np.float32]:
+    """Return the eight orientations of thumbnails (n, 16, 16), as (8, n, 256)."""
+    mirrored = (thumbnails, thumbnails[:, :, ::-1])
+    turned = [np.rot90(one, turns, (1, 2)) for one in mirrored for turns in range(4)]
+    return np.stack(turned).reshape(8, len(thumbnails), -1)
 
 
 def _bound_similarity(turned: npt.NDArray[np.float32]) -> npt.NDArray[np.float32]:
@@ -180,7 +185,7 @@ def _bound_similarity(turned: npt.NDArray[np.float32]) -> npt.NDArray[np.float32
 
     An image is the sum of orthogonal parts: one that no turn or reflection changes, three that these only
     negate, and a rest. How alike two images can be is the product of the first parts, of which a quarter says
-    all, and of the lengths of the others. In HAM10000 it spares the comparison of 99.6 % of the pairs.
+    all, and of the lengths of the others. In HAM10000, 0.4 % of the pairs reach the threshold so.
     """
     signs = ((1,) * 8, (1,) * 4 + (-1,) * 4, (1, -1) * 4, (1, -1, 1, -1, -1, 1, -1, 1))
     first, *others = (np.tensordot(np.array(row, np.float32) / 8, turned, 1) for row in signs)

@@ -87,4 +87,4 @@ class Loader:
 
     def _place(self, values: Tensor) -> Tensor:
         # Otherwise each copy would wait until a GPU has done all the steps before.
-        return values.to(self.device, non_blocking=True)
+        return values.to(self.device, non_blocking=self.device.type == "cuda")
