@@ -7,6 +7,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -25,12 +26,13 @@ from skin_resnet.training import run as run_module
 from skin_resnet.training.checkpoint import (
     RunFolder,
     clean_up_killed,
+    hash_network,
     list_interrupted,
     read_checkpoint,
     save_checkpoint,
 )
 from skin_resnet.training.engine import NonFiniteLossError
-from skin_resnet.training.resume import find_resume_point
+from skin_resnet.training.resume import ResumePoint, find_resume_point
 from skin_resnet.training.state import TrainingState
 
 ROOT = Path(__file__).parent.parent
@@ -360,3 +362,37 @@ def test_a_broken_network_is_not_saved_over_a_whole_state(config: TrainConfig, m
     assert told.value.positions == [5]
     (state,) = config.checkpoint_dir.glob("*/last.pt")
     assert read_checkpoint(state)["state"]["step"] == 1
+
+
+def test_an_epoch_is_saved_as_it_was_while_the_next_one_trains_and_is_tracked_when_saved(
+    config: TrainConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    began, goes_on = threading.Event(), threading.Event()
+    order: list[str] = []
+
+    def step(state: TrainingState, number: int) -> None:
+        update(state, number)
+        if began.is_set() and state.epoch == 1:
+            goes_on.set()
+
+    def save(contents: dict[Path, dict[str, Any]]) -> None:
+        (content,) = [content for path, content in contents.items() if path.name == "last.pt"]
+        if content["state"]["epoch"] == 1:
+            before = hash_network(content["state"]["network"])
+            began.set()
+            assert goes_on.wait(60), "the next epoch waits for the save"
+            assert hash_network(content["state"]["network"]) == before
+            order.append("saved")
+        save_all(contents)
+
+    update, save_all = TrainingState.update_ema, run_module.save_checkpoints
+    monkeypatch.setattr(TrainingState, "update_ema", step)
+    monkeypatch.setattr(run_module, "save_checkpoints", save)
+    folder = RunFolder(config.checkpoint_dir / "own")
+    folder.acquire()
+    run_module.run_training(
+        config.with_changes(batch_size=8),
+        on_epoch=lambda result: order.append(f"tracked {result.epoch}"),
+        resume=ResumePoint(folder=folder, config=config.with_changes(batch_size=8)),
+    )
+    assert order == ["saved", "tracked 1", "tracked 2"]

@@ -45,6 +45,21 @@ def save_checkpoint(path: Path, content: dict[str, Any]) -> None:
             temporary.unlink()
 
 
+def save_checkpoints(contents: dict[Path, dict[str, Any]]) -> None:
+    """Write checkpoints one after the other."""
+    for path, content in contents.items():
+        save_checkpoint(path, content)
+
+
+def copy_to_cpu(content: Any) -> Any:
+    """Copy dicts and lists with the tensors in them to the CPU, so that training on does not change them."""
+    if isinstance(content, dict):
+        return {key: copy_to_cpu(value) for key, value in content.items()}
+    if isinstance(content, (list, tuple)):
+        return [copy_to_cpu(value) for value in content]
+    return content.to("cpu", copy=True) if isinstance(content, Tensor) else content
+
+
 def read_checkpoint(path: Path) -> dict[str, Any]:
     """Read what `save_checkpoint` wrote, onto the CPU; no file, or another one, is a UserError."""
     if not path.is_file():

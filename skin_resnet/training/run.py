@@ -3,6 +3,7 @@
 import os
 import time
 from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -13,7 +14,6 @@ from lightning_fabric import Fabric
 from skin_resnet.config import TrainConfig
 from skin_resnet.data.loader import Loader
 from skin_resnet.data.prepare import PreparedData, prepare_data
-from skin_resnet.data.split import SPLITS
 from skin_resnet.errors import UserError
 from skin_resnet.evaluation.calibration import Calibration, fit_calibration, get_val_predictions
 from skin_resnet.evaluation.metrics import Metrics, Predictions
@@ -21,7 +21,14 @@ from skin_resnet.model.classifier import build_network, fit_familiarity
 from skin_resnet.model.resnet import build_resnet
 from skin_resnet.model.weights import load_weights
 from skin_resnet.training import get_worker_task, interrupts
-from skin_resnet.training.checkpoint import RunFolder, hash_network, read_checkpoint, save_checkpoint
+from skin_resnet.training.checkpoint import (
+    RunFolder,
+    copy_to_cpu,
+    hash_network,
+    read_checkpoint,
+    save_checkpoint,
+    save_checkpoints,
+)
 from skin_resnet.training.device import build_fabric, end_processes, launch
 from skin_resnet.training.engine import (
     EpochResult,
@@ -34,7 +41,7 @@ from skin_resnet.training.engine import (
 )
 from skin_resnet.training.progress import describe_epoch, describe_start, show_progress
 from skin_resnet.training.resume import ResumePoint, describe_state, restore
-from skin_resnet.training.state import TrainingState, build_state
+from skin_resnet.training.state import TrainingState, build_state, describe_checkpoint
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -127,8 +134,8 @@ def run_training(
     if fabric.is_global_zero and not resume:
         folder.acquire()
     try:
-        training = _Training(data, fabric, tracker, point, saves_state=resume is not None)
-        training.run(on_epoch)
+        training = _Training(data, fabric, tracker, point, on_epoch, saves_state=resume is not None)
+        training.run()
         return training.conclude()
     except BaseException as error:
         lost = end_processes(fabric, processes, error)
@@ -160,11 +167,14 @@ class _Training:
         fabric: Fabric,
         tracker: Tracker | None,
         point: ResumePoint,
+        on_epoch: Callable[[EpochResult], None] | None,
         *,
         saves_state: bool,
     ) -> None:
         self._config, self._data, self._fabric = point.config, data, fabric
         self._tracker, self._point, self._history = tracker, point, point.history
+        self._on_epoch = on_epoch
+        self._unrecorded: tuple[EpochResult, Future[None]] | None = None
         self._loaders = self._train, self._val = data.build_loaders(fabric, self._config.batch_size)
         self._state, weights = _build_state(self._config, data, fabric, self._train)
         restore(point, self._state, data.fingerprint)
@@ -176,24 +186,36 @@ class _Training:
         if tracker:
             tracker.on_start(TrainStart(data=data, fabric=fabric, weights=weights, point=point))
 
-    def run(self, on_epoch: Callable[[EpochResult], None] | None) -> None:
+    def run(self) -> None:
         """Train, epoch by epoch; what is tracked has always been saved."""
-        with interrupts.deferred():
+        with interrupts.deferred(), ThreadPoolExecutor(1) as writer:
             self._save_state()
             progress = show_progress(self._state, self._train)
             epochs = fit(self._state, self._train, self._val, progress, self._on_batch)
-            while not self._stops_early() and (result := next(epochs, None)):
-                self._history.append(result)
-                is_best = find_best(self._history, self._config.best_by) is result
-                if is_best and self._fabric.is_global_zero:
-                    save_checkpoint(self._point.folder.best, self._describe_checkpoint(result))
-                self._save_state()
-                self._print(describe_epoch(result, self._config, is_best=is_best))
-                if self._tracker:
-                    self._tracker.on_epoch(result)
-                if on_epoch:
-                    on_epoch(result)
-                interrupts.check()
+            try:
+                while not self._stops_early() and (result := next(epochs, None)):
+                    self._record()
+                    self._history.append(result)
+                    is_best = find_best(self._history, self._config.best_by) is result
+                    self._print(describe_epoch(result, self._config, is_best=is_best))
+                    contents = self._describe_epoch(is_best=is_best)
+                    # Beside the next epoch: it takes up to a second, which can be a third of an epoch.
+                    self._unrecorded = result, writer.submit(save_checkpoints, copy_to_cpu(contents))
+                    self._saved_at_s = time.monotonic()
+                    interrupts.check()
+            finally:
+                self._record()
+
+    def _record(self, *, waits: bool = True) -> None:
+        """Track the last epoch once it has been saved; if `waits` is False, only if it already has."""
+        if not self._unrecorded or not (waits or self._unrecorded[1].done()):
+            return
+        (result, saving), self._unrecorded = self._unrecorded, None
+        saving.result()
+        if self._tracker:
+            self._tracker.on_epoch(result)
+        if self._on_epoch:
+            self._on_epoch(result)
 
     def conclude(self) -> TrainResult:
         """Calibrate the best epoch's network on its val predictions, and complete its checkpoint."""
@@ -223,17 +245,30 @@ class _Training:
             self._tracker.on_end(result)
         return result
 
+    def _describe_epoch(self, *, is_best: bool) -> dict[Path, dict[str, Any]]:
+        """Return what is to be saved after an epoch, by file; the state last, for it names the best epoch."""
+        contents = {}
+        if is_best and self._fabric.is_global_zero:
+            run_id = self._tracker.run_id if self._tracker else ""
+            contents[self._point.folder.best] = describe_checkpoint(self._state, self._data, run_id)
+        return contents | self._describe_state()
+
+    def _describe_state(self) -> dict[Path, dict[str, Any]]:
+        if not self._saves_state:
+            return {}
+        state = describe_state(self._state, self._data.fingerprint, self._history)
+        return {self._point.folder.last: state}
+
     def _save_state(self) -> None:
-        if self._saves_state:
-            state = describe_state(self._state, self._data.fingerprint, self._history)
-            save_checkpoint(self._point.folder.last, state)
-            self._saved_at_s = time.monotonic()
+        save_checkpoints(self._describe_state())
+        self._saved_at_s = time.monotonic()
 
     def _on_batch(self) -> None:
         """Save if it is time to, or a signal to end came, on which the training then stops."""
         pause_s = 60 * self._config.checkpoint_minutes
         is_due = time.monotonic() - self._saved_at_s >= pause_s or interrupts.is_requested()
-        if is_due and pause_s > 0:
+        self._record(waits=is_due)
+        if is_due:
             self._save_state()
         interrupts.check()
 
@@ -249,27 +284,6 @@ class _Training:
     def _print(self, text: str) -> None:
         if self._fabric.is_global_zero:
             print(text, flush=True)
-
-    def _describe_checkpoint(self, result: EpochResult) -> dict[str, Any]:
-        """Return what it takes to use a network anywhere, and never to test it on its training images."""
-        data, split = self._data, self._data.split
-        return {
-            "arch": self._config.arch,
-            "classes": list(data.classes),
-            "image_size": data.store.image_size,
-            "network": self._state.scored_network.state_dict(),
-            "epoch": result.epoch,
-            "val_probabilities": torch.tensor(self._state.val_probabilities),
-            "val_targets": torch.tensor(data.select(split.val).target.to_numpy()),
-            "class_counts": data.class_counts.tolist(),
-            "config": self._config.model_dump(mode="json"),
-            "split": {name: list(getattr(split, name)) for name in SPLITS},
-            "split_fingerprints": dict(data.split_fingerprints),
-            "baseline_class": data.baseline_class,
-            "leaks": data.leakage.leaks,
-            "license": data.license,
-            "run_id": self._tracker.run_id if self._tracker else "",
-        }
 
 
 def _build_state(

@@ -13,6 +13,8 @@ from torch import Tensor, nn
 
 from skin_resnet.config import TrainConfig
 from skin_resnet.data.loader import Loader
+from skin_resnet.data.prepare import PreparedData
+from skin_resnet.data.split import SPLITS
 from skin_resnet.training.device import share_batchnorm
 from skin_resnet.training.optim import Schedule, build_optimizer, compute_class_weights
 
@@ -117,3 +119,25 @@ def build_state(
         ema=ema,
         class_weights=compute_class_weights(counts, config.class_weighting).to(fabric.device),
     )
+
+
+def describe_checkpoint(state: TrainingState, data: PreparedData, run_id: str) -> dict[str, Any]:
+    """Return what it takes to use a network anywhere, and never to test it on its training images."""
+    split = data.split
+    return {
+        "arch": state.config.arch,
+        "classes": list(data.classes),
+        "image_size": data.store.image_size,
+        "network": state.scored_network.state_dict(),
+        "epoch": state.epoch,
+        "val_probabilities": torch.tensor(state.val_probabilities),
+        "val_targets": torch.tensor(data.select(split.val).target.to_numpy()),
+        "class_counts": data.class_counts.tolist(),
+        "config": state.config.model_dump(mode="json"),
+        "split": {name: list(getattr(split, name)) for name in SPLITS},
+        "split_fingerprints": dict(data.split_fingerprints),
+        "baseline_class": data.baseline_class,
+        "leaks": data.leakage.leaks,
+        "license": data.license,
+        "run_id": run_id,
+    }
