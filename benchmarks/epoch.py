@@ -3,13 +3,15 @@
 The steps are what any loop must do: forward and backward pass, loss, clipping, optimizer, EMA, and the
 forward pass on val. The rest is what the product adds: loading, augmentation, metrics, tracking in MLflow,
 and saving the whole state after each epoch and the best network after each better one. On a CPU, the steps
-are timed within the epoch; on a GPU, which works in the background, beside it, on one batch in its memory.
+are timed within the epoch, and each counts as the median: while the state is written, beside the next epoch,
+they are slower. On a GPU, which works in the background, they are timed alone, on one batch in its memory.
 """
 
 import statistics
 import sys
 import tempfile
 import time
+from collections import defaultdict
 from collections.abc import Callable
 from itertools import pairwise
 from pathlib import Path
@@ -29,7 +31,6 @@ from skin_resnet.tracking.run import open_run
 from skin_resnet.training import engine, run
 from skin_resnet.training.checkpoint import RunFolder
 from skin_resnet.training.device import build_fabric
-from skin_resnet.training.engine import EpochResult
 from skin_resnet.training.resume import ResumePoint
 from skin_resnet.training.state import TrainingState, build_state
 
@@ -38,10 +39,17 @@ EPOCHS = 6 if torch.cuda.is_available() else 3
 
 
 class Clock:
-    """Counts the seconds that a training spends in its steps."""
+    """Times the parts of a training's steps."""
 
     def __init__(self) -> None:
-        self.seconds, self._began = 0.0, 0.0
+        self._began = 0.0
+        self._seconds: dict[str, list[float]] = defaultdict(list)
+
+    def take_seconds(self) -> float:
+        """Return the seconds of all steps since the last call, each part of one counted as its median."""
+        total = sum(len(each) * statistics.median(each) for each in self._seconds.values())
+        self._seconds.clear()
+        return total
 
     def time(self, owner: Any, name: str) -> None:
         """Count the time of an object's method or a module's function from now on."""
@@ -50,7 +58,7 @@ class Clock:
         def timed(*given: Any, **named: Any) -> Any:
             start = time.perf_counter()
             result = function(*given, **named)
-            self.seconds += time.perf_counter() - start
+            self._seconds[name].append(time.perf_counter() - start)
             return result
 
         setattr(owner, name, timed)
@@ -64,13 +72,13 @@ class Clock:
             self.time(owner, name)
         for network in {state.network, state.scored_network}:
             network.register_forward_pre_hook(lambda *_: self._begin())
-            network.register_forward_hook(lambda *_: self._end())
+            network.register_forward_hook(lambda network, *_: self._end(f"forward, {network.training}"))
 
     def _begin(self) -> None:
         self._began = time.perf_counter()
 
-    def _end(self) -> None:
-        self.seconds += time.perf_counter() - self._began
+    def _end(self, name: str) -> None:
+        self._seconds[name].append(time.perf_counter() - self._began)
 
 
 def time_steps_alone(config: TrainConfig) -> float:
@@ -110,30 +118,34 @@ def measure(config: TrainConfig) -> tuple[float, float]:
     clock = Clock()
     build_state, compute_loss = run.build_state, engine.compute_loss
 
+    readings = []
+
     def build(*given: Any) -> TrainingState:
         state = build_state(*given)
         clock.watch(state)
+        end_epoch = state.end_epoch
+
+        def end(val_loss: float) -> None:
+            readings.append((time.perf_counter(), clock.take_seconds()))
+            end_epoch(val_loss)
+
+        state.end_epoch = end
         return state
 
     run.build_state = build
     clock.time(engine, "compute_loss")
-    readings = []
-
-    def end_epoch(result: EpochResult) -> None:
-        readings.append((time.perf_counter(), clock.seconds))
-
     try:
         with open_run("benchmark") as opened:
             folder = RunFolder(config.checkpoint_dir / opened.run_id)
             folder.acquire()
             point = ResumePoint(folder=folder, config=config)
-            run.run_training(config, tracker=opened, on_epoch=end_epoch, resume=point)
+            run.run_training(config, tracker=opened, resume=point)
             folder.release()
     finally:
         run.build_state, engine.compute_loss = build_state, compute_loss
     # Not the first epoch, which includes the start of the network.
-    pairs = list(pairwise(readings))
-    whole_s, step_s = (statistics.median([after[i] - before[i] for before, after in pairs]) for i in (0, 1))
+    whole_s = statistics.median([after - before for (before, _), (after, _) in pairwise(readings)])
+    step_s = statistics.median([seconds for _, seconds in readings[1:]])
     return whole_s, time_steps_alone(config) if torch.cuda.is_available() else step_s
 
 

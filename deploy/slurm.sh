@@ -8,6 +8,7 @@
 #SBATCH --ntasks=1 --cpus-per-task=8 --gpus-per-task=1
 #SBATCH --time=4:00:00 --signal=USR1@60
 #SBATCH --requeue --open-mode=append --output=search-%a.log
+export SRUN_CPUS_PER_TASK=$SLURM_CPUS_PER_TASK # since Slurm 22.05, srun does not take it from the job
 srun .venv/bin/skin-resnet search --config study.yaml
 code=$?
 # 138: the time is nearly up, and SIGUSR1 has ended the search cleanly. It continues when there is time again.

@@ -173,7 +173,8 @@ def build_pruner(config: SearchConfig) -> BasePruner:
     """Build the pruner; none stops a trial in its first epoch."""
     first = max(2, config.epochs // 8)
     # Earlier, a high learning rate hides what a recipe will reach: see docs/experiments.md.
-    quarter = max(3, config.epochs // 4)
+    # Rounded up, so that halving's second cut, after four times as many epochs, is never reached.
+    quarter = max(3, -(-config.epochs // 4))
     pruners: dict[str, BasePruner] = {
         "halving": SuccessiveHalvingPruner(min_resource=quarter),
         "median": PatientMedianPruner(n_startup_trials=4, n_warmup_steps=max(1, config.epochs // 2)),

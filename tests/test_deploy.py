@@ -8,6 +8,7 @@ import socket
 import subprocess
 import sys
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -19,6 +20,8 @@ from test_outage import Server, find_free_port
 from test_search_end_to_end import Search, is_training
 from test_search_postgresql import needs_server, storage  # noqa: F401 (a fixture)
 
+from search.report import WINNER
+from search.space import BASELINE
 from skin_resnet.cli import parse_options
 
 ROOT = Path(__file__).parents[1]
@@ -73,10 +76,10 @@ class Machine(Search):
 
     N_TRIALS = 6
 
-    def __init__(self, folder: Path, data: Path, storage: str, tracking_uri: str, epochs: int) -> None:  # noqa: F811
+    def __init__(self, folder: Path, data: Path, storage: str, tracking_uri: str, **options: int) -> None:  # noqa: F811
         folder.mkdir()
         study = {"storage": storage.replace("/postgres", "/study"), "study_name": "folders"}
-        super().__init__(folder, data, **study, n_trials=self.N_TRIALS, epochs=epochs, heartbeat_s=2)
+        super().__init__(folder, data, **study, n_trials=self.N_TRIALS, heartbeat_s=2, **options)
         self.tracking_uri = tracking_uri
         given = dict(each.removeprefix("--").split("=", 1) for each in self.command[4:])
         (folder / "study.yaml").write_text(yaml.safe_dump(given))
@@ -104,7 +107,9 @@ def test_four_machines_finish_a_study_though_one_dies_one_leaves_and_the_server_
     class_folders: Path,
 ) -> None:
     machines = [
-        Machine(tmp_path / f"machine{number}", class_folders, storage, tracking_server.uri, epochs=10)
+        Machine(
+            tmp_path / f"machine{number}", class_folders, storage, tracking_server.uri, epochs=10, seeds=1
+        )
         for number in range(4)
     ]
     try:
@@ -121,6 +126,12 @@ def test_four_machines_finish_a_study_though_one_dies_one_leaves_and_the_server_
         for machine in machines:
             machine.kill()
     machines[2].check_books(Machine.N_TRIALS)
+    # One of the two retrained and tested, from checkpoints that it got from the server; the other waited.
+    retrained = [run for run in machines[2].read_runs() if "search.recipe" in run.data.tags]
+    assert Counter(run.data.tags["search.recipe"] for run in retrained) <= Counter([BASELINE, WINNER])
+    assert all(run.info.status == "FINISHED" and "test_accuracy" in run.data.metrics for run in retrained)
+    pages = [run.data.tags.get("mlflow.note.content", "") for run in machines[2].read_runs()]
+    assert sum("test was not evaluated again" in page for page in pages) == 1
     assert all("Traceback" not in machine.log.read_text() for machine in machines)
 
 

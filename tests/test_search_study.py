@@ -6,6 +6,7 @@ What trains here is a function that makes epochs up; whole trainings are in test
 import contextlib
 import io
 import itertools
+import random
 import signal
 import sqlite3
 from collections.abc import Callable, Iterable, Iterator
@@ -449,6 +450,22 @@ def test_halving_keeps_a_quarter_of_the_trials_after_a_quarter_of_the_epochs(tmp
                 break
         study.tell(trial, loss)
     assert pruned_at == {4: [1, 2, 3, 4, 5, 6, 7]}
+
+
+@pytest.mark.parametrize("epochs", [10, 13, 15, 17, 30, 50, 100])
+def test_halving_cuts_once_whatever_the_number_of_epochs(tmp_path: Path, epochs: int) -> None:
+    config = make_config(tmp_path, epochs=epochs)
+    study = optuna.create_study(pruner=build_pruner(config), sampler=build_sampler(config, 0))
+    pruned_at = set()
+    for loss in random.Random(0).sample(range(60), 60):
+        trial = study.ask()
+        for step in range(1, epochs):
+            trial.report(loss, step)
+            if trial.should_prune():
+                pruned_at.add(step)
+                break
+        study.tell(trial, loss)
+    assert len(pruned_at) == 1
 
 
 @pytest.mark.parametrize(

@@ -93,7 +93,7 @@ class Tracker(Protocol):
         """Called before the first step."""
 
     def on_epoch(self, result: EpochResult) -> None:
-        """Called after each epoch, when its state has been saved."""
+        """Called after each epoch, when its state has been saved: during the next one, if there is one."""
 
     def on_end(self, result: TrainResult) -> None:
         """Called when the best epoch's checkpoint is complete."""
@@ -111,7 +111,7 @@ def run_training(
     Args:
         config: All options.
         tracker: Records the training.
-        on_epoch: Called after each epoch is recorded; an exception that it raises stops the training.
+        on_epoch: Called when an epoch has been tracked; an exception that it raises stops the training.
         resume: Where to keep the whole state, and the state to resume from, if any; None: only the best
             network is kept, while the run lasts.
 
@@ -202,6 +202,8 @@ class _Training:
                     # Beside the next epoch: it takes up to a second, which can be a third of an epoch.
                     self._unrecorded = result, writer.submit(save_checkpoints, copy_to_cpu(contents))
                     self._saved_at_s = time.monotonic()
+                    if not self._saves_state:
+                        self._record()
                     interrupts.check()
             finally:
                 self._record()
