@@ -1,6 +1,8 @@
 """Training images a second, end to end, beside what a user would pick instead:
 
-    python -m benchmarks.alternatives [FOLDER] [--sizes 64,128] [--rounds 3]      (needs pip install timm)
+    python -m benchmarks.alternatives [FOLDER] [--sizes 64,128] [--rounds 3] [--precision fp32]
+
+`pip install timm` first.
 
 All train a ResNet-50 on the same JPEGs with the same batch size, flips and rotations. `dataset` is a PIL
 `Dataset` with torchvision's transforms in a DataLoader, in fp32, as the student project had it; `reference`
@@ -119,12 +121,13 @@ def train_plainly(
     optimizer: torch.optim.Optimizer,
     *,
     fast: bool,
+    precision: str = "auto",
 ) -> Iterator[int]:
-    """Train step after step, and yield the images of each; `fast` is channels-last, with automatic bf16."""
+    """Train step after step, and yield the images of each; `fast` is channels-last, with this precision."""
     device = choose_device()
     layout = torch.channels_last if fast else torch.contiguous_format
     network = network.to(device, memory_format=layout).train()
-    bf16 = fast and build_fabric("auto", "auto", 1)._precision.precision == "bf16-mixed"
+    bf16 = fast and build_fabric("auto", precision, 1)._precision.precision == "bf16-mixed"
     while True:
         for images, targets in loader:
             images, targets = images.to(device, memory_format=layout), targets.to(device)
@@ -136,14 +139,15 @@ def train_plainly(
             yield len(images)
 
 
-def train_with_timm(paths: list[Path], size: int) -> Iterator[int]:
+def train_with_timm(paths: list[Path], size: int, precision: str) -> Iterator[int]:
     """Train timm's model with timm's optimizer."""
     from timm import create_model
     from timm.optim import create_optimizer_v2
 
     network = create_model("resnet50", num_classes=7)
     optimizer = create_optimizer_v2(network, opt="adamw", lr=5e-4, weight_decay=0.05)
-    return train_plainly(build_timm_loader(paths, size), network, optimizer, fast=True)
+    loader = build_timm_loader(paths, size)
+    return train_plainly(loader, network, optimizer, fast=True, precision=precision)
 
 
 def train_with_torchvision(loader: Batches) -> Iterator[int]:
@@ -159,13 +163,13 @@ class _Enough(Exception):  # noqa: N818 (not an error)
 class Ours:
     """Trains with this package: its store, augmentation `light`, AdamW, clipping and weight EMA."""
 
-    def __init__(self, folder: Path, size: int, cache_dir: Path) -> None:
+    def __init__(self, folder: Path, size: int, cache_dir: Path, precision: str) -> None:
         config = TrainConfig(
             data=str(folder), weights="none", image_size=size, batch_size=BATCH_SIZE, augment="light",
             epochs=1000, cache_dir=cache_dir, allow_leaks="true",  # the drawn folders are alike
         )  # fmt: skip
         data = prepare_data(config)
-        fabric = build_fabric("auto", "auto", 1)
+        fabric = build_fabric("auto", precision, 1)
         self._loaders = data.build_loaders(fabric, BATCH_SIZE)
         network, classes = build_resnet(config.arch, len(data.classes)), len(data.classes)
         self._state = build_state(config, fabric, network, self._loaders[0], classes)
@@ -213,6 +217,7 @@ def main() -> None:
     )
     parser.add_argument("--sizes", default="64,128")
     parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--precision", default="auto", help="Of this package and timm.")
     given = parser.parse_args()
     rows = []
     with tempfile.TemporaryDirectory() as scratch:
@@ -224,12 +229,12 @@ def main() -> None:
         paths = sorted(path for path in folder.rglob("*") if path.suffix.lower() in {".jpg", ".jpeg", ".png"})
         for size in map(int, given.sizes.split(",")):
             contenders = {
-                "this package": Ours(folder, size, Path(scratch, "cache")),
+                "this package": Ours(folder, size, Path(scratch, "cache"), given.precision),
                 "dataset": Plain(train_with_torchvision(build_loader(paths, build_dataset_transform(size)))),
                 "reference": Plain(
                     train_with_torchvision(build_loader(paths, build_reference_transform(size)))
                 ),
-                "timm": Plain(train_with_timm(paths, size)),
+                "timm": Plain(train_with_timm(paths, size, given.precision)),
             }
             speeds: dict[str, float] = dict.fromkeys(contenders, 0.0)
             for _ in range(given.rounds):
@@ -238,7 +243,7 @@ def main() -> None:
             for name, speed in speeds.items():
                 rows.append([f"{size} px", name, f"{speed:.1f}", f"{speeds['this package'] / speed:.2f}x"])
     table = format_table(["images", "trained with", "img/s", "this package is"], rows)
-    keep("alternatives", table, data=folder)
+    keep("alternatives", table, data=folder if given.precision == "auto" else f"{folder}-{given.precision}")
 
 
 if __name__ == "__main__":

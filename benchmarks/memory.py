@@ -1,13 +1,14 @@
 """Memory over epochs and over trials: `python -m benchmarks.memory [DATA] [--option VALUE ...]`.
 
-Trains for 20 epochs and searches with 20 trials of two epochs, and reads the resident memory of the process
-and of those it started each time that it says that an epoch or a trial is done.
+Trains for 20 epochs and searches with 20 trials of two epochs, and each time that it says that an epoch or a
+trial is done, reads the most resident memory that the process and those it started have had so far (Linux).
 """
 
 import re
 import subprocess
 import sys
 import tempfile
+from pathlib import Path
 
 import psutil
 
@@ -18,7 +19,7 @@ SHOWN = (1, 2, 5, 10, 20)
 
 
 def follow(command: list[str], pattern: str, folder: str) -> dict[int, float]:
-    """Run a command of the package in a folder; return its memory in MB at each line that has a number."""
+    """Run a command of the package in a folder; return its peak memory in MB at each line with a number."""
     found = {}
     full = [sys.executable, "-u", "-m", "skin_resnet", *command]
     with subprocess.Popen(full, cwd=folder, stdout=subprocess.PIPE, text=True) as process:
@@ -27,9 +28,14 @@ def follow(command: list[str], pattern: str, folder: str) -> dict[int, float]:
             if match := re.match(pattern, line):
                 parent = psutil.Process(process.pid)
                 family = [parent, *parent.children(recursive=True)]
-                found[int(match[1])] = sum(each.memory_info().rss for each in family) / 1e6
+                found[int(match[1])] = sum(read_peak(each.pid) for each in family)
     assert process.returncode == 0, f"{' '.join(full)} failed"
     return found
+
+
+def read_peak(pid: int) -> float:
+    """Return the most resident memory that a process has had, in MB."""
+    return int(re.findall(r"VmHWM:\s+(\d+) kB", Path(f"/proc/{pid}/status").read_text())[0]) * 1.024e-3
 
 
 def main() -> None:
@@ -43,7 +49,7 @@ def main() -> None:
         trials = follow(search, r"(\d+)/20 trial", folder)
     for name, found in (("epochs", train), ("trials", trials)):
         rows.append([name, *(f"{found[n]:.0f}" for n in SHOWN), f"{found[20] / found[2]:.2f}x"])
-    header = ["MB after", *map(str, SHOWN), "20th / 2nd"]
+    header = ["peak MB after", *map(str, SHOWN), "20th / 2nd"]
     keep("memory", format_table(header, rows), data=options[1])
 
 

@@ -1,6 +1,7 @@
 """One study on many machines: the templates in deploy/, and searches that have only the network in common."""
 
 import os
+import re
 import shlex
 import shutil
 import signal
@@ -16,6 +17,7 @@ import kubernetes_validate
 import psycopg
 import pytest
 import yaml
+from mlflow.server.security_utils import is_allowed_host_header
 from test_outage import Server, find_free_port
 from test_search_end_to_end import Search, is_training
 from test_search_postgresql import needs_server, storage  # noqa: F401 (a fixture)
@@ -62,6 +64,13 @@ def test_the_compose_file_keeps_to_its_schema() -> None:
 def test_the_kubernetes_job_keeps_to_its_schema() -> None:
     job = yaml.safe_load((DEPLOY / "kubernetes.yaml").read_text())
     assert kubernetes_validate.validate(job, kubernetes_validate.latest_version(), strict=True)
+
+
+def test_the_server_of_the_docs_answers_the_clients_of_the_docs() -> None:
+    text = (ROOT / "docs" / "scale.md").read_text()
+    (hosts,) = re.findall(r"--allowed-hosts (\S+)", text)
+    (client,) = re.findall(r"MLFLOW_TRACKING_URI=http://(\S+)", text)
+    assert is_allowed_host_header(hosts.split(","), client)
 
 
 def test_the_study_file_is_one_that_search_takes(tmp_path: Path) -> None:

@@ -22,6 +22,7 @@ from skin_resnet.commands.train import train
 from skin_resnet.config import TrainConfig
 from skin_resnet.errors import UserError
 from skin_resnet.tracking.history import close_abandoned
+from skin_resnet.training import interrupts
 from skin_resnet.training import run as run_module
 from skin_resnet.training.checkpoint import (
     RunFolder,
@@ -396,3 +397,24 @@ def test_an_epoch_is_saved_as_it_was_while_the_next_one_trains_and_is_tracked_wh
         resume=ResumePoint(folder=folder, config=config.with_changes(batch_size=8)),
     )
     assert order == ["saved", "tracked 1", "tracked 2"]
+
+
+@pytest.mark.parametrize("is_interrupted", [False, True])
+def test_a_state_that_cannot_be_written_ends_the_run_with_the_reason_and_keeps_the_one_before(
+    config: TrainConfig, monkeypatch: pytest.MonkeyPatch, is_interrupted: bool
+) -> None:
+    def save(contents: dict[Path, dict[str, Any]]) -> None:
+        if any(content.get("history") for content in contents.values()):
+            if is_interrupted:
+                os.kill(os.getpid(), signal.SIGUSR1)
+            raise UserError("No space left on device")
+        save_all(contents)
+
+    save_all = run_module.save_checkpoints
+    monkeypatch.setattr(run_module, "save_checkpoints", save)
+    with interrupts.handled(), pytest.raises(UserError, match="No space left"):
+        train(config)
+    (run,) = mlflow.search_runs(output_format="list")
+    assert (run.info.status, "val/loss" in run.data.metrics) == ("FAILED", False)
+    (state,) = config.checkpoint_dir.glob("*/last.pt")
+    assert read_checkpoint(state)["history"] == []

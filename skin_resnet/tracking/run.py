@@ -67,7 +67,7 @@ def open_run(
             _end(run.run_id, "FINISHED")
         except Exception as error:
             # Out of C++, as in `torch.save` or where figures are drawn, an interrupt comes as another error.
-            if not isinstance(error, pruned):
+            if not isinstance(error, (UserError, *pruned)):
                 interrupts.check()
             raise
     except BaseException as error:
