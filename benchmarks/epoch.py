@@ -3,8 +3,8 @@
 The steps are what any loop must do: forward and backward pass, loss, clipping, optimizer, EMA, and the
 forward pass on val. The rest is what the product adds: loading, augmentation, metrics, tracking in MLflow,
 and saving the whole state after each epoch and the best network after each better one. On a CPU, the steps
-are timed within the epoch, and each counts as the median: while the state is written, beside the next epoch,
-they are slower. On a GPU, which works in the background, they are timed alone, on one batch in its memory.
+are timed within the epoch; those during which the state is written, beside them, count as the mean of the
+others. On a GPU, which works in the background, they are timed alone, on one batch in its memory.
 """
 
 import statistics
@@ -43,13 +43,19 @@ class Clock:
 
     def __init__(self) -> None:
         self._began = 0.0
-        self._seconds: dict[str, list[float]] = defaultdict(list)
+        self._seconds: dict[tuple[str, bool], list[float]] = defaultdict(list)
+        self.is_writing = False
 
     def take_seconds(self) -> float:
-        """Return the seconds of all steps since the last call, each part of one counted as its median."""
-        total = sum(len(each) * statistics.median(each) for each in self._seconds.values())
+        """Return the seconds of all steps since the last call, as if nothing had been written beside them."""
+        alone = {name: each for (name, beside), each in self._seconds.items() if not beside}
+        counts = {name: len(alone[name]) + len(self._seconds[name, True]) for name in alone}
+        total = sum(counts[name] * statistics.mean(alone[name]) for name in alone)
         self._seconds.clear()
         return total
+
+    def _add(self, name: str, seconds: float) -> None:
+        self._seconds[name, self.is_writing].append(seconds)
 
     def time(self, owner: Any, name: str) -> None:
         """Count the time of an object's method or a module's function from now on."""
@@ -58,7 +64,7 @@ class Clock:
         def timed(*given: Any, **named: Any) -> Any:
             start = time.perf_counter()
             result = function(*given, **named)
-            self._seconds[name].append(time.perf_counter() - start)
+            self._add(name, time.perf_counter() - start)
             return result
 
         setattr(owner, name, timed)
@@ -78,7 +84,7 @@ class Clock:
         self._began = time.perf_counter()
 
     def _end(self, name: str) -> None:
-        self._seconds[name].append(time.perf_counter() - self._began)
+        self._add(name, time.perf_counter() - self._began)
 
 
 def time_steps_alone(config: TrainConfig) -> float:
@@ -116,8 +122,7 @@ def time_steps_alone(config: TrainConfig) -> float:
 def measure(config: TrainConfig) -> tuple[float, float]:
     """Return the seconds of a whole epoch, and those of its steps: medians over the epochs."""
     clock = Clock()
-    build_state, compute_loss = run.build_state, engine.compute_loss
-
+    build_state, compute_loss, write = run.build_state, engine.compute_loss, run.save_checkpoints
     readings = []
 
     def build(*given: Any) -> TrainingState:
@@ -132,7 +137,12 @@ def measure(config: TrainConfig) -> tuple[float, float]:
         state.end_epoch = end
         return state
 
-    run.build_state = build
+    def save(contents: dict[Path, dict[str, Any]]) -> None:
+        clock.is_writing = True
+        write(contents)
+        clock.is_writing = False
+
+    run.build_state, run.save_checkpoints = build, save
     clock.time(engine, "compute_loss")
     try:
         with open_run("benchmark") as opened:
@@ -142,7 +152,7 @@ def measure(config: TrainConfig) -> tuple[float, float]:
             run.run_training(config, tracker=opened, resume=point)
             folder.release()
     finally:
-        run.build_state, engine.compute_loss = build_state, compute_loss
+        run.build_state, engine.compute_loss, run.save_checkpoints = build_state, compute_loss, write
     # Not the first epoch, which includes the start of the network.
     whole_s = statistics.median([after - before for (before, _), (after, _) in pairwise(readings)])
     step_s = statistics.median([seconds for _, seconds in readings[1:]])
