@@ -135,12 +135,11 @@ def test_four_machines_finish_a_study_though_one_dies_one_leaves_and_the_server_
         for machine in machines:
             machine.kill()
     machines[2].check_books(Machine.N_TRIALS)
-    # One of the two retrained and tested, from checkpoints that it got from the server; the other waited.
+    # One of them retrained and tested, with checkpoints from the server, while the others left it alone.
     retrained = [run for run in machines[2].read_runs() if "search.recipe" in run.data.tags]
-    assert Counter(run.data.tags["search.recipe"] for run in retrained) <= Counter([BASELINE, WINNER])
+    recipes = Counter(run.data.tags["search.recipe"] for run in retrained)
+    assert recipes in (Counter([BASELINE]), Counter([BASELINE, WINNER]))
     assert all(run.info.status == "FINISHED" and "test_accuracy" in run.data.metrics for run in retrained)
-    pages = [run.data.tags.get("mlflow.note.content", "") for run in machines[2].read_runs()]
-    assert sum("test was not evaluated again" in page for page in pages) == 1
     assert all("Traceback" not in machine.log.read_text() for machine in machines)
 
 
