@@ -20,7 +20,8 @@ SHOWN = (1, 2, 5, 10, 20)
 
 def follow(command: list[str], pattern: str, folder: str) -> dict[int, float]:
     """Run a command of the package in a folder; return its peak memory in MB at each line with a number."""
-    found = {}
+    found: dict[int, float] = {}
+    peaks: dict[int, float] = {}
     full = [sys.executable, "-u", "-m", "skin_resnet", *command]
     with subprocess.Popen(full, cwd=folder, stdout=subprocess.PIPE, text=True) as process:
         assert process.stdout is not None
@@ -28,14 +29,17 @@ def follow(command: list[str], pattern: str, folder: str) -> dict[int, float]:
             if match := re.match(pattern, line):
                 parent = psutil.Process(process.pid)
                 family = [parent, *parent.children(recursive=True)]
-                found[int(match[1])] = sum(read_peak(each.pid) for each in family)
+                # A process that is ending has no memory any more.
+                peaks |= {each.pid: read_peak(each.pid) or peaks.get(each.pid, 0) for each in family}
+                found[int(match[1])] = sum(peaks.values())
     assert process.returncode == 0, f"{' '.join(full)} failed"
     return found
 
 
 def read_peak(pid: int) -> float:
     """Return the most resident memory that a process has had, in MB."""
-    return int(re.findall(r"VmHWM:\s+(\d+) kB", Path(f"/proc/{pid}/status").read_text())[0]) * 1.024e-3
+    found = re.findall(r"VmHWM:\s+(\d+) kB", Path(f"/proc/{pid}/status").read_text())
+    return sum(map(int, found)) * 1.024e-3
 
 
 def main() -> None:
