@@ -389,12 +389,13 @@ def test_an_epoch_is_saved_as_it_was_while_the_next_one_trains_and_is_tracked_wh
     update, save_all = TrainingState.update_ema, run_module.save_checkpoints
     monkeypatch.setattr(TrainingState, "update_ema", step)
     monkeypatch.setattr(run_module, "save_checkpoints", save)
+    config = config.with_changes(batch_size=8)
     folder = RunFolder(config.checkpoint_dir / "own")
     folder.acquire()
     run_module.run_training(
-        config.with_changes(batch_size=8),
+        config,
         on_epoch=lambda result: order.append(f"tracked {result.epoch}"),
-        resume=ResumePoint(folder=folder, config=config.with_changes(batch_size=8)),
+        resume=ResumePoint(folder=folder, config=config),
     )
     assert order == ["saved", "tracked 1", "tracked 2"]
 

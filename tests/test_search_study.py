@@ -437,35 +437,31 @@ def test_every_pruner_is_built_and_lets_a_first_epoch_be(tmp_path: Path, pruner:
         study.tell(trial, score)
 
 
-def test_halving_keeps_a_quarter_of_the_trials_after_a_quarter_of_the_epochs(tmp_path: Path) -> None:
-    config = make_config(tmp_path, epochs=16)
+def prune(config: SearchConfig, losses: Iterable[int], steps: range) -> dict[int, list[int]]:
+    """Return the losses of the trials that are pruned, by step; a trial has its loss at every step."""
     study = optuna.create_study(pruner=build_pruner(config), sampler=build_sampler(config, 0))
     pruned_at: dict[int, list[int]] = {}
-    for loss in (*range(8), -1):
+    for loss in losses:
         trial = study.ask()
-        for step in range(1, 17):
+        for step in steps:
             trial.report(loss, step)
             if trial.should_prune():
                 pruned_at.setdefault(step, []).append(loss)
                 break
         study.tell(trial, loss)
-    assert pruned_at == {4: [1, 2, 3, 4, 5, 6, 7]}
+    return pruned_at
+
+
+def test_halving_keeps_a_quarter_of_the_trials_after_a_quarter_of_the_epochs(tmp_path: Path) -> None:
+    config = make_config(tmp_path, epochs=16)
+    assert prune(config, (*range(8), -1), range(1, 17)) == {4: [1, 2, 3, 4, 5, 6, 7]}
 
 
 @pytest.mark.parametrize("epochs", [10, 13, 15, 17, 30, 50, 100])
 def test_halving_cuts_once_whatever_the_number_of_epochs(tmp_path: Path, epochs: int) -> None:
     config = make_config(tmp_path, epochs=epochs)
-    study = optuna.create_study(pruner=build_pruner(config), sampler=build_sampler(config, 0))
-    pruned_at = set()
-    for loss in random.Random(0).sample(range(60), 60):
-        trial = study.ask()
-        for step in range(1, epochs):
-            trial.report(loss, step)
-            if trial.should_prune():
-                pruned_at.add(step)
-                break
-        study.tell(trial, loss)
-    assert len(pruned_at) == 1
+    losses = random.Random(0).sample(range(60), 60)
+    assert len(prune(config, losses, range(1, epochs))) == 1
 
 
 @pytest.mark.parametrize(

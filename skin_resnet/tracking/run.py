@@ -66,7 +66,8 @@ def open_run(
             yield run
             _end(run.run_id, "FINISHED")
         except Exception as error:
-            # Out of C++, as in `torch.save` or where figures are drawn, an interrupt comes as another error.
+            # Out of C++, as in `torch.save` or where figures are drawn, an interrupt comes as another error,
+            # but not as a UserError, whose reason must not be lost.
             if not isinstance(error, (UserError, *pruned)):
                 interrupts.check()
             raise

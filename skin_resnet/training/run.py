@@ -198,7 +198,7 @@ class _Training:
                     self._history.append(result)
                     is_best = find_best(self._history, self._config.best_by) is result
                     self._print(describe_epoch(result, self._config, is_best=is_best))
-                    contents = self._describe_epoch(is_best=is_best)
+                    contents = self._pack_epoch(is_best=is_best)
                     # Beside the next epoch: it takes up to a second, which can be a third of an epoch.
                     self._unrecorded = result, writer.submit(save_checkpoints, copy_to_cpu(contents))
                     self._saved_at_s = time.monotonic()
@@ -247,22 +247,22 @@ class _Training:
             self._tracker.on_end(result)
         return result
 
-    def _describe_epoch(self, *, is_best: bool) -> dict[Path, dict[str, Any]]:
+    def _pack_epoch(self, *, is_best: bool) -> dict[Path, dict[str, Any]]:
         """Return what is to be saved after an epoch, by file; the state last, for it names the best epoch."""
         contents = {}
         if is_best and self._fabric.is_global_zero:
             run_id = self._tracker.run_id if self._tracker else ""
             contents[self._point.folder.best] = describe_checkpoint(self._state, self._data, run_id)
-        return contents | self._describe_state()
+        return contents | self._pack_state()
 
-    def _describe_state(self) -> dict[Path, dict[str, Any]]:
+    def _pack_state(self) -> dict[Path, dict[str, Any]]:
         if not self._saves_state:
             return {}
         state = describe_state(self._state, self._data.fingerprint, self._history)
         return {self._point.folder.last: state}
 
     def _save_state(self) -> None:
-        save_checkpoints(self._describe_state())
+        save_checkpoints(self._pack_state())
         self._saved_at_s = time.monotonic()
 
     def _on_batch(self) -> None:
