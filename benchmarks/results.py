@@ -8,8 +8,11 @@ import sys
 from datetime import date
 from pathlib import Path
 
+import psutil
 import torch
 import torchvision
+
+from skin_resnet.training.device import is_bf16_fast
 
 FOLDER = Path(__file__).parent / "results"
 
@@ -51,7 +54,11 @@ def describe_machine() -> str:
     """Return processor, GPU and versions in a line."""
     info = Path("/proc/cpuinfo")
     model = re.search(r"model name\s*: (.*)", info.read_text()) if info.exists() else None
-    parts = [f"{model.group(1) if model else platform.machine()} ({os.cpu_count()} logical CPUs)"]
+    units = "with" if is_bf16_fast("cpu") else "without"
+    parts = [
+        f"{model.group(1) if model else platform.machine()} ({psutil.cpu_count(logical=False)} cores, "
+        f"{os.cpu_count()} threads, {units} bf16 units)"
+    ]
     if torch.cuda.is_available():
         parts.append(torch.cuda.get_device_name())
     versions = {

@@ -145,6 +145,19 @@ def test_only_our_own_launch_decides_ranks(monkeypatch: pytest.MonkeyPatch) -> N
     subprocess.run([sys.executable, "-c", script], env=variables, check=True, cwd=ROOT)
 
 
+def test_auto_trains_in_bf16_on_a_cpu_with_units_for_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    def is_bf16() -> bool:
+        with build_fabric("cpu", "auto", 1).autocast():
+            return torch.is_autocast_enabled("cpu")
+
+    info = Path("/proc/cpuinfo")
+    if info.exists():
+        assert is_bf16() == any(unit in info.read_text() for unit in ("avx512_bf16", "amx_bf16"))
+    for units, expected in (({}, False), ({"avx512_f": True}, False), ({"avx512_bf16": True}, True)):
+        monkeypatch.setattr(torch.cpu, "get_capabilities", lambda units=units: units)
+        assert is_bf16() == expected
+
+
 def test_the_moving_average_is_that_of_the_definition() -> None:
     state, train, val = build(ema_decay=0.9, epochs=1)
     shadow = {name: value.clone().double() for name, value in state.network.state_dict().items()}

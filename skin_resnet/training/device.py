@@ -28,7 +28,7 @@ def build_fabric(device: str, precision: str, devices: int) -> Fabric:
         raise UserError(f"device={device} is not available on this machine; use device=auto or device=cpu")
     if accelerator == "cuda" and devices > torch.cuda.device_count():
         raise UserError(f"devices={devices}: this machine has {torch.cuda.device_count()} GPUs")
-    bf16 = precision == "bf16" or (precision == "auto" and _is_bf16_fast(accelerator))
+    bf16 = precision == "bf16" or (precision == "auto" and is_bf16_fast(accelerator))
     logging.getLogger("lightning_fabric").setLevel(logging.WARNING)  # what it uses is printed elsewhere
     torch.backends.cudnn.benchmark = accelerator == "cuda"
     ignore_foreign_ranks()
@@ -41,7 +41,7 @@ def build_fabric(device: str, precision: str, devices: int) -> Fabric:
     )
 
 
-def _is_bf16_fast(accelerator: str) -> bool:
+def is_bf16_fast(accelerator: str) -> bool:
     """Return whether bf16 is faster than fp32: a CPU without units for it takes nine times as long."""
     if accelerator == "cpu":
         units = torch.cpu.get_capabilities()
