@@ -38,7 +38,7 @@ test: .venv/ready ## run the tests (under six minutes on two CPU cores)
 	$(BIN)/python -m pytest -q --numprocesses=logical --dist=loadfile --durations=15
 
 test-slow: .venv/ready ## run the tests that take minutes each
-	$(BIN)/python -m pytest -q -m slow --durations=20 --numprocesses=logical --dist=loadfile
+	$(BIN)/python -m pytest -q -m slow --durations=20 --numprocesses=logical --dist=loadfile --no-loadscope-reorder
 
 lint: .venv/ready ## check style, formatting and types
 	$(BIN)/ruff check

@@ -1,8 +1,8 @@
-"""What workers lose to each other: `python -m benchmarks.coordination [STORAGE] [FOLDER]`.
+"""What workers lose to each other: `python -m benchmarks.coordination [STORAGE]`.
 
 Trials that only wait, and report a value each epoch as a training does, for 1, 2, 4 and 8 workers on one
 study. Without loss, any number of workers takes as long as one does for its share of the trials. Then trials
-that train on the images of a folder, or the demo's, each on one thread, for one worker and for one per core.
+that train on the demo's images, each on one thread, for one worker and for one per core.
 The storage is one for Optuna, `postgresql+psycopg://...` for instance; without it, a SQLite file.
 """
 
@@ -89,13 +89,13 @@ def measure_waiting(storage: str) -> list[list[str]]:
     ]
 
 
-def measure_training(storage: str, data: str, folder: Path) -> list[list[str]]:
+def measure_training(storage: str, folder: Path) -> list[list[str]]:
     """Return the rows of the table of trials that train; all workers do the same trials."""
     mlflow.set_tracking_uri(uri := f"sqlite:///{folder}/mlflow.db")
     os.environ["MLFLOW_TRACKING_URI"] = uri  # for the workers
     config = SearchConfig(
-        data=data, storage=storage, pruner="none", sampler="random", n_trials=TRIALS, epochs=2,
-        image_size=64, weights="none", checkpoint_dir=folder, train_fraction=0.1 if data != "demo" else 1.0,
+        data="demo", storage=storage, pruner="none", sampler="random", n_trials=TRIALS, epochs=2,
+        image_size=64, checkpoint_dir=folder,
     )  # fmt: skip
     cores = psutil.cpu_count(logical=False) or 1
     with open_run("coordination") as run:
@@ -108,13 +108,11 @@ def measure_training(storage: str, data: str, folder: Path) -> list[list[str]]:
 
 def main() -> None:
     """Measure and keep the tables."""
-    storages = [word for word in sys.argv[1:] if "://" in word]
-    data = next((word for word in sys.argv[1:] if "://" not in word), "demo")
     with tempfile.TemporaryDirectory() as folder:
-        storage = next(iter(storages), f"sqlite:///{Path(folder)}/optuna.db")
+        storage = sys.argv[1] if len(sys.argv) > 1 else f"sqlite:///{Path(folder)}/optuna.db"
         tables = [
             format_table(["workers", "trials", "seconds", "share of linear"], rows)
-            for rows in (measure_waiting(storage), measure_training(storage, data, Path(folder)))
+            for rows in (measure_waiting(storage), measure_training(storage, Path(folder)))
         ]
     kind = storage.partition(":")[0]
     text = (

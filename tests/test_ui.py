@@ -167,10 +167,14 @@ def test_a_search_shows_its_winner_progress_and_trials(page: Any, links: dict[st
     for name in ("trial 0 · baseline recipe", "trial 1 · defaults", "baseline recipe · seed 1"):
         page.get_by_role("link", name=name).wait_for()
     assert not page.get_by_role("link", name="search · folders").count()
-    assert {
+    expected = {
         "arch", "image_size", "seed", "best_val_balanced_accuracy", "test_balanced_accuracy",
         "test_macro_auc", "final_gap",
-    } <= set(read_columns(page))  # fmt: skip
+    }  # fmt: skip
+    deadline = time.monotonic() + 20  # the table takes its widths one after the other
+    while not expected <= set(read_columns(page)) and time.monotonic() < deadline:
+        page.wait_for_timeout(200)
+    assert expected <= set(read_columns(page))
 
 
 def test_a_registered_model_shows_its_score_beside_the_baseline(page: Any, links: dict[str, str]) -> None:

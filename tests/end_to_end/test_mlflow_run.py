@@ -142,7 +142,7 @@ def test_the_demo_learns_clearly_more_than_always_nv(start: Start, client: Mlflo
     # As `make demo` does.
     given = {"epochs": 16, "batch_size": 32, "checkpoint_dir": tmp_path}
     options = [part for name, value in given.items() for part in ("-P", f"{name}={value}")]
-    done = start("--env-manager=local", *options, OMP_NUM_THREADS=str(os.cpu_count()))
+    done = start("--env-manager=local", *options)
     assert done.returncode == 0, done.stderr
     metrics = get_runs(client)[0].data.metrics
     assert metrics["test_baseline_accuracy"] > 1 / 7
