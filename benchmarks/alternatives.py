@@ -4,10 +4,11 @@
 
 `pip install timm` first.
 
-All train a ResNet-50 on the same JPEGs with the same batch size, flips and rotations. `dataset` is a PIL
-`Dataset` with torchvision's transforms in a DataLoader, in fp32, as the student project had it; `reference`
-is torchvision's recipe with its v2 transforms; `timm` is timm's loader, model and optimizer, channels-last
-and in bf16 where this package uses it, too. They take turns; each is warm, and the best round of each counts.
+All train a ResNet-50 on the same JPEGs with the same batch size, flips and rotations, instead of which timm's
+loader crops and resizes. `dataset` is a PIL `Dataset` with torchvision's transforms in a DataLoader, in fp32,
+as the student project had it; `reference` is torchvision's recipe with its v2 transforms; `timm` is timm's
+loader, model and optimizer, channels-last and in bf16 where this package uses it, too. They take turns; each
+is warm, and the best round of each counts.
 """
 
 import argparse

@@ -9,6 +9,7 @@ from functools import partial
 from typing import Any, TypeVar
 
 from optuna import Trial, TrialPruned
+from optuna.exceptions import UpdateFinishedTrialError
 
 from search.config import SearchConfig
 from search.space import BASELINES, build_space, suggest
@@ -24,6 +25,7 @@ from skin_resnet.training.run import run_training
 T = TypeVar("T")
 _logger = logging.getLogger(__name__)
 _RETRY_S = 3.0
+_ENDED = (TrialPruned, UpdateFinishedTrialError)  # the trial, not by a failure
 _OUTAGE_CODES = ("INTERNAL_ERROR", "TEMPORARILY_UNAVAILABLE")
 
 
@@ -36,6 +38,7 @@ def run_trial(trial: Trial, config: SearchConfig, parent_run_id: str) -> tuple[f
 
     Raises:
         TrialPruned: The pruner stopped it.
+        UpdateFinishedTrialError: Its heartbeats did not arrive: others count it as killed, and run it again.
         TrialFailed: The training failed, or its best epoch has no finite values.
         UserError: Its run could not be opened: the trial does not count, and is run again.
     """
@@ -44,7 +47,7 @@ def run_trial(trial: Trial, config: SearchConfig, parent_run_id: str) -> tuple[f
         values = tuple(read_objective(name, best) for name in config.objective_names)
         if not all(map(math.isfinite, values)):
             raise UserError(f"the best epoch has the objectives {values}, which are not finite")
-    except TrialPruned:
+    except _ENDED:
         raise
     except Exception as error:
         if "run_id" not in trial.user_attrs:
@@ -69,7 +72,7 @@ def _train(trial: Trial, config: SearchConfig, parent_run_id: str) -> EpochResul
     name = f"trial {trial.number} · {baseline or f'{recipe.optimizer} {recipe.lr:.2g}'}"
     tags = {STUDY: get_study_id(trial.study), TRIAL: str(trial.number)}
     with ExitStack() as stack:
-        run = enter_child(stack, name, parent_run_id=parent_run_id, tags=tags, pruned=(TrialPruned,))
+        run = enter_child(stack, name, parent_run_id=parent_run_id, tags=tags, pruned=_ENDED)
         trial.set_user_attr("run_id", run.run_id)
         on_epoch = partial(_report, trial, config)
         return run_training(recipe, tracker=PatientTracker(run), on_epoch=on_epoch).best

@@ -14,6 +14,7 @@ from typing import cast
 
 import torch
 from optuna import Study, Trial
+from optuna.exceptions import UpdateFinishedTrialError
 from optuna.storages import RDBStorage
 from optuna.trial import TrialState
 
@@ -134,7 +135,7 @@ def _work(config: SearchConfig, parent_run_id: str, environment: Mapping[str, st
         with (
             open(os.devnull, "w") as null,
             redirect_stdout(null),
-            interrupts.handled(),
+            interrupts.handled(repeats_after_s=_END_S),
             report_storage_errors(config),
         ):
             signal.signal(signal.SIGINT, signal.SIG_IGN)
@@ -178,16 +179,26 @@ def work(config: SearchConfig, parent_run_id: str) -> None:
 
 def _run_one(study: Study, claim: ExitStack, config: SearchConfig, parent_run_id: str) -> None:
     """Choose a trial, release the claim, and run it."""
+    taken = False
 
     def run(trial: Trial) -> tuple[float, ...]:
         # From here on, missing heartbeats show that it was killed; until here, that it is not marked.
         cast(RDBStorage, trial.storage).record_heartbeat(trial._trial_id)
         trial.set_user_attr("claimed", True)
         claim.close()
-        return run_trial(trial, config, parent_run_id)
+        try:
+            return run_trial(trial, config, parent_run_id)
+        except UpdateFinishedTrialError:
+            nonlocal taken
+            taken = True
+            raise
 
-    # What a failed trial leaves in the GPU's memory is collected before the next one.
-    study.optimize(run, n_trials=1, catch=(TrialFailed,), gc_after_trial=True)
+    try:
+        # What a failed trial leaves in the GPU's memory is collected before the next one.
+        study.optimize(run, n_trials=1, catch=(TrialFailed,), gc_after_trial=True)
+    except (UpdateFinishedTrialError, ValueError):  # Optuna's, where it tries to end that trial
+        if not taken:
+            raise
 
 
 def close_killed_runs(config: SearchConfig, study: Study) -> list[str]:

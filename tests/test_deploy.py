@@ -235,7 +235,7 @@ def test_a_job_array_finishes_a_study_though_one_task_is_out_of_time_and_one_can
     tmp_path: Path,
     class_folders: Path,
 ) -> None:
-    project = Machine(tmp_path / "project", class_folders, storage, tracking_server.uri, epochs=20)
+    project = Machine(tmp_path / "project", class_folders, storage, tracking_server.uri, epochs=100)
     project.log = project.folder / "search-1.log"
     program = project.folder / ".venv" / "bin" / "skin-resnet"
     program.parent.mkdir(parents=True)
@@ -246,8 +246,8 @@ def test_a_job_array_finishes_a_study_though_one_task_is_out_of_time_and_one_can
     job = cluster.run("sbatch", "--parsable", *small, DEPLOY / "slurm.sh")
     submitted = time.monotonic()
     project.wait_for(lambda trials: sum(is_training([trial]) for trial in trials) >= 2)
-    # Slurm looks every half minute which time limits are nearer than the minute that the script asks for.
-    minutes = int((time.monotonic() - submitted) / 60) + 2
+    # Slurm looks every half minute whose time limit comes within the minute that the script asks for.
+    minutes = int((time.monotonic() - submitted + 45) / 60) + 1
     cluster.run("scontrol", "update", f"jobid={job}_1", f"timelimit={minutes}")
     cluster.wait_for(f"{job}_1", lambda states: states == ["PENDING"])
     cluster.run("scancel", f"{job}_2")

@@ -8,6 +8,7 @@ import sys
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -20,7 +21,7 @@ from skin_resnet.config import TrainConfig
 from skin_resnet.data.loader import Loader
 from skin_resnet.evaluation.metrics import Metrics
 from skin_resnet.model.preprocess import shrink, to_float
-from skin_resnet.training.device import build_fabric
+from skin_resnet.training.device import build_fabric, is_bf16_fast
 from skin_resnet.training.engine import EpochResult, NonFiniteLossError, find_best, fit, predict
 from skin_resnet.training.state import TrainingState, build_state
 
@@ -156,6 +157,16 @@ def test_auto_trains_in_bf16_on_a_cpu_with_units_for_it(monkeypatch: pytest.Monk
     for units, expected in (({}, False), ({"avx512_f": True}, False), ({"avx512_bf16": True}, True)):
         monkeypatch.setattr(torch.cpu, "get_capabilities", lambda units=units: units)
         assert is_bf16() == expected
+
+
+@pytest.mark.parametrize(("major", "expected"), [(7, False), (8, True)])
+def test_auto_trains_in_bf16_only_on_gpus_with_units_for_it(monkeypatch, major: int, expected: bool) -> None:
+    properties = SimpleNamespace(major=major)  # a T4 has 7 and computes bf16, slowly
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: properties)
+    monkeypatch.setattr(torch.cuda, "_check_bf16_tensor_supported", lambda device: True)
+    assert is_bf16_fast("cuda") == expected
 
 
 def test_the_moving_average_is_that_of_the_definition() -> None:

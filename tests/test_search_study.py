@@ -199,6 +199,24 @@ def test_an_interrupted_trial_is_run_again_and_counted_once(tmp_path: Path, pare
     assert trials[3].system_attrs["failed_trial"] == 2
 
 
+def test_a_trial_whose_heartbeats_were_lost_is_run_again_and_its_worker_goes_on(
+    tmp_path: Path, parent: str
+) -> None:
+    config, calls = make_config(tmp_path), itertools.count()
+
+    def lose_third(recipe: TrainConfig) -> Iterator[EpochResult]:
+        yield make_epoch(1, 0.5)
+        if next(calls) == 2:
+            open_study(config).tell(2, state=State.FAIL)  # as a worker that waits for heartbeats does
+        yield from train_well(recipe)
+
+    trials = run(config, parent, lose_third)
+    assert [trial.state for trial in trials] == [State.COMPLETE] * 2 + [State.FAIL] + [State.COMPLETE] * 2
+    assert trials[3].params == trials[2].params
+    assert "failure" not in trials[2].user_attrs
+    assert read_children(parent)["2"][0].info.status == "KILLED"
+
+
 @pytest.mark.parametrize("is_baseline", [False, True])
 def test_a_trial_that_always_kills_its_process_is_given_up_unless_it_is_a_baseline(
     tmp_path: Path, parent: str, is_baseline: bool

@@ -10,8 +10,6 @@ from types import FrameType
 # The last two are Slurm's warning before a job's time limit, where `--signal` sets one.
 _NAMES = ("SIGINT", "SIGTERM", "SIGHUP", "SIGUSR1", "SIGUSR2")
 _NUMBERS = [getattr(signal, name) for name in _NAMES if hasattr(signal, name)]
-# Ctrl-C reaches `mlflow run` as well, which then sends SIGTERM: that is no second request.
-_SAME_REQUEST_S = 1.0
 
 
 class _Noted:
@@ -19,16 +17,19 @@ class _Noted:
 
     number: int | None = None
     at_s = 0.0
+    repeats_after_s = 0.0
     waits_for_check = False
 
 
 @contextlib.contextmanager
-def handled() -> Iterator[None]:
+def handled(repeats_after_s: float = 1.0) -> Iterator[None]:
     """Handle SIGINT, SIGTERM, SIGHUP, SIGUSR1 and SIGUSR2 in this block.
 
     The first raises KeyboardInterrupt with the signal's number, or within `deferred` waits for `check`. A
-    second one ends the process at once with exit code 128 + n.
+    second one ends the process at once with exit code 128 + n, but not within `repeats_after_s` of the first:
+    Ctrl-C reaches `mlflow run` as well, which then sends SIGTERM.
     """
+    _Noted.repeats_after_s = repeats_after_s
     # SIGINT too, which background jobs of a shell script start with ignored.
     before = {number: signal.signal(number, _note) for number in _NUMBERS}
     try:
@@ -54,7 +55,7 @@ def _note(number: int, frame: FrameType | None) -> None:
         text = f"\n{signal.Signals(number).name}: saving and stopping; repeat to stop at once\n"
         with contextlib.suppress(OSError):
             os.write(2, text.encode())  # not print, which may have been interrupted itself
-    elif now - _Noted.at_s > _SAME_REQUEST_S:
+    elif now - _Noted.at_s > _Noted.repeats_after_s:
         os._exit(128 + number)  # nothing is saved: what was saved before is whole
 
 
