@@ -174,7 +174,7 @@ def work(config: SearchConfig, parent_run_id: str) -> None:
                 continue
         if TrialState.RUNNING not in states:
             return
-        time.sleep(min(2.0, config.heartbeat_s / 2))  # the processes at the last trials may be killed
+        time.sleep(0.5)  # the processes at the last trials may be killed
 
 
 def _run_one(study: Study, claim: ExitStack, config: SearchConfig, parent_run_id: str) -> None:
