@@ -196,7 +196,7 @@ def _run_one(study: Study, claim: ExitStack, config: SearchConfig, parent_run_id
     try:
         # What a failed trial leaves in the GPU's memory is collected before the next one.
         study.optimize(run, n_trials=1, catch=(TrialFailed,), gc_after_trial=True)
-    except (UpdateFinishedTrialError, ValueError):  # Optuna's, where it tries to end that trial
+    except ValueError:  # Optuna's, where it tries to end that trial
         if not taken:
             raise
 

@@ -205,10 +205,11 @@ def test_a_trial_whose_heartbeats_were_lost_is_run_again_and_its_worker_goes_on(
     config, calls = make_config(tmp_path), itertools.count()
 
     def lose_third(recipe: TrainConfig) -> Iterator[EpochResult]:
-        yield make_epoch(1, 0.5)
-        if next(calls) == 2:
-            open_study(config).tell(2, state=State.FAIL)  # as a worker that waits for heartbeats does
-        yield from train_well(recipe)
+        is_third = next(calls) == 2
+        for result in train_well(recipe):
+            if is_third and result.epoch == 2:
+                open_study(config).tell(2, state=State.FAIL)  # as another worker does
+            yield result
 
     trials = run(config, parent, lose_third)
     assert [trial.state for trial in trials] == [State.COMPLETE] * 2 + [State.FAIL] + [State.COMPLETE] * 2
