@@ -94,12 +94,14 @@ def _start(config: SearchConfig, parent_run_id: str, number: int) -> BaseProcess
     device = assign_device(number, os.environ, count)
     # Spawned, not forked: a fork would share the parent's database connections and its CUDA.
     process = multiprocessing.get_context("spawn").Process(target=_work, args=(config, parent_run_id, device))
-    # Ctrl-C reaches all processes; the search decides, and ends its workers, which inherit the block.
-    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    # Ctrl-C and Slurm's signals reach all processes; the search decides, and ends its workers, which inherit
+    # the block, as does multiprocessing's resource tracker, which they would kill.
+    blocked = set(interrupts.NUMBERS) - {signal.SIGTERM}
+    signal.pthread_sigmask(signal.SIG_BLOCK, blocked)
     try:
         process.start()
     finally:
-        signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, blocked)
     return process
 
 

@@ -9,7 +9,7 @@ from types import FrameType
 
 # The last two are Slurm's warning before a job's time limit, where `--signal` sets one.
 _NAMES = ("SIGINT", "SIGTERM", "SIGHUP", "SIGUSR1", "SIGUSR2")
-_NUMBERS = [getattr(signal, name) for name in _NAMES if hasattr(signal, name)]
+NUMBERS = [getattr(signal, name) for name in _NAMES if hasattr(signal, name)]
 
 
 class _Noted:
@@ -31,7 +31,7 @@ def handled(repeats_after_s: float = 1.0) -> Iterator[None]:
     """
     _Noted.repeats_after_s = repeats_after_s
     # SIGINT too, which background jobs of a shell script start with ignored.
-    before = {number: signal.signal(number, _note) for number in _NUMBERS}
+    before = {number: signal.signal(number, _note) for number in NUMBERS}
     try:
         yield
     finally:
@@ -42,7 +42,7 @@ def handled(repeats_after_s: float = 1.0) -> Iterator[None]:
 
 def ignore() -> None:
     """Ignore these signals from now on."""
-    for number in _NUMBERS:
+    for number in NUMBERS:
         signal.signal(number, signal.SIG_IGN)
 
 
