@@ -149,9 +149,7 @@ def read_columns(page: Any) -> list[str]:
     """Return the headings of the runs table that can be read as it opens: on the screen and not cut off."""
     page.locator(".ag-header-cell").first.wait_for()
     cells = page.locator(".ag-header-cell").filter(has_text=re.compile(r"\w"))
-    # A font as wide as DejaVu, the only one on some machines, may take the last letter or two.
-    fits = "each => each.scrollWidth <= 1.15 * each.clientWidth"
-    whole = f"cell => [...cell.querySelectorAll('*')].every({fits})"
+    whole = "cell => [...cell.querySelectorAll('*')].every(each => each.scrollWidth <= each.clientWidth + 1)"
     return [cell.inner_text().strip() for cell in cells.all() if is_on_screen(cell) and cell.evaluate(whole)]
 
 
